@@ -1,0 +1,368 @@
+//! Values of the BPF maps.
+//!
+//! Every type is `repr(C)` with natural alignment, named padding and a checked size, and is valid
+//! for any bytes. A change to any of them, or to a map's key or length, raises [`ABI_VERSION`].
+
+use crate::classify::{Direction, Key};
+use crate::clock::Meter;
+use crate::mark::MarkLayout;
+
+/// Version of the maps' layout. Pinned maps of another version are not reused as they are.
+pub const ABI_VERSION: u32 = 1;
+
+/// Slots for allocations, slot zero ("none") among them.
+pub const ALLOCATION_SLOTS: u32 = 1 << 14;
+/// Slots for providers, slot zero ("none") among them.
+pub const PROVIDER_SLOTS: u32 = 1 << 10;
+/// Slots for applications, slot zero ("none") among them.
+pub const APPLICATION_SLOTS: u32 = 1 << 12;
+/// Rules the classifier takes.
+pub const MAX_RULES: u32 = 1 << 14;
+/// Room for rules: lists are copied when they change, and the old copy is kept for a while.
+pub const RULE_ROOM: u32 = 4 * MAX_RULES;
+/// Subscriber prefixes of lines.
+pub const MAX_LINE_PREFIXES: u32 = 1 << 15;
+/// Distinct prefix lengths that lines of one family may have.
+pub const MAX_LINE_LENGTHS: usize = 8;
+
+/// Index of a slot's record for one direction, in maps that hold both.
+#[inline(always)]
+#[must_use]
+pub const fn directed(slot: u32, direction: Direction) -> u32 {
+    slot << 1 | direction as u32
+}
+
+/// Settings of the whole object, the only value of map `settings`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// [`ABI_VERSION`] of the writer.
+    pub abi: u32,
+    /// Non-zero: classify and count, never drop, delay or mark.
+    pub observe: u32,
+    /// Where in `skb->mark` the classification stands.
+    pub mark: MarkLayout,
+    /// Prefix lengths of lines' IPv4 addresses, longest first, in use up to `line_lengths_v4_used`.
+    pub line_lengths_v4: [u8; MAX_LINE_LENGTHS],
+    /// Prefix lengths of lines' IPv6 addresses, likewise.
+    pub line_lengths_v6: [u8; MAX_LINE_LENGTHS],
+    /// Number of IPv4 prefix lengths in use.
+    pub line_lengths_v4_used: u32,
+    /// Number of IPv6 prefix lengths in use.
+    pub line_lengths_v6_used: u32,
+    /// `skb->priority` of traffic on no known line, upstream and downstream; zero leaves it alone.
+    pub default_class: [u32; 2],
+    /// Not used, zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Settings>() == 56);
+
+/// The allocation has a level in this direction.
+pub const IN_USE: u32 = 1;
+/// Traffic over the maximum is dropped where it is classified.
+pub const POLICE: u32 = 2;
+/// Traffic over the maximum queues at egress.
+pub const SHAPE: u32 = 4;
+/// Packets are re-marked with the allocation's code point.
+pub const MARK_DSCP: u32 = 8;
+
+/// One direction of an allocation: its level as the kernel holds traffic to it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allocation {
+    /// Id of the allocation; zero where the slot is free.
+    pub id: u64,
+    /// When it ends, in ns of CLOCK_MONOTONIC; `u64::MAX` for never.
+    pub expires_ns: u64,
+    /// Guaranteed capacity.
+    pub guaranteed: Meter,
+    /// Maximum capacity. For shaped traffic its burst covers the queue at egress, so that the
+    /// provider is not charged for what the queue will drop.
+    pub maximum: Meter,
+    /// [`IN_USE`], [`POLICE`], [`SHAPE`], [`MARK_DSCP`].
+    pub flags: u32,
+    /// Class at egress, as `skb->priority`; zero: that of the packet's line.
+    pub class: u32,
+    /// Slot of the provider.
+    pub provider: u32,
+    /// Slot of the application; zero: none.
+    pub application: u32,
+    /// Bytes a packet takes on the line above its IP length.
+    pub overhead: i16,
+    /// As [`crate::length::LinkLayer`].
+    pub link_layer: u8,
+    /// Code point written where [`MARK_DSCP`] is set.
+    pub dscp: u8,
+    /// Not used, zero.
+    pub reserved: [u32; 11],
+}
+
+const _: () = assert!(size_of::<Allocation>() == 128);
+
+/// Running clocks of one direction of an allocation, or of a provider's aggregate. A cache line, so
+/// that two of them never share one.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clocks {
+    /// Clock of the guaranteed capacity; not used by providers.
+    pub guaranteed: u64,
+    /// Clock of the maximum or aggregate capacity.
+    pub maximum: u64,
+    /// Not used, zero.
+    pub reserved: [u64; 6],
+}
+
+const _: () = assert!(size_of::<Clocks>() == 64);
+
+/// Longest name kept in a map, in bytes of UTF-8; shorter ones are padded with zeros.
+pub const NAME_LENGTH: usize = 32;
+
+/// A provider, and what all its allocations together may carry.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Provider {
+    /// Start of its name.
+    pub name: [u8; NAME_LENGTH],
+    /// Aggregate maximum upstream and downstream; unset: no limit.
+    pub aggregate: [Meter; 2],
+    /// 0: the slot is free, 1: application service provider, 2: network service provider.
+    pub kind: u32,
+    /// Not used, zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Provider>() == 88);
+
+/// An application of a provider.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Application {
+    /// Start of its name.
+    pub name: [u8; NAME_LENGTH],
+    /// Slot of its provider; zero where the slot is free.
+    pub provider: u32,
+    /// Not used, zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Application>() == 40);
+
+/// What one CPU counted of one direction of an allocation or provider. One cache line.
+///
+/// What passed is `in_profile` plus `excess`. In observe mode `dropped` and `marked` say what would
+/// have been.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets within the guaranteed capacity.
+    pub in_profile_packets: u64,
+    /// Their charged bytes.
+    pub in_profile_bytes: u64,
+    /// Packets above the guaranteed and within the maximum capacity.
+    pub excess_packets: u64,
+    /// Their charged bytes.
+    pub excess_bytes: u64,
+    /// Packets dropped by a limit.
+    pub dropped_packets: u64,
+    /// Their charged bytes.
+    pub dropped_bytes: u64,
+    /// Packets whose code point was rewritten.
+    pub marked_packets: u64,
+    /// Their charged bytes.
+    pub marked_bytes: u64,
+}
+
+const _: () = assert!(size_of::<Counters>() == 64);
+
+impl Counters {
+    /// Adds what another CPU counted.
+    #[must_use]
+    pub const fn plus(&self, other: &Self) -> Self {
+        Self {
+            in_profile_packets: self.in_profile_packets.wrapping_add(other.in_profile_packets),
+            in_profile_bytes: self.in_profile_bytes.wrapping_add(other.in_profile_bytes),
+            excess_packets: self.excess_packets.wrapping_add(other.excess_packets),
+            excess_bytes: self.excess_bytes.wrapping_add(other.excess_bytes),
+            dropped_packets: self.dropped_packets.wrapping_add(other.dropped_packets),
+            dropped_bytes: self.dropped_bytes.wrapping_add(other.dropped_bytes),
+            marked_packets: self.marked_packets.wrapping_add(other.marked_packets),
+            marked_bytes: self.marked_bytes.wrapping_add(other.marked_bytes),
+        }
+    }
+}
+
+/// What became of a packet, as the index of map `outcomes` (per CPU, both directions).
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// An allocation matched and no limit was exceeded.
+    Admitted = 0,
+    /// No allocation matched.
+    Unclassified = 1,
+    /// Dropped by the allocation's maximum.
+    OverMaximum = 2,
+    /// Dropped by the provider's aggregate.
+    OverAggregate = 3,
+    /// Not IPv4 or IPv6: ARP, PPPoE discovery and the like.
+    NotIp = 4,
+    /// Ends before the headers that it announces.
+    Truncated = 5,
+    /// More VLAN tags than a parser follows.
+    TooManyTags = 6,
+    /// The allocation that a mark names has gone: the packet passes unclassified.
+    StaleMark = 7,
+    /// No room for metadata in front of the packet: classified at egress instead.
+    NoMetadata = 8,
+    /// A map entry that must exist does not.
+    MissingEntry = 9,
+}
+
+/// Number of [`Outcome`]s.
+pub const OUTCOMES: u32 = 10;
+
+impl Outcome {
+    /// All outcomes, in the order of their numbers.
+    pub const ALL: [Self; OUTCOMES as usize] = [
+        Self::Admitted,
+        Self::Unclassified,
+        Self::OverMaximum,
+        Self::OverAggregate,
+        Self::NotIp,
+        Self::Truncated,
+        Self::TooManyTags,
+        Self::StaleMark,
+        Self::NoMetadata,
+        Self::MissingEntry,
+    ];
+}
+
+/// Key of map `lines`: a subscriber's prefix.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct LineKey {
+    /// Address, cleared behind `length`.
+    pub address: crate::classify::Address,
+    /// Prefix length in bits.
+    pub length: u32,
+    /// As [`crate::classify::Family`].
+    pub family: u32,
+}
+
+const _: () = assert!(size_of::<LineKey>() == 24);
+
+/// A line, as egress knows it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// Class of the line's rest, as `skb->priority`, upstream and downstream.
+    pub rest_class: [u32; 2],
+}
+
+const _: () = assert!(size_of::<Line>() == 8);
+
+/// Key of map `fragments`: what all fragments of a packet have in common.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    /// Source address.
+    pub source: crate::classify::Address,
+    /// Destination address.
+    pub destination: crate::classify::Address,
+    /// Identification.
+    pub id: u32,
+    /// Protocol in the low byte, family in the next, direction in the next.
+    pub kind: u32,
+}
+
+const _: () = assert!(size_of::<FragmentKey>() == 40);
+
+/// What the first fragment of a packet was classified as.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fragment {
+    /// When it was seen, in ns of CLOCK_MONOTONIC.
+    pub seen_ns: u64,
+    /// Id of the allocation; zero: none matched.
+    pub allocation: u64,
+    /// Slot of the allocation.
+    pub slot: u32,
+    /// Rank's selector part.
+    pub selector: u32,
+}
+
+const _: () = assert!(size_of::<Fragment>() == 24);
+
+/// How long a first fragment speaks for the later ones (RFC 8200, section 4.5: 60 seconds to
+/// reassemble; Linux keeps 30), in ns.
+pub const FRAGMENT_AGE_NS: u64 = 30_000_000_000;
+
+/// Packets whose fragments are followed at once.
+pub const MAX_FRAGMENTS: u32 = 8_192;
+
+/// What `explain` asks, the only value of map `question`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Question {
+    /// As [`Direction`].
+    pub direction: u32,
+    /// Non-zero: the packet begins with its IP header.
+    pub layer3: u32,
+}
+
+const _: () = assert!(size_of::<Question>() == 8);
+
+/// What the explaining program answers, the only value of map `answer`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// What the classifier saw; meaningless where `parsed` is zero.
+    pub key: Key,
+    /// Id of the allocation that matched; zero: none.
+    pub allocation: u64,
+    /// Rank of the rule that matched.
+    pub rank: u64,
+    /// As [`Outcome`]: what would become of the packet now.
+    pub outcome: u32,
+    /// Slot of the allocation that matched.
+    pub slot: u32,
+    /// Non-zero: the packet was read.
+    pub parsed: u32,
+    /// Non-zero: within the guaranteed capacity.
+    pub in_profile: u32,
+    /// Bytes that would be charged.
+    pub charged: u32,
+    /// Class at egress.
+    pub class: u32,
+    /// Tables that were looked into.
+    pub tables: u32,
+    /// Rules that were compared.
+    pub rules: u32,
+    /// Rules that matched and whose allocation has expired.
+    pub expired: u32,
+    /// Not used, zero.
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<Answer>() == 112);
+
+/// "QOS1": tells our metadata from what another XDP program may have written.
+pub const METADATA_MAGIC: u32 = 0x514f_5331;
+
+/// Metadata in front of a packet, from XDP to tc ingress of the same interface.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Metadata {
+    /// [`METADATA_MAGIC`].
+    pub magic: u32,
+    /// The classification, as it goes into `skb->mark`.
+    pub mark: u32,
+}
+
+const _: () = assert!(size_of::<Metadata>() == 8);
+
+/// Class id of a minor number under a qdisc's major one (`TC_H_MAKE`, linux/pkt_sched.h).
+#[must_use]
+pub const fn class_id(major: u16, minor: u16) -> u32 {
+    (major as u32) << 16 | minor as u32
+}

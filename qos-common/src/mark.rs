@@ -1,0 +1,112 @@
+//! The part of `skb->mark` that carries a classification from ingress to egress.
+//!
+//! A configurable run of bits holds, from its lowest bit: two bits of generation (zero is "not
+//! classified"), one bit of direction, and the slot of the allocation. Bits outside the run belong
+//! to the operator's own rules and are never changed.
+
+use crate::classify::Direction;
+
+/// Bits of generation and direction below the slot.
+const SLOT_SHIFT: u32 = 3;
+
+/// Fewest bits a layout may have: 32,768 slots.
+pub const MIN_BITS: u32 = 18;
+
+/// Where in `skb->mark` the classification stands, and which generation of the object wrote it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MarkLayout {
+    mask: u32,
+    shift: u32,
+    generation: u32,
+}
+
+const _: () = assert!(size_of::<MarkLayout>() == 12);
+
+/// A classification that an earlier hook wrote into a mark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marked {
+    /// The direction in which the packet was classified.
+    pub direction: Direction,
+    /// The allocation's slot; zero where no allocation matched.
+    pub slot: u32,
+}
+
+impl MarkLayout {
+    /// Layout in the run of ones of `mask`, for the object's `generation` (counted modulo three).
+    ///
+    /// None where the ones are not one run of at least [`MIN_BITS`].
+    #[must_use]
+    pub const fn new(mask: u32, generation: u32) -> Option<Self> {
+        let shift = mask.trailing_zeros();
+        if mask.count_ones() < MIN_BITS || mask.leading_zeros() + mask.count_ones() + shift != 32 {
+            return None;
+        }
+        Some(Self { mask, shift, generation: generation % 3 + 1 })
+    }
+
+    /// Number of slots that the layout can name, slot zero ("no allocation") among them.
+    #[must_use]
+    pub const fn slots(&self) -> u32 {
+        1 << (self.mask.count_ones() - SLOT_SHIFT)
+    }
+
+    /// `mark` with the classification written into it.
+    #[inline(always)]
+    #[must_use]
+    pub const fn write(&self, mark: u32, marked: Marked) -> u32 {
+        let value = self.generation | (marked.direction as u32) << 2 | marked.slot << SLOT_SHIFT;
+        (mark & !self.mask) | ((value << self.shift) & self.mask)
+    }
+
+    /// The classification in `mark`, if this generation of the object wrote one.
+    #[inline(always)]
+    #[must_use]
+    pub const fn read(&self, mark: u32) -> Option<Marked> {
+        let value = (mark & self.mask) >> self.shift;
+        if value & 0b11 != self.generation || self.generation == 0 {
+            return None;
+        }
+        Some(Marked { direction: Direction::from_bit((value >> 2) & 1), slot: value >> SLOT_SHIFT })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_run_of_enough_bits_is_taken() {
+        for (mask, taken) in [
+            (0x0003_ffff, true),
+            (0xffff_e000, true),
+            (u32::MAX, true),
+            (0x0001_ffff, false),
+            (0, false),
+            (0x7fff_0fff, false),
+        ] {
+            assert_eq!(MarkLayout::new(mask, 0).is_some(), taken, "{mask:#x}");
+        }
+    }
+
+    #[test]
+    fn a_classification_survives_and_foreign_bits_stay() {
+        let layout = MarkLayout::new(0x7fff_e000, 4).expect("18 bits");
+        for slot in [0, 1, layout.slots() - 1] {
+            for direction in [Direction::Upstream, Direction::Downstream] {
+                let mark = layout.write(0x8000_1abc, Marked { direction, slot });
+                assert_eq!(layout.read(mark), Some(Marked { direction, slot }));
+                assert_eq!(mark & 0x8000_1fff, 0x8000_1abc);
+            }
+        }
+    }
+
+    #[test]
+    fn another_generation_and_no_classification_are_told_apart() {
+        let (one, two) = (MarkLayout::new(0x7ffff, 1).expect("19"), MarkLayout::new(0x7ffff, 2).expect("19"));
+        let mark = one.write(0, Marked { direction: Direction::Upstream, slot: 7 });
+        assert_eq!(two.read(mark), None);
+        assert_eq!(one.read(0), None);
+        assert_eq!(one.read(0xfff8_0000), None);
+    }
+}

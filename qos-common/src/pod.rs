@@ -1,0 +1,34 @@
+//! Conversion of map values to bytes and back.
+
+use aya::Pod;
+
+use crate::abi::{
+    Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Line, LineKey, Provider,
+    Question, Settings,
+};
+use crate::classify::{IndexSlot, Rule, TableSet};
+
+macro_rules! pod {
+    ($($name:ty),+ $(,)?) => {$(
+        // SAFETY: `repr(C)`, made of integers and arrays of them, padding named, any bytes valid.
+        unsafe impl Pod for $name {}
+    )+};
+}
+
+pod!(
+    Allocation,
+    Answer,
+    Application,
+    Clocks,
+    Counters,
+    Fragment,
+    FragmentKey,
+    IndexSlot,
+    Line,
+    LineKey,
+    Provider,
+    Question,
+    Rule,
+    Settings,
+    TableSet,
+);

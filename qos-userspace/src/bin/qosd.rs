@@ -1,0 +1,2 @@
+//! qosd
+fn main() {}

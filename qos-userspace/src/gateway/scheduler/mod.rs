@@ -1,0 +1,169 @@
+//! Egress scheduling: what the tree of one interface is, and the trait of what builds it.
+//!
+//! The tree is declared, never commanded: the gateway says what must be there, the scheduler finds
+//! the difference and touches nothing else. [`htb`] builds it from the kernel's HTB classes.
+
+use crate::domain::units::{BitsPerSecond, ByteCount};
+use qos_common::length::LinkLayer;
+
+pub mod htb;
+
+/// Slot of an allocation: its index in the kernel's maps, 1..16,384.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AllocationSlot(pub u16);
+
+/// Slot of a line, 1..=8,000. A slot keeps its class numbers for as long as the line exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LineSlot(pub u16);
+
+/// What is to be sent into one interface: link → lines → allocations and each line's rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tree {
+    /// Capacity of the interface: rate and ceiling of the whole tree.
+    pub link: BitsPerSecond,
+    /// Largest IP packet of the interface, in bytes.
+    pub mtu: u32,
+    /// Lines, by slot, in ascending order, each slot once.
+    pub lines: Vec<LineClass>,
+    /// Allocations with a class of their own, by slot, in ascending order, each slot once.
+    pub leaves: Vec<Leaf>,
+}
+
+/// A line: an inner class and a leaf for all its traffic that no allocation has a class for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LineClass {
+    /// Slot of the line.
+    pub slot: LineSlot,
+    /// What the line is sure of: its guarantees and its rest's minimum.
+    pub rate: BitsPerSecond,
+    /// The line's speed, which nothing sent into it exceeds.
+    pub ceil: BitsPerSecond,
+    /// How the line frames packets.
+    pub link_layer: LinkLayer,
+    /// Bytes above the IP length that a packet takes on the line.
+    pub overhead: i16,
+}
+
+/// An allocation's class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leaf {
+    /// Slot of the allocation.
+    pub slot: AllocationSlot,
+    /// The line it is sent into; none: the allocation stands beside the lines, under the link.
+    pub line: Option<LineSlot>,
+    /// Guaranteed capacity; none: the smallest that the scheduler takes.
+    pub guaranteed: Option<BitsPerSecond>,
+    /// Maximum capacity; none: the line's or link's.
+    pub maximum: Option<BitsPerSecond>,
+    /// 0 is served first, 7 last; the rest comes after all of them.
+    pub priority: u8,
+    /// Most bytes that may wait; none: a few milliseconds at the class's rate.
+    pub queue: Option<ByteCount>,
+}
+
+/// Difference between the tree that was declared and the one in the kernel, repaired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drift {
+    /// What was wrong, with class numbers as `tc` prints them.
+    pub what: String,
+}
+
+/// Counters of one class, since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassStatistics {
+    /// Packets sent.
+    pub packets: u64,
+    /// Bytes sent, with link-layer headers.
+    pub bytes: u64,
+    /// Packets dropped because the queue was full.
+    pub drops: u64,
+    /// Bytes waiting now.
+    pub backlog: u64,
+}
+
+/// Why the kernel does not have the tree that was declared.
+#[derive(Debug, thiserror::Error)]
+pub enum SchedulerError {
+    /// The netlink socket could not be opened or used.
+    #[error("netlink socket: {0}")]
+    Socket(#[from] std::io::Error),
+    /// The kernel refused a request.
+    #[error("{interface}: {action}: {reason}")]
+    Refused {
+        /// Interface by name.
+        interface: String,
+        /// What was asked, with class numbers as `tc` prints them.
+        action: String,
+        /// The kernel's own words, or the error's name.
+        reason: String,
+        /// The error number, positive.
+        errno: i32,
+    },
+    /// The kernel lacks a queueing discipline.
+    #[error("{interface}: this kernel has no `{kind}` queueing discipline (module sch_{kind}); {advice}")]
+    NoSuchDiscipline {
+        /// Interface by name.
+        interface: String,
+        /// Name of the discipline.
+        kind: &'static str,
+        /// What to do about it.
+        advice: &'static str,
+    },
+    /// The interface is gone.
+    #[error("interface {interface} does not exist")]
+    NoSuchInterface {
+        /// Interface by name.
+        interface: String,
+    },
+    /// An answer could not be understood.
+    #[error("{interface}: the kernel's answer to {action} could not be read: {reason}")]
+    Malformed {
+        /// Interface by name.
+        interface: String,
+        /// What was asked.
+        action: String,
+        /// What was wrong with it.
+        reason: String,
+    },
+}
+
+/// Builds and keeps the tree of one interface.
+///
+/// Class numbers follow from slots alone ([`Scheduler::rest_class`], [`Scheduler::leaf_class`]), so
+/// that a restarted daemon and the kernel programs agree on them without asking.
+pub trait Scheduler: Send {
+    /// Makes the kernel's tree equal to `tree`, touching only what differs from the tree declared
+    /// last. The first call takes over a tree that an earlier instance left.
+    ///
+    /// # Errors
+    /// Where the kernel refuses a step, every step of this call that was made is undone as far as
+    /// the kernel lets it, and the tree declared last stays the one that is compared with.
+    fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError>;
+
+    /// Compares the kernel's tree with the one declared last and repairs what differs.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked, or refuses the repair.
+    fn repair(&mut self) -> Result<Vec<Drift>, SchedulerError>;
+
+    /// Counters of the classes of allocations that have one.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    fn statistics(&self) -> Result<Vec<(AllocationSlot, ClassStatistics)>, SchedulerError>;
+
+    /// Removes everything this scheduler made and leaves the interface as it was found.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    fn detach(&mut self) -> Result<(), SchedulerError>;
+
+    /// `skb->priority` of traffic on no known line.
+    fn default_class(&self) -> u32;
+
+    /// `skb->priority` of the rest of a line.
+    fn rest_class(&self, line: LineSlot) -> u32;
+
+    /// `skb->priority` of an allocation's class.
+    fn leaf_class(&self, slot: AllocationSlot) -> u32;
+}

@@ -1,0 +1,2 @@
+//! Set-up, build, demo, tests and benchmarks of qos.
+fn main() {}
