@@ -204,7 +204,10 @@ mod tests {
         assert!(clock < now, "the clock wrapped");
         let Arrival::Conforms { clock } = meter.arrive(clock, now, 2_000) else { panic!("within the burst") };
         assert_eq!(meter.arrive(clock, now.wrapping_add(ticks(900_000)), 1), Arrival::Over);
-        assert!(matches!(meter.arrive(clock, now.wrapping_add(ticks(1_001_000)), 1), Arrival::Conforms { .. }));
+        assert!(matches!(
+            meter.arrive(clock, now.wrapping_add(ticks(1_001_000)), 1),
+            Arrival::Conforms { .. }
+        ));
     }
 
     #[test]

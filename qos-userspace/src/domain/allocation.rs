@@ -1,0 +1,67 @@
+//! Allocations: granted requests.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::level::{Directed, Level};
+use super::name::Name;
+use super::selector::Selector;
+
+/// Number of an allocation, from 1, never used twice. A lower one is older.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct AllocationId(pub u64);
+
+impl fmt::Display for AllocationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Where an allocation stands (CAMARA QosStatus).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// Asked for, not decided.
+    Requested,
+    /// Granted and enforced.
+    Available,
+    /// Ended; the reason says how.
+    Unavailable,
+}
+
+/// A granted request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Allocation {
+    /// Its number.
+    pub id: AllocationId,
+    /// Who asked.
+    pub provider: Name,
+    /// The provider's application, where it named one.
+    pub application: Option<Name>,
+    /// The profile the level was taken from, where one was named.
+    pub profile: Option<Name>,
+    /// Which packets, one to 4,096 selectors.
+    pub selectors: Vec<Selector>,
+    /// What was granted, profile resolved and defaults filled in.
+    pub level: Level,
+    /// Among allocations that match one packet the highest wins, then the oldest.
+    pub precedence: u16,
+    /// The session whose line carries it; none: any line, under the link.
+    pub session: Option<Name>,
+    /// Delay that in-profile packets stay within, computed at admission, in µs.
+    pub delay_bound_us: Directed<Option<u32>>,
+    /// When it was granted.
+    pub granted_at: Timestamp,
+    /// When it ends; none: with its revocation.
+    pub expires_at: Option<Timestamp>,
+    /// Where it stands.
+    pub status: Status,
+    /// Why it stands there: how it ended.
+    pub reason: Option<String>,
+    /// Index in the kernel's maps, 1 to 16,383.
+    pub slot: u16,
+}

@@ -1,0 +1,23 @@
+//! Providers, applications, sessions, levels and allocations as plain types.
+//!
+//! What comes from outside becomes one of these once, at the edge, or is refused there with the
+//! field and the value; nothing behind the edge checks again. No IO, no kernel, no store.
+
+pub mod allocation;
+pub mod level;
+pub mod name;
+pub mod provider;
+pub mod selector;
+pub mod session;
+pub mod units;
+
+pub use allocation::{Allocation, AllocationId, Status};
+pub use level::{Directed, Enforcement, Level, Profile};
+pub use name::Name;
+pub use provider::{Application, Provider, ProviderKind};
+pub use selector::Selector;
+pub use session::Session;
+pub use units::{BitsPerSecond, ByteCount};
+
+pub use qos_common::classify::Direction;
+pub use qos_common::length::LinkLayer;

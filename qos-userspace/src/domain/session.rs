@@ -1,0 +1,65 @@
+//! Subscriber sessions: lines that are up.
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::LinkLayer;
+use super::level::Directed;
+use super::name::Name;
+use super::units::BitsPerSecond;
+
+/// A line that is up, and who is behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Session {
+    /// Unique among sessions.
+    pub name: Name,
+    /// Prefixes of the subscriber; no two sessions share an address.
+    pub addresses: Vec<IpNet>,
+    /// Speed of the line, in the line's own framing.
+    pub rate: Directed<BitsPerSecond>,
+    /// How the line frames packets.
+    #[serde(with = "link_layer")]
+    pub link_layer: LinkLayer,
+    /// Bytes above the IP length that a packet takes on the line, −64 to 256.
+    pub overhead: i16,
+    /// Delay of the line itself, one way, in µs.
+    pub delay_us: u32,
+    /// Share of packets that the line loses, as measured; 0 to 1, in millionths.
+    pub loss_ppm: u32,
+    /// Index of its class numbers, 1 to 8,000.
+    pub slot: u16,
+}
+
+/// A link layer by name.
+pub mod link_layer {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::LinkLayer;
+
+    /// The name of each link layer.
+    pub const NAMES: [(LinkLayer, &str); 3] =
+        [(LinkLayer::Ethernet, "ethernet"), (LinkLayer::Atm, "atm"), (LinkLayer::Ptm, "ptm")];
+
+    /// Writes the name.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(layer: &LinkLayer, serializer: S) -> Result<S::Ok, S::Error> {
+        let name = NAMES.iter().find(|(known, _)| known == layer).map_or("ethernet", |(_, name)| name);
+        serializer.serialize_str(name)
+    }
+
+    /// Reads a name.
+    ///
+    /// # Errors
+    /// Where the name is not known.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<LinkLayer, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        NAMES
+            .iter()
+            .find(|(_, name)| *name == text)
+            .map(|(layer, _)| *layer)
+            .ok_or_else(|| serde::de::Error::unknown_variant(&text, &["ethernet", "atm", "ptm"]))
+    }
+}

@@ -1,0 +1,169 @@
+//! What the gateway tells of itself: counters, status, and why a packet is treated as it is.
+
+use std::collections::BTreeMap;
+
+use qos_common::abi::Counters;
+use serde::{Deserialize, Serialize};
+
+use crate::domain::{AllocationId, BitsPerSecond, Name};
+
+/// Packets and charged bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Count {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes in the contract's length.
+    pub bytes: u64,
+}
+
+/// What was counted of one direction of an allocation or provider since it was set up. In observe
+/// mode `dropped` and `marked` say what would have been.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// In profile and excess together.
+    pub passed: Count,
+    /// Dropped by a limit where the packet was classified.
+    pub dropped: Count,
+    /// Dropped because the queue at egress was full; shaped allocations only.
+    pub queue_dropped: Count,
+    /// Re-marked with another code point.
+    pub marked: Count,
+    /// Within the guaranteed capacity.
+    pub in_profile: Count,
+    /// Above the guaranteed and within the maximum capacity.
+    pub excess: Count,
+}
+
+impl From<Counters> for Counts {
+    fn from(counters: Counters) -> Self {
+        let in_profile = Count { packets: counters.in_profile_packets, bytes: counters.in_profile_bytes };
+        let excess = Count { packets: counters.excess_packets, bytes: counters.excess_bytes };
+        Self {
+            passed: Count {
+                packets: in_profile.packets + excess.packets,
+                bytes: in_profile.bytes + excess.bytes,
+            },
+            dropped: Count { packets: counters.dropped_packets, bytes: counters.dropped_bytes },
+            queue_dropped: Count::default(),
+            marked: Count { packets: counters.marked_packets, bytes: counters.marked_bytes },
+            in_profile,
+            excess,
+        }
+    }
+}
+
+/// Counts of both directions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectedCounts {
+    /// From the subscriber.
+    pub up: Counts,
+    /// To the subscriber.
+    pub down: Counts,
+}
+
+/// All counters at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// When they were read, in ns of CLOCK_MONOTONIC: the difference of two gives rates.
+    pub at_ns: u64,
+    /// By allocation.
+    pub allocations: BTreeMap<AllocationId, DirectedCounts>,
+    /// By provider.
+    pub providers: BTreeMap<Name, DirectedCounts>,
+    /// Packets by what became of them ([`qos_common::abi::Outcome`], snake case).
+    pub outcomes: BTreeMap<String, u64>,
+}
+
+/// One interface of the gateway as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceStatus {
+    /// Its name.
+    pub name: String,
+    /// `lan` or `wan`.
+    pub role: String,
+    /// Its capacity.
+    pub capacity: BitsPerSecond,
+    /// Its index; none: it does not exist now.
+    pub index: Option<u32>,
+    /// How XDP is attached: `native`, `generic` or `none`.
+    pub xdp: String,
+    /// How the tc programs are attached: `tcx`, `clsact` or `none`.
+    pub tc: String,
+    /// Scheduler at egress: `htb` or `none`.
+    pub scheduler: String,
+    /// Classes that the scheduler keeps for allocations and lines.
+    pub classes: usize,
+}
+
+/// Something that was not as it should be, and was repaired.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RepairReport {
+    /// When.
+    pub at: jiff::Timestamp,
+    /// What was wrong.
+    pub what: String,
+}
+
+/// The gateway as it is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayStatus {
+    /// `enforce` or `observe`.
+    pub mode: String,
+    /// Version of the maps' layout.
+    pub abi: u32,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// The programs were taken over from an earlier instance, not attached afresh.
+    pub taken_over: bool,
+    /// Its interfaces.
+    pub interfaces: Vec<InterfaceStatus>,
+    /// Rules in the classifier, and how many it takes.
+    pub rules: (u32, u32),
+    /// Most rules that one packet may be compared with.
+    pub worst_case_comparisons: u32,
+    /// Allocations in the kernel, and how many it takes.
+    pub allocations: (u32, u32),
+    /// The last things that were repaired, newest last.
+    pub repairs: Vec<RepairReport>,
+}
+
+/// Why a packet is treated as it is, by the loaded program itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// What would become of it now ([`qos_common::abi::Outcome`], snake case).
+    pub outcome: String,
+    /// The allocation that matched.
+    pub allocation: Option<AllocationId>,
+    /// The index of its selector that matched.
+    pub selector: Option<u32>,
+    /// Within the guaranteed capacity now.
+    pub in_profile: bool,
+    /// Bytes that would be charged.
+    pub charged: u32,
+    /// Class at egress as `tc` prints it, `5150:4001`; none: the interface's default.
+    pub class: Option<String>,
+    /// What the program read: `up`/`down`, addresses, protocol, ports, code point, length.
+    pub direction: String,
+    /// Source address; none: the packet could not be read.
+    pub source: Option<std::net::IpAddr>,
+    /// Destination address.
+    pub destination: Option<std::net::IpAddr>,
+    /// IP protocol number.
+    pub protocol: Option<u8>,
+    /// Source port.
+    pub source_port: Option<u16>,
+    /// Destination port.
+    pub destination_port: Option<u16>,
+    /// Code point.
+    pub dscp: Option<u8>,
+    /// IP length in bytes.
+    pub length: Option<u16>,
+    /// Ports or protocol could not be seen: a later fragment, or too long a header chain.
+    pub fragment: bool,
+    /// Tables that were looked into.
+    pub tables: u32,
+    /// Rules that were compared.
+    pub rules: u32,
+    /// Rules that matched and were passed over, their allocation having expired.
+    pub expired: u32,
+}

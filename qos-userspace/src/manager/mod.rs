@@ -1,0 +1,246 @@
+//! The decision core: what is known, what is asked, what follows. Pure.
+//!
+//! [`decide`] reads the [`State`] and a [`Command`] and answers with a [`Decision`]: the changes to
+//! write, or a refusal that names the field and the value. It does no IO and reads no clock; the
+//! changes are written by a [`crate::store::Store`] in one transaction, applied to the state by
+//! [`State::apply`], and carried into the kernel by a [`Gateway`].
+
+use std::collections::BTreeMap;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::domain::{
+    Allocation, AllocationId, Application, BitsPerSecond, Directed, Level, Name, Profile, Provider,
+    ProviderKind, Selector, Session,
+};
+
+/// On which end of the lines the gateway stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LineSide {
+    /// At the network's end: what it sends out of its LAN interfaces goes into the lines.
+    #[default]
+    Lan,
+    /// At the subscriber's end: what it sends out of its WAN interfaces goes into the line.
+    Wan,
+}
+
+/// What the network is, from the configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Network {
+    /// Capacity of the link in each direction: that of the interfaces it is sent out of.
+    pub link: Directed<BitsPerSecond>,
+    /// Which direction goes into the lines.
+    pub line_side: LineSide,
+    /// Share of a line's speed that is used in the direction out of the line, 0 to 1.
+    pub soft_share: f64,
+    /// Largest IP packet, in bytes.
+    pub mtu: u32,
+    /// Requests must name the address of a session.
+    pub require_session: bool,
+}
+
+/// Everything that decisions depend on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// The network.
+    pub network: Network,
+    /// Providers by name.
+    pub providers: BTreeMap<Name, Provider>,
+    /// Applications by provider and name.
+    pub applications: BTreeMap<(Name, Name), Application>,
+    /// Sessions by name.
+    pub sessions: BTreeMap<Name, Session>,
+    /// Profiles by name.
+    pub profiles: BTreeMap<Name, Profile>,
+    /// Allocations that are available, by number. Ended ones are history, in the store only.
+    pub allocations: BTreeMap<AllocationId, Allocation>,
+    /// The number the next allocation gets.
+    pub next_allocation: AllocationId,
+}
+
+/// What is asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+pub enum Command {
+    /// Registers a provider.
+    AddProvider(NewProvider),
+    /// Removes a provider that has no allocation and no application.
+    RemoveProvider {
+        /// Its name.
+        name: Name,
+    },
+    /// Registers an application of a provider.
+    AddApplication {
+        /// Whose it is.
+        provider: Name,
+        /// Its name.
+        name: Name,
+    },
+    /// Removes an application that has no allocation.
+    RemoveApplication {
+        /// Whose it is.
+        provider: Name,
+        /// Its name.
+        name: Name,
+    },
+    /// Names a line that is up.
+    AddSession(NewSession),
+    /// Forgets a line that carries no allocation.
+    RemoveSession {
+        /// Its name.
+        name: Name,
+    },
+    /// Names a level, or changes what a name stands for in later grants.
+    PutProfile(Profile),
+    /// Forgets a named level.
+    RemoveProfile {
+        /// Its name.
+        name: Name,
+    },
+    /// Asks for an allocation.
+    Grant(Box<GrantRequest>),
+    /// Ends an allocation.
+    Revoke {
+        /// Its number.
+        id: AllocationId,
+    },
+    /// Ends what has expired.
+    Expire,
+}
+
+/// A provider to register.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewProvider {
+    /// Unique among providers.
+    pub name: Name,
+    /// Application or network service provider.
+    pub kind: ProviderKind,
+    /// Prefixes it may claim.
+    pub networks: Vec<ipnet::IpNet>,
+    /// What all its allocations together may carry.
+    #[serde(default)]
+    pub aggregate: Directed<Option<BitsPerSecond>>,
+}
+
+/// A session to name.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewSession {
+    /// Unique among sessions.
+    pub name: Name,
+    /// Prefixes of the subscriber.
+    pub addresses: Vec<ipnet::IpNet>,
+    /// Speed of the line.
+    pub rate: Directed<BitsPerSecond>,
+    /// How the line frames packets.
+    #[serde(default, with = "crate::domain::session::link_layer")]
+    pub link_layer: crate::domain::LinkLayer,
+    /// Bytes above the IP length; none: 14.
+    #[serde(default)]
+    pub overhead: Option<i16>,
+    /// Delay of the line itself, in µs.
+    #[serde(default)]
+    pub delay_us: u32,
+    /// Share of packets the line loses, in millionths.
+    #[serde(default)]
+    pub loss_ppm: u32,
+}
+
+/// A request for an allocation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GrantRequest {
+    /// Who asks.
+    pub provider: Name,
+    /// For which of its applications.
+    #[serde(default)]
+    pub application: Option<Name>,
+    /// For which packets.
+    pub selectors: Vec<Selector>,
+    /// The profile that what `level` leaves open is taken from.
+    #[serde(default)]
+    pub profile: Option<Name>,
+    /// What is asked.
+    #[serde(default)]
+    pub level: LevelRequest,
+    /// Among allocations that match one packet the highest wins.
+    #[serde(default)]
+    pub precedence: u16,
+    /// For how long; none: until revoked.
+    #[serde(default)]
+    pub duration: Option<SignedDuration>,
+}
+
+/// A level with every field open: what is said here goes before the profile.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LevelRequest {
+    /// Guaranteed capacity.
+    pub guaranteed: Directed<Option<BitsPerSecond>>,
+    /// Maximum capacity.
+    pub maximum: Directed<Option<BitsPerSecond>>,
+    /// Bytes that may come at once.
+    pub burst: Directed<Option<crate::domain::ByteCount>>,
+    /// 0 first, 7 last.
+    pub priority: Option<u8>,
+    /// Delay budget in µs.
+    pub delay_us: Option<u32>,
+    /// Loss budget, 0 to 1.
+    pub loss: Option<f64>,
+    /// Code point to write.
+    pub dscp: Option<u8>,
+    /// Queue or drop.
+    pub enforcement: Option<crate::domain::Enforcement>,
+    /// Refuse rather than give a soft guarantee.
+    pub hard: Option<bool>,
+}
+
+/// One change of the state, to be written with all others of its decision or not at all.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// A provider was added or changed.
+    PutProvider(Provider),
+    /// A provider was removed.
+    DeleteProvider(Name),
+    /// An application was added.
+    PutApplication(Application),
+    /// An application was removed.
+    DeleteApplication(Name, Name),
+    /// A session was added or changed.
+    PutSession(Session),
+    /// A session was removed.
+    DeleteSession(Name),
+    /// A profile was added or changed.
+    PutProfile(Profile),
+    /// A profile was removed.
+    DeleteProfile(Name),
+    /// An allocation was granted.
+    PutAllocation(Allocation),
+    /// An allocation ended: its last state, for the history.
+    EndAllocation(Allocation),
+}
+
+/// What follows from a command.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// What to write, all or nothing.
+    pub changes: Vec<Change>,
+    /// What the asker is told beyond the changes: a limit that will not be reached, a soft
+    /// guarantee, a selector hidden by another allocation's.
+    pub warnings: Vec<String>,
+}
+
+/// Carries decisions into the kernel.
+pub trait Gateway {
+    /// Why the kernel does not do what was decided.
+    type Error: std::error::Error + Send + Sync + 'static;
+
+    /// Carries out `changes`, which `state` already contains.
+    ///
+    /// # Errors
+    /// Where a step is refused; the kernel is then as before the call.
+    fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
+}
