@@ -3,7 +3,7 @@
 //! Every error names the file, the line, the key and the value. Keys that are not known are errors
 //! too: a mistyped limit that silently isn't there is worse than a daemon that doesn't start.
 //! What the keys mean to an operator is written in `docs/qos.example.toml`. Whether interfaces exist
-//! and the kernel can do what is asked is for `doctor` to say.
+//! and the kernel can do what is asked is for [`crate::api::doctor`] to say.
 
 use std::collections::BTreeSet;
 use std::fmt;

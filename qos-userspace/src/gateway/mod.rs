@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::domain::BitsPerSecond;
 use crate::manager::LineSide;
 
+pub mod nic;
 pub mod report;
 pub mod scheduler;
 
