@@ -1,4 +1,17 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
+pub mod classifier;
+pub mod memory;
+pub mod object;
 pub mod report;
 pub mod scheduler;
+
+/// Which side of the gateway an interface is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Towards subscribers.
+    Lan,
+    /// Towards providers.
+    Wan,
+}
