@@ -1,6 +1,8 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
 pub mod classifier;
+pub mod kernel;
+mod maps;
 pub mod memory;
 pub mod object;
 pub mod report;
@@ -15,3 +17,5 @@ pub enum Role {
     /// Towards providers.
     Wan,
 }
+
+pub use kernel::{GatewayConfig, GatewayError, InterfaceConfig, Kernel};

@@ -137,6 +137,12 @@ pub enum ObjectError {
     },
 }
 
+impl ObjectError {
+    pub(super) fn map(map: &'static str, reason: MapError) -> Self {
+        Self::Map { map, reason: Box::new(reason) }
+    }
+}
+
 fn program_error(error: &ProgramError) -> String {
     match error {
         ProgramError::LoadError { io_error, verifier_log } => {
@@ -232,18 +238,23 @@ impl Object {
             Some(aya::maps::Map::Array(data)) => data,
             _ => return Err(ObjectError::Missing { kind: "array map", name: map.to_owned() }),
         };
-        let info = data.info().map_err(|reason| map_error(map, reason))?;
+        let info = data.info().map_err(|reason| ObjectError::map(map, reason))?;
         assert_eq!(info.value_size() as usize, size_of::<T>(), "value size of map {map}");
         SharedArray::of_map(data.fd().as_fd(), info.max_entries())
             .map_err(|reason| ObjectError::Memory { map, reason })
     }
 
-    /// A map by its name, to be used through aya's own types.
+    /// Takes a map out of the object, as one of aya's types.
     ///
     /// # Errors
-    /// Where there is none.
-    pub fn map(&mut self, map: &str) -> Result<&mut aya::maps::Map, ObjectError> {
-        self.ebpf.map_mut(map).ok_or_else(|| ObjectError::Missing { kind: "map", name: map.to_owned() })
+    /// Where there is none, or it is of another type.
+    pub fn take<M>(&mut self, map: &'static str) -> Result<M, ObjectError>
+    where
+        M: TryFrom<aya::maps::Map, Error = MapError>,
+    {
+        let missing = || ObjectError::Missing { kind: "map", name: map.to_owned() };
+        let data = self.ebpf.take_map(map).ok_or_else(missing)?;
+        M::try_from(data).map_err(|reason| ObjectError::map(map, reason))
     }
 
     /// Attaches the programs of an interface, or takes over the links that are pinned for it. What is
@@ -584,10 +595,6 @@ fn possible_cpus() -> u32 {
 
 fn pin_error(action: &'static str, path: &Path, reason: io::Error) -> ObjectError {
     ObjectError::Pin { action, path: path.to_path_buf(), reason }
-}
-
-fn map_error(map: &'static str, reason: MapError) -> ObjectError {
-    ObjectError::Map { map, reason: Box::new(reason) }
 }
 
 #[cfg(test)]
