@@ -1,1 +1,4 @@
 //! The library behind `qosd` and `qos`.
+
+pub mod domain;
+pub mod gateway;

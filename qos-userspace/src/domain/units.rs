@@ -160,7 +160,8 @@ fn decimal(value: u64, units: [&str; 5]) -> String {
         index += 1;
     }
     let number = format!("{scaled:.3}");
-    let number = if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { &number };
+    let number =
+        if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { &number };
     format!("{number} {}", units[index])
 }
 

@@ -1,0 +1,3 @@
+//! Plain types of what is managed. No IO.
+
+pub mod units;
