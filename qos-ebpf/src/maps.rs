@@ -56,9 +56,9 @@ static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { MAX_FRAGMENTS as usize }> 
 #[btf_map(name = "searches")]
 static SEARCHES: PerCpuArray<Search, 2> = PerCpuArray::new();
 #[btf_map(name = "question")]
-static QUESTION: Array<Question, 1> = Array::new();
+static QUESTION: Array<Question, 1, MMAPABLE> = Array::new();
 #[btf_map(name = "answer")]
-static ANSWER: Array<Answer, 1> = Array::new();
+static ANSWER: Array<Answer, 1, MMAPABLE> = Array::new();
 
 #[inline(always)]
 pub(crate) fn settings() -> Option<&'static Settings> {

@@ -253,9 +253,9 @@ impl Kernel {
         if !(14..=3_520).contains(&packet.len()) {
             return Err(GatewayError::PacketLength(packet.len()));
         }
-        self.maps.ask(Question { direction: direction as u32, layer3: u32::from(layer3) })?;
+        self.maps.ask(Question { direction: direction as u32, layer3: u32::from(layer3) });
         self.object.explain(packet)?;
-        Ok(explanation(direction, &self.maps.answer()?))
+        Ok(explanation(direction, &self.maps.answer()))
     }
 
     /// Tells how the gateway is.

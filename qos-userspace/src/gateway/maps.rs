@@ -27,8 +27,8 @@ pub(super) struct Maps {
     provider_counters: SharedArray<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
     lines: HashMap<MapData, LineKey, Line>,
-    question: Array<MapData, Question>,
-    answer: Array<MapData, Answer>,
+    question: SharedArray<Question>,
+    answer: SharedArray<Answer>,
 }
 
 impl Maps {
@@ -44,8 +44,8 @@ impl Maps {
             provider_counters: object.shared("prov_counters")?,
             outcomes: object.take("outcomes")?,
             lines: object.take("lines")?,
-            question: object.take("question")?,
-            answer: object.take("answer")?,
+            question: object.shared("question")?,
+            answer: object.shared("answer")?,
         })
     }
 
@@ -163,12 +163,14 @@ impl Maps {
             .collect()
     }
 
-    pub(super) fn ask(&mut self, question: Question) -> Result<(), ObjectError> {
-        self.question.set(0, question, 0).map_err(|reason| ObjectError::map("question", reason))
+    /// Sets the question that the explaining program answers when it is run.
+    pub(super) fn ask(&self, question: Question) {
+        self.question.write(0, question);
     }
 
-    pub(super) fn answer(&self) -> Result<Answer, ObjectError> {
-        self.answer.get(&0, 0).map_err(|reason| ObjectError::map("answer", reason))
+    /// The answer of its last run.
+    pub(super) fn answer(&self) -> Answer {
+        self.answer.read(0)
     }
 }
 

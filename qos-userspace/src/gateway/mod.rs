@@ -2,8 +2,10 @@
 
 pub mod classifier;
 pub mod kernel;
+pub mod link;
 mod maps;
 pub mod memory;
+mod netlink;
 pub mod object;
 pub mod report;
 pub mod scheduler;
