@@ -55,7 +55,11 @@ pub struct Config {
     pub require_session: bool,
     /// Time between two comparisons of the kernel with the state.
     pub reconcile_interval: Duration,
-    /// What the gateway has to know.
+    /// On which end of the lines the gateway stands.
+    pub line_side: LineSide,
+    /// Share of a line's speed that is used in the direction out of the line, above 0 up to 1.
+    pub soft_share: f64,
+    /// What the gateway is made of.
     pub gateway: GatewayConfig,
 }
 
@@ -175,6 +179,12 @@ impl Config {
             reconcile_interval: top
                 .optional("reconcile_interval", interval)?
                 .unwrap_or(DEFAULT_RECONCILE_INTERVAL),
+            line_side: top
+                .optional("line_side", |value| {
+                    one_of(value, &[("lan", LineSide::Lan), ("wan", LineSide::Wan)])
+                })?
+                .unwrap_or_default(),
+            soft_share: top.optional("soft_share", share)?.unwrap_or(DEFAULT_SOFT_SHARE),
             gateway: GatewayConfig {
                 interfaces,
                 bpffs_dir: top
@@ -184,12 +194,6 @@ impl Config {
                     .optional("mode", |value| one_of(value, &[("enforce", false), ("observe", true)]))?
                     .unwrap_or(false),
                 mark_mask: top.optional("mark_mask", mark_mask)?.unwrap_or(DEFAULT_MARK_MASK),
-                line_side: top
-                    .optional("line_side", |value| {
-                        one_of(value, &[("lan", LineSide::Lan), ("wan", LineSide::Wan)])
-                    })?
-                    .unwrap_or_default(),
-                soft_share: top.optional("soft_share", share)?.unwrap_or(DEFAULT_SOFT_SHARE),
             },
         };
         top.finish()?;
@@ -209,8 +213,8 @@ impl Config {
         };
         Network {
             link: Directed { up: slowest(Role::Wan), down: slowest(Role::Lan) },
-            line_side: self.gateway.line_side,
-            soft_share: self.gateway.soft_share,
+            line_side: self.line_side,
+            soft_share: self.soft_share,
             mtu,
             require_session: self.require_session,
         }
@@ -614,7 +618,7 @@ allow_groups = ["root"]
         assert_eq!(config.reconcile_interval, Duration::from_millis(250));
         assert!(!config.require_session);
         assert_eq!(
-            (config.gateway.observe, config.gateway.line_side, config.gateway.mark_mask),
+            (config.gateway.observe, config.line_side, config.gateway.mark_mask),
             (true, LineSide::Wan, 0x0003_ffff)
         );
     }

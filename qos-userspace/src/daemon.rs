@@ -21,7 +21,7 @@ use crate::api::worker::Worker;
 use crate::api::{self, Api};
 use crate::config::Config;
 use crate::gateway::GatewayConfig;
-use crate::gateway::nic::Nic;
+use crate::gateway::link::{Link, LinkError};
 use crate::manager::{Gateway, State};
 use crate::store::sqlite::SqliteStore;
 
@@ -55,13 +55,8 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// An interface can't be used.
-    #[error("interface {name}: {source}; `qosd check` and `qos doctor` tell more")]
-    Interface {
-        /// Its name.
-        name: String,
-        /// Why not.
-        source: io::Error,
-    },
+    #[error("{0}; correct [[interface]] in the configuration, or make the interface")]
+    Interface(#[from] LinkError),
     /// There is no socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
@@ -110,14 +105,16 @@ async fn live<G: Gateway + 'static>(
     let mut terminate = signal(SignalKind::terminate()).map_err(handled)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(handled)?;
 
-    // Before the service too: who is second must find out before it touches the kernel.
-    let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
+    // Who is second must find out before it touches the kernel.
+    socket::refuse_live(&config.socket)?;
 
     let own = Arc::clone(&config);
     let mut worker = Worker::spawn(move || {
         let store = SqliteStore::open(&own.database()).map_err(ServiceError::Store)?;
         Service::start(Config::clone(&own), mtu, store, |state| start_gateway(&own.gateway, state))
     })?;
+    // Last, so that whoever can connect meets a gateway that enforces.
+    let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
 
     let stop = Arc::new(Notify::new());
@@ -189,17 +186,9 @@ fn lock(config: &Config) -> Result<Flock<File>, DaemonError> {
 }
 
 /// The largest IP packet that any interface takes, in bytes: delays are computed with it.
-fn largest_mtu(config: &Config) -> Result<u32, DaemonError> {
-    let mut largest = 0;
-    for interface in &config.gateway.interfaces {
-        let failed = |source| DaemonError::Interface { name: interface.name.clone(), source };
-        let nic = Nic::read(&interface.name).map_err(failed)?.ok_or_else(|| {
-            let message = "there is none of that name in this network namespace";
-            failed(io::Error::new(io::ErrorKind::NotFound, message))
-        })?;
-        largest = largest.max(nic.mtu);
-    }
-    Ok(largest)
+fn largest_mtu(config: &Config) -> Result<u32, LinkError> {
+    let mtus = config.gateway.interfaces.iter().map(|interface| Ok(Link::by_name(&interface.name)?.mtu));
+    mtus.collect::<Result<Vec<_>, _>>().map(|mtus| mtus.into_iter().max().unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -249,6 +238,6 @@ capacity = "1Gbit/s"
     fn a_missing_interface_is_named() {
         let directory = tempfile::tempdir().expect("temporary directory");
         let error = largest_mtu(&config(directory.path(), "no-such-nic")).expect_err("missing").to_string();
-        assert!(error.starts_with("interface no-such-nic: there is none of that name"), "{error}");
+        assert_eq!(error, "interface no-such-nic does not exist");
     }
 }

@@ -10,14 +10,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 
-use netlink_packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
-};
+use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
-use netlink_sys::protocols::NETLINK_ROUTE;
-use netlink_sys::{Socket, SocketAddr};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::statfs;
 use nix::sys::statvfs::statvfs;
@@ -27,7 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::types::Status;
 use crate::config::Config;
 use crate::gateway::InterfaceConfig;
-use crate::gateway::nic::Nic;
+use crate::gateway::link::{Link, LinkError};
+use crate::gateway::netlink::{NetlinkError, RouteSocket};
+use crate::gateway::port::Port;
 
 /// Oldest kernel that works.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
@@ -302,7 +299,7 @@ fn schedulers() -> Vec<Check> {
 }
 
 /// Puts a qdisc on the loopback of the thread's network namespace.
-fn try_qdisc(kind: &str, options: Vec<TcOption>) -> io::Result<()> {
+fn try_qdisc(kind: &str, options: Vec<TcOption>) -> Result<(), NetlinkError> {
     const LOOPBACK: i32 = 1;
     let mut message = TcMessage::with_index(LOOPBACK);
     message.header.parent = TcHandle::ROOT;
@@ -310,22 +307,9 @@ fn try_qdisc(kind: &str, options: Vec<TcOption>) -> io::Result<()> {
     if !options.is_empty() {
         message.attributes.push(TcAttribute::Options(options));
     }
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-    let mut packet =
-        NetlinkMessage::new(header, NetlinkPayload::from(RouteNetlinkMessage::NewQueueDiscipline(message)));
-    packet.finalize();
-    let mut bytes = vec![0; packet.buffer_len()];
-    packet.serialize(&mut bytes);
-
-    let socket = Socket::new(NETLINK_ROUTE)?;
-    socket.send_to(&bytes, &SocketAddr::new(0, 0), 0)?;
-    let (answer, _) = socket.recv_from_full()?;
-    let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(io::Error::other)?;
-    match answer.payload {
-        NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
-        _ => Ok(()),
-    }
+    let request = RouteNetlinkMessage::NewQueueDiscipline(message);
+    let answers = RouteSocket::open()?.request([(request, NLM_F_CREATE | NLM_F_REPLACE)])?;
+    answers.into_iter().try_for_each(|answer| answer.result.map_err(NetlinkError::Refused))
 }
 
 fn bpffs(directory: &Path) -> Check {
@@ -355,18 +339,17 @@ fn interfaces(configured: &[InterfaceConfig]) -> Vec<Check> {
     let mut mtus = Vec::new();
     for interface in configured {
         let name = format!("interface {}", interface.name);
-        match Nic::read(&interface.name) {
-            Ok(Some(nic)) => {
-                mtus.push((interface.name.as_str(), nic.mtu));
-                checks.push(link(&name, interface, &nic));
-                checks.extend(merging(&name, &interface.name, &nic));
+        match Link::by_name(&interface.name) {
+            Ok(found) => {
+                mtus.push((interface.name.as_str(), found.mtu));
+                checks.extend(link(&name, interface, &found));
             }
-            Ok(None) => checks.push(Check::error(
+            Err(error @ LinkError::NotFound { .. }) => checks.push(Check::error(
                 name,
-                "there is none of that name in this network namespace",
+                error.to_string(),
                 "correct `name` in [[interface]], or make the interface",
             )),
-            Err(error) => checks.push(Check::error(name, format!("can't be read: {error}"), "run as root")),
+            Err(error) => checks.push(Check::error(name, error.to_string(), "run as root")),
         }
     }
     if let [(_, first), rest @ ..] = mtus.as_slice() {
@@ -385,14 +368,22 @@ fn interfaces(configured: &[InterfaceConfig]) -> Vec<Check> {
     checks
 }
 
-fn link(name: &str, interface: &InterfaceConfig, nic: &Nic) -> Check {
-    if !nic.up {
-        return Check::error(name, "it is down", format!("ip link set {} up", interface.name));
+fn link(name: &str, interface: &InterfaceConfig, found: &Link) -> Vec<Check> {
+    if !found.ethernet {
+        let mend = "name an Ethernet interface: this version attaches to no other";
+        return vec![Check::error(name, "it has no Ethernet header", mend)];
     }
-    if !nic.running {
-        return Check::error(name, "it has no carrier", "check the cable and the other end");
+    if !found.up {
+        return vec![Check::error(name, "it is down", format!("ip link set {} up", interface.name))];
     }
-    match nic.speed {
+    let port = match Port::read(&interface.name) {
+        Ok(port) => port,
+        Err(error) => {
+            return vec![Check::error(name, format!("its port can't be read: {error}"), "run as root")];
+        }
+    };
+    let mut checks = vec![match port.speed {
+        _ if !port.carrier => Check::error(name, "it has no carrier", "check the cable and the other end"),
         Some(speed) if interface.capacity > speed => Check::warning(
             name,
             format!("its capacity is set to {}, the port has {speed}", interface.capacity),
@@ -402,19 +393,21 @@ fn link(name: &str, interface: &InterfaceConfig, nic: &Nic) -> Check {
             let port = speed.map(|speed| format!(", the port has {speed}")).unwrap_or_default();
             Check::ok(name, format!("up, capacity {}{port}", interface.capacity))
         }
-    }
+    }];
+    checks.extend(merging(name, &interface.name, &port));
+    checks
 }
 
-fn merging(name: &str, interface: &str, nic: &Nic) -> Vec<Check> {
+fn merging(name: &str, interface: &str, port: &Port) -> Vec<Check> {
     let mut checks = Vec::new();
-    if nic.lro == Some(true) {
+    if port.lro == Some(true) {
         checks.push(Check::warning(
             format!("{name} LRO"),
             "on: packets are merged beyond repair before they are forwarded",
             format!("ethtool -K {interface} lro off"),
         ));
     }
-    if let Some(gro) = nic.gro {
+    if let Some(gro) = port.gro {
         let found = if gro {
             "on: less work per packet; on ATM lines and with overhead the scheduler counts a merged \
              packet once, so its rates are a little high"
@@ -550,7 +543,9 @@ capacity = "1Gbit/s"
         match trial.join().expect("no panic") {
             Ok((there, missing)) => {
                 there.expect("every kernel has pfifo");
-                assert_eq!(missing.expect_err("no such scheduler").raw_os_error(), Some(libc::ENOENT));
+                assert!(
+                    matches!(missing, Err(NetlinkError::Refused(refusal)) if refusal.errno == libc::ENOENT)
+                );
             }
             Err(error) => eprintln!("skipped: no network namespace can be made: {error}"),
         }

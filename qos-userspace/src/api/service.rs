@@ -353,7 +353,7 @@ impl<S: Store, G: Gateway> Operations for Service<S, G> {
             started_at: self.started_at,
             state_dir: self.config.state_dir.clone(),
             bpffs_dir: self.config.gateway.bpffs_dir.clone(),
-            line_side: self.config.gateway.line_side,
+            line_side: self.config.line_side,
             link: self.state.network.link,
             require_session: self.config.require_session,
             counted: Counted {
@@ -381,9 +381,7 @@ impl<S: Store, G: Gateway> Operations for Service<S, G> {
         layer3: bool,
     ) -> Result<Explanation, ServiceError> {
         let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
-        gateway
-            .explain(&self.state, direction, packet, layer3)
-            .map_err(gateway_failed("run the program on this packet"))
+        gateway.explain(direction, packet, layer3).map_err(gateway_failed("run the program on this packet"))
     }
 
     fn reconcile(&mut self) -> Result<Vec<String>, ServiceError> {

@@ -108,7 +108,11 @@ fn mode(access: &Access) -> u32 {
     if access.users.is_empty() && access.groups.len() <= 1 { 0o660 } else { 0o666 }
 }
 
-fn refuse_live(path: &Path) -> Result<(), SocketError> {
+/// Refuses where a daemon answers at `path`, or something is there that is no socket.
+///
+/// # Errors
+/// In these cases, and where the system does not let it look.
+pub fn refuse_live(path: &Path) -> Result<(), SocketError> {
     let in_the_way = |source| SocketError::System { what: "look at", path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

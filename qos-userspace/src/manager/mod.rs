@@ -256,7 +256,6 @@ pub trait Gateway {
     /// Where the program can't be run on it.
     fn explain(
         &mut self,
-        state: &State,
         direction: Direction,
         packet: &[u8],
         layer3: bool,

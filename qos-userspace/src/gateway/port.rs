@@ -1,4 +1,4 @@
-//! A network interface as it is: index, MTU, whether it is up, speed and offloads.
+//! A network interface's port: carrier, speed and offloads. [`super::link`] has the rest.
 //!
 //! Read by ioctl in the network namespace of the calling thread; `/sys/class/net` would show the
 //! namespace that sysfs was mounted in.
@@ -17,17 +17,11 @@ const ETHTOOL_GGRO: u32 = 0x2b;
 const ETH_FLAG_LRO: u32 = 1 << 15;
 const SPEED_UNKNOWN: u32 = u32::MAX;
 
-/// A network interface.
+/// The port of a network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Nic {
-    /// Its index.
-    pub index: u32,
-    /// Largest IP packet, in bytes.
-    pub mtu: u32,
-    /// It was switched on.
-    pub up: bool,
+pub struct Port {
     /// It has a carrier.
-    pub running: bool,
+    pub carrier: bool,
     /// Speed of the port; none: the driver does not tell.
     pub speed: Option<BitsPerSecond>,
     /// Merges packets in software as they come in; none: not known.
@@ -36,34 +30,22 @@ pub struct Nic {
     pub lro: Option<bool>,
 }
 
-impl Nic {
-    /// Reads an interface; none: there is no such interface.
+impl Port {
+    /// Reads the port of an interface.
     ///
     /// # Errors
-    /// Where the kernel refuses for another reason.
-    pub fn read(name: &str) -> io::Result<Option<Self>> {
+    /// Where there is no such interface, or the kernel refuses.
+    pub fn read(interface: &str) -> io::Result<Self> {
         let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-        let mut request = Request { socket, name: name_bytes(name)? };
-
-        let index = match request.ioctl(libc::SIOCGIFINDEX, |_| {}) {
-            // SAFETY: SIOCGIFINDEX writes this member.
-            Ok(answer) => unsafe { answer.ifru_ifindex },
-            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        // SAFETY: SIOCGIFMTU writes this member.
-        let mtu = unsafe { request.ioctl(libc::SIOCGIFMTU, |_| {})?.ifru_mtu };
+        let mut request = Request { socket, name: name_bytes(interface)? };
         // SAFETY: SIOCGIFFLAGS writes this member.
         let flags = i32::from(unsafe { request.ioctl(libc::SIOCGIFFLAGS, |_| {})?.ifru_flags });
-        Ok(Some(Self {
-            index: index.cast_unsigned(),
-            mtu: mtu.cast_unsigned(),
-            up: flags & libc::IFF_UP != 0,
-            running: flags & libc::IFF_RUNNING != 0,
+        Ok(Self {
+            carrier: flags & libc::IFF_RUNNING != 0,
             speed: request.speed(),
             gro: request.ethtool_value(ETHTOOL_GGRO).map(|value| value != 0),
             lro: request.ethtool_value(ETHTOOL_GFLAGS).map(|flags| flags & ETH_FLAG_LRO != 0),
-        }))
+        })
     }
 }
 
@@ -134,11 +116,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_is_read_and_a_missing_one_is_none() {
-        let lo = Nic::read("lo").expect("readable").expect("exists");
-        assert_eq!(lo.index, 1);
-        assert!(lo.mtu >= 1_280, "{lo:?}");
-        assert_eq!(Nic::read("no-such-nic").expect("readable"), None);
-        assert!(Nic::read("a-name-that-is-too-long").is_err());
+    fn a_missing_interface_is_an_error() {
+        Port::read("lo").expect("every namespace has one");
+        for name in ["no-such-nic", "a-name-that-is-too-long", ""] {
+            Port::read(name).expect_err(name);
+        }
     }
 }
