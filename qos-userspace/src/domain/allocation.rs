@@ -5,7 +5,8 @@ use std::fmt;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::level::{Directed, Level};
+use super::Direction;
+use super::level::{Directed, Enforcement, Level};
 use super::name::Name;
 use super::selector::Selector;
 
@@ -58,10 +59,41 @@ pub struct Allocation {
     pub granted_at: Timestamp,
     /// When it ends; none: with its revocation.
     pub expires_at: Option<Timestamp>,
+    /// When it ended; none: it has not.
+    #[serde(default)]
+    pub ended_at: Option<Timestamp>,
     /// Where it stands.
     pub status: Status,
     /// Why it stands there: how it ended.
     pub reason: Option<String>,
     /// Index in the kernel's maps, 1 to 16,383.
     pub slot: u16,
+}
+
+impl Allocation {
+    /// Tells whether packets of `direction` can match any of the selectors.
+    #[must_use]
+    pub fn covers(&self, direction: Direction) -> bool {
+        self.selectors.iter().any(|selector| selector.covers(direction))
+    }
+
+    /// Tells whether traffic of `direction` has a class of its own at egress. What is policed and
+    /// has no guarantee shares its line's rest.
+    #[must_use]
+    pub fn has_class(&self, direction: Direction) -> bool {
+        self.covers(direction)
+            && (self.level.enforcement == Enforcement::Shape
+                || self.level.guaranteed.get(direction).is_some())
+    }
+
+    /// The allocation as it is when it has ended.
+    #[must_use]
+    pub fn ended(&self, at: Timestamp, reason: &str) -> Self {
+        Self {
+            status: Status::Unavailable,
+            reason: Some(reason.to_owned()),
+            ended_at: Some(at),
+            ..self.clone()
+        }
+    }
 }

@@ -61,7 +61,8 @@ pub struct Level {
     pub guaranteed: Directed<Option<BitsPerSecond>>,
     /// Capacity that is never exceeded.
     pub maximum: Directed<Option<BitsPerSecond>>,
-    /// Bytes that may come at once.
+    /// Bytes that may come at once: of in-profile traffic where there is a guarantee, else of all
+    /// ([`Level::maximum_burst`]).
     pub burst: Directed<Option<ByteCount>>,
     /// 0 is served first, 7 last.
     pub priority: u8,
@@ -90,6 +91,34 @@ impl Default for Level {
             enforcement: Enforcement::default(),
             hard: false,
         }
+    }
+}
+
+/// Time at the rate that makes the burst of a level that names none, in ns.
+const DEFAULT_BURST_NS: u64 = 25_000_000;
+
+/// The burst that a level has at `rate` if it names none: 25 ms, and two packets of `mtu` bytes at
+/// least, so that the stalls of an ordinary sender cost it nothing.
+#[must_use]
+pub fn default_burst(rate: BitsPerSecond, mtu: u32) -> ByteCount {
+    ByteCount(rate.bytes_in(DEFAULT_BURST_NS).max(2 * u64::from(mtu)))
+}
+
+impl Level {
+    /// Bytes that may come at once at the maximum of `direction`; none: there is no maximum.
+    ///
+    /// A level with a guarantee spends its burst on in-profile traffic. Its maximum then tolerates
+    /// what [`default_burst`] gives at the maximum's rate, where that is more.
+    #[must_use]
+    pub fn maximum_burst(&self, direction: Direction, mtu: u32) -> Option<ByteCount> {
+        let maximum = (*self.maximum.get(direction))?;
+        let usual = default_burst(maximum, mtu);
+        let named = *self.burst.get(direction);
+        Some(match (self.guaranteed.get(direction), named) {
+            (None, Some(burst)) => burst,
+            (Some(_), Some(burst)) => burst.max(usual),
+            (_, None) => usual,
+        })
     }
 }
 

@@ -4,6 +4,8 @@
 //! field and the value; nothing behind the edge checks again. No IO, no kernel, no store.
 
 pub mod allocation;
+pub mod dscp;
+pub mod duration;
 pub mod level;
 pub mod name;
 pub mod provider;

@@ -5,15 +5,26 @@
 //! changes are written by a [`crate::store::Store`] in one transaction, applied to the state by
 //! [`State::apply`], and carried into the kernel by a [`Gateway`].
 
-use std::collections::BTreeMap;
-
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, Directed, Level, Name, Profile, Provider,
+    Allocation, AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider,
     ProviderKind, Selector, Session,
 };
+
+pub mod capacity;
+mod decide;
+mod grant;
+mod overlap;
+mod refusal;
+mod slots;
+mod state;
+
+pub use decide::decide;
+pub use refusal::{Refusal, RefusalCode};
+pub use slots::{LINE_SLOTS, SlotKind};
+pub use state::State;
 
 /// On which end of the lines the gateway stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,25 +50,6 @@ pub struct Network {
     pub mtu: u32,
     /// Requests must name the address of a session.
     pub require_session: bool,
-}
-
-/// Everything that decisions depend on.
-#[derive(Clone, Debug, PartialEq)]
-pub struct State {
-    /// The network.
-    pub network: Network,
-    /// Providers by name.
-    pub providers: BTreeMap<Name, Provider>,
-    /// Applications by provider and name.
-    pub applications: BTreeMap<(Name, Name), Application>,
-    /// Sessions by name.
-    pub sessions: BTreeMap<Name, Session>,
-    /// Profiles by name.
-    pub profiles: BTreeMap<Name, Profile>,
-    /// Allocations that are available, by number. Ended ones are history, in the store only.
-    pub allocations: BTreeMap<AllocationId, Allocation>,
-    /// The number the next allocation gets.
-    pub next_allocation: AllocationId,
 }
 
 /// What is asked.
@@ -243,4 +235,20 @@ pub trait Gateway {
     /// # Errors
     /// Where a step is refused; the kernel is then as before the call.
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
+}
+
+/// `upstream` or `downstream`.
+pub(crate) const fn direction_word(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Upstream => "upstream",
+        Direction::Downstream => "downstream",
+    }
+}
+
+/// `up` or `down`, as fields are called.
+pub(crate) const fn direction_field(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Upstream => "up",
+        Direction::Downstream => "down",
+    }
 }

@@ -1,1 +1,128 @@
-//! Where decisions are kept.
+//! Where the state is kept: one trait, transactional.
+//!
+//! A store writes the changes of a decision all or none, and gives the whole state back after a
+//! restart. It decides nothing.
+
+use std::path::PathBuf;
+
+use crate::domain::Allocation;
+use crate::manager::{Change, Network, State};
+
+pub mod sqlite;
+
+pub use sqlite::SqliteStore;
+
+/// Keeps the state.
+pub trait Store: Send {
+    /// Reads the whole state. The network is not kept: it is the configuration's.
+    ///
+    /// # Errors
+    /// Where the store can't be read, or holds what no decision can have written.
+    fn load(&mut self, network: Network) -> Result<State, StoreError>;
+
+    /// Writes `changes`, all or none. When it returns they survive a loss of power.
+    ///
+    /// # Errors
+    /// Where they can't be written; the store is then as it was.
+    fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError>;
+
+    /// The last `limit` allocations that ended, the last one first.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, StoreError>;
+}
+
+/// Why the store does not do what was asked. Every variant names the file.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The file can't be opened or made.
+    #[error("cannot open the store {path}: {reason}")]
+    CannotOpen {
+        /// The database file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// Another process works with it.
+    #[error("the store {path} is in use by another qosd{}; stop that one first", holder.map(|pid| format!(" (process {pid})")).unwrap_or_default())]
+    InUse {
+        /// The database file.
+        path: PathBuf,
+        /// Who.
+        holder: Option<u32>,
+    },
+    /// Another process holds a write lock for longer than we wait.
+    #[error(
+        "the store {path} is locked by another program, a `sqlite3` shell perhaps; close it and try again"
+    )]
+    Locked {
+        /// The database file.
+        path: PathBuf,
+    },
+    /// The file is damaged, or no SQLite database at all.
+    #[error(
+        "the store {path} is damaged: {reason}; move it away and put back a copy, or start with an empty store \
+         and grant anew (the programs in the kernel go on as they are until then)"
+    )]
+    Corrupt {
+        /// The database file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The file is a database of some other program.
+    #[error("{path} is an SQLite database, but not one of qosd's; name another file")]
+    Foreign {
+        /// The database file.
+        path: PathBuf,
+    },
+    /// The file was written by a later version.
+    #[error(
+        "the store {path} has schema version {found}, this qosd knows versions up to {known}; start the later qosd"
+    )]
+    TooNew {
+        /// The database file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The last version known.
+        known: u32,
+    },
+    /// The file or its folder can't be written.
+    #[error("the store {path} is read-only: {reason}; qosd must be able to write the file and its folder")]
+    ReadOnly {
+        /// The database file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// No space is left on the disk.
+    #[error("no space is left for the store {path}; nothing was changed")]
+    Full {
+        /// The database file.
+        path: PathBuf,
+    },
+    /// A row holds what no decision can have written.
+    #[error("the store {path}, table {table}, row {key}: {reason}")]
+    BadRow {
+        /// The database file.
+        path: PathBuf,
+        /// The table.
+        table: &'static str,
+        /// The row's key.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// SQLite refuses for another reason.
+    #[error("the store {path}: {action}: {source}")]
+    Sqlite {
+        /// The database file.
+        path: PathBuf,
+        /// What was attempted.
+        action: &'static str,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+}

@@ -1,0 +1,162 @@
+//! Arithmetic of capacity and delay: what a class takes of its line and of the link, and how long
+//! in-profile traffic may wait behind all of them.
+//!
+//! The gateway builds its tree from the same functions, so what is admitted is what is enforced.
+
+use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
+
+use super::{LineSide, Network};
+use crate::domain::level::LAST_PRIORITY;
+use crate::domain::{Allocation, BitsPerSecond, Direction, Session};
+
+/// Rate of a class that has no guarantee: a byte a second, the smallest that HTB takes.
+pub const SMALLEST_RATE: BitsPerSecond = BitsPerSecond(8);
+
+/// Longest time that HTB saves up for a class, in ns. Its burst is one packet, or what the class's
+/// rate gives in this time where that is more.
+pub const CLASS_BURST_NS: u64 = 1_000_000;
+
+/// Time by which the scheduler's timer may come late, in ns.
+pub const TIMER_SLACK_NS: u64 = 1_000_000;
+
+/// Most that the rest of a line or link is sure of.
+const REST_MINIMUM: BitsPerSecond = BitsPerSecond(8_000);
+
+/// Priorities there are.
+pub(super) const PRIORITIES: usize = LAST_PRIORITY as usize + 1;
+
+/// What the rest of a line or link of `speed` is sure of: 8 kbit/s, or a tenth of a slower line.
+#[must_use]
+pub fn rest_minimum(speed: BitsPerSecond) -> BitsPerSecond {
+    REST_MINIMUM.min(BitsPerSecond(speed.0 / 10)).max(SMALLEST_RATE)
+}
+
+/// HTB's burst of a class of `rate`, in bytes, `packet` being its largest packet.
+#[must_use]
+pub fn class_burst(rate: BitsPerSecond, packet: u32) -> u64 {
+    rate.bytes_in(CLASS_BURST_NS).max(u64::from(packet))
+}
+
+impl Network {
+    /// The direction into the lines, where guarantees are hard.
+    #[must_use]
+    pub const fn hard_direction(&self) -> Direction {
+        match self.line_side {
+            LineSide::Lan => Direction::Downstream,
+            LineSide::Wan => Direction::Upstream,
+        }
+    }
+
+    /// Speed of a line as the gateway uses it: a little below its own in the direction out of it,
+    /// so that the queue stands in the gateway.
+    #[must_use]
+    pub fn line_speed(&self, session: &Session, direction: Direction) -> BitsPerSecond {
+        let rate = *session.rate.get(direction);
+        if direction == self.hard_direction() { rate } else { rate.share(self.soft_share) }
+    }
+
+    /// Largest packet as it is charged on a line; on the link where there is none.
+    fn largest_packet(&self, session: Option<&Session>) -> u32 {
+        let (overhead, layer) = session.map_or((ETHERNET_OVERHEAD, LinkLayer::Ethernet), |session| {
+            (session.overhead, session.link_layer)
+        });
+        charged(self.mtu, overhead, layer)
+    }
+}
+
+/// What one class takes of its parent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Share {
+    /// Its rate in bit/s.
+    pub(super) rate: u64,
+    /// Granted burst of in-profile traffic, in bytes, and its priority; none: it has no guarantee.
+    pub(super) burst: Option<(u8, u64)>,
+    /// Bytes that HTB may release for it at once: its burst and one packet.
+    pub(super) at_once: u64,
+}
+
+impl Share {
+    /// What the class of `allocation` takes of `session`'s line, or of the link where none is
+    /// given; none: there is no such class.
+    pub(super) fn of(
+        network: &Network,
+        session: Option<&Session>,
+        allocation: &Allocation,
+        direction: Direction,
+    ) -> Option<Self> {
+        if !allocation.has_class(direction) {
+            return None;
+        }
+        let level = &allocation.level;
+        let guaranteed = *level.guaranteed.get(direction);
+        let rate = guaranteed.unwrap_or(SMALLEST_RATE);
+        let burst = level.burst.get(direction).map_or(0, |burst| burst.0);
+        Some(Self {
+            rate: rate.0,
+            burst: guaranteed.map(|_| (level.priority.min(LAST_PRIORITY), burst)),
+            at_once: at_once(rate, network.largest_packet(session)),
+        })
+    }
+
+    /// What the rest of `session`'s line takes, of the line or of the link.
+    pub(super) fn of_rest(network: &Network, session: &Session, direction: Direction, on_line: bool) -> Self {
+        let rate = rest_minimum(network.line_speed(session, direction));
+        let packet = network.largest_packet(on_line.then_some(session));
+        Self { rate: rate.0, burst: None, at_once: at_once(rate, packet) }
+    }
+
+    /// What the link's default class takes, for traffic on no known line.
+    pub(super) fn of_default(network: &Network, direction: Direction) -> Self {
+        let rate = rest_minimum(*network.link.get(direction));
+        Self { rate: rate.0, burst: None, at_once: at_once(rate, network.largest_packet(None)) }
+    }
+}
+
+fn at_once(rate: BitsPerSecond, packet: u32) -> u64 {
+    class_burst(rate, packet) + u64::from(packet)
+}
+
+/// What all classes of a line, or of the link, take together in one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Load {
+    /// Sum of their rates in bit/s.
+    pub(super) rate: u64,
+    /// Sums of the granted bursts by priority, in bytes.
+    bursts: [u64; PRIORITIES],
+    /// Sum of what HTB may release at once, in bytes.
+    at_once: u64,
+}
+
+impl Load {
+    pub(super) fn add(&mut self, share: &Share) {
+        self.rate += share.rate;
+        self.at_once += share.at_once;
+        if let Some((priority, burst)) = share.burst {
+            self.bursts[usize::from(priority)] += burst;
+        }
+    }
+
+    pub(super) fn remove(&mut self, share: &Share) {
+        self.rate -= share.rate;
+        self.at_once -= share.at_once;
+        if let Some((priority, burst)) = share.burst {
+            self.bursts[usize::from(priority)] -= burst;
+        }
+    }
+
+    pub(super) fn with(mut self, share: &Share) -> Self {
+        self.add(share);
+        self
+    }
+
+    /// What is left of `speed`.
+    pub(super) fn left(&self, speed: BitsPerSecond) -> BitsPerSecond {
+        BitsPerSecond(speed.0.saturating_sub(self.rate))
+    }
+
+    /// How long an in-profile packet of `priority` may wait where all this is sent at `speed`, in ns.
+    pub(super) fn delay_ns(&self, speed: BitsPerSecond, priority: u8) -> u64 {
+        let bursts: u64 = self.bursts.iter().take(usize::from(priority) + 1).sum();
+        speed.time_of(bursts + self.at_once).saturating_add(TIMER_SLACK_NS)
+    }
+}

@@ -1,0 +1,717 @@
+//! The state in an SQLite file.
+//!
+//! Journal mode WAL, `synchronous = FULL`: a grant that was told to a provider survives a loss of
+//! power, and its number is never given out again. What that costs is one `fdatasync` a decision.
+//! One process at a time owns the file, by an advisory lock on a file beside it; others may read it
+//! (`sqlite3 -readonly`): rates, times and names are columns, and the view `allocation_status`
+//! lists allocations with those that ended. Selectors and prefixes are JSON lists of their text form.
+
+use std::fmt::Display;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rusqlite::types::{FromSql, Value};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, Transaction, TransactionBehavior,
+};
+
+use super::{Store, StoreError};
+use crate::domain::level::LAST_PRIORITY;
+use crate::domain::session::link_layer;
+use crate::domain::{
+    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Directed, Enforcement, Level, Profile,
+    Provider, ProviderKind, Selector, Session, Status, dscp,
+};
+use crate::manager::{Change, Network, SlotKind, State};
+
+/// Ended allocations that are kept; the oldest go first.
+pub const HISTORY_LIMIT: u32 = 100_000;
+
+/// How long a commit waits for another program that holds the file's write lock.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Statement `n` brings a file of version `n` to version `n + 1`.
+const MIGRATIONS: [&str; 1] = [include_str!("schema-1.sql")];
+
+/// An SQLite file that this process owns.
+#[derive(Debug)]
+pub struct SqliteStore {
+    connection: Connection,
+    path: PathBuf,
+    history_limit: u32,
+    /// Held for as long as the store is open. Field order: the database is closed before.
+    _lock: File,
+}
+
+impl SqliteStore {
+    /// Opens the file at `path`, or makes it; its folder must exist. Checks the whole file, and
+    /// brings one of an earlier version up to date.
+    ///
+    /// # Errors
+    /// Where it can't be opened, written or read, is damaged, is not ours, or is in use.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        let path = path.as_ref().to_owned();
+        let lock = lock(&path)?;
+        let at = |action| {
+            let path = path.clone();
+            move |source| explain(&path, action, source)
+        };
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_CREATE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&path, flags).map_err(at("opening it"))?;
+        connection.busy_timeout(BUSY_TIMEOUT).map_err(at("setting the timeout"))?;
+        connection.set_prepared_statement_cache_capacity(64);
+        let mut store = Self { connection, path: path.clone(), history_limit: HISTORY_LIMIT, _lock: lock };
+        store.check()?;
+        store.connection.pragma_update(None, "journal_mode", "wal").map_err(at("choosing the journal"))?;
+        store.connection.pragma_update(None, "synchronous", "full").map_err(at("choosing synchronous"))?;
+        store.connection.pragma_update(None, "foreign_keys", true).map_err(at("turning on foreign keys"))?;
+        store.migrate()?;
+        Ok(store)
+    }
+
+    /// The same store, keeping `limit` ended allocations instead of [`HISTORY_LIMIT`].
+    #[must_use]
+    pub fn with_history_limit(mut self, limit: u32) -> Self {
+        self.history_limit = limit;
+        self
+    }
+
+    /// Refuses a damaged, foreign or read-only file before anything is written.
+    fn check(&self) -> Result<(), StoreError> {
+        let at = |action| move |source| explain(&self.path, action, source);
+        if self.connection.is_readonly("main").map_err(at("asking for its mode"))? {
+            let reason = "it can be opened for reading only".to_owned();
+            return Err(StoreError::ReadOnly { path: self.path.clone(), reason });
+        }
+        let found: String = self
+            .connection
+            .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+            .map_err(at("checking the file"))?;
+        if found != "ok" {
+            return Err(StoreError::Corrupt { path: self.path.clone(), reason: found });
+        }
+        let tables: u32 = self
+            .connection
+            .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+            .map_err(at("reading the schema"))?;
+        match self.version()? {
+            0 if tables > 0 => Err(StoreError::Foreign { path: self.path.clone() }),
+            found if found as usize > MIGRATIONS.len() => {
+                let known = MIGRATIONS.len() as u32;
+                Err(StoreError::TooNew { path: self.path.clone(), found, known })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn version(&self) -> Result<u32, StoreError> {
+        self.connection
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .map_err(|source| explain(&self.path, "reading the schema version", source))
+    }
+
+    fn migrate(&mut self) -> Result<(), StoreError> {
+        let version = self.version()?;
+        let path = self.path.clone();
+        let at = |source| explain(&path, "bringing the schema up to date", source);
+        for (from, statements) in (0u32..).zip(MIGRATIONS).skip(version as usize) {
+            let transaction =
+                self.connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(at)?;
+            transaction.execute_batch(statements).map_err(at)?;
+            transaction.pragma_update(None, "user_version", from + 1).map_err(at)?;
+            transaction.commit().map_err(at)?;
+        }
+        Ok(())
+    }
+
+    fn rows<T>(
+        &self,
+        table: &'static str,
+        query: &str,
+        key: &[&str],
+        mut read: impl FnMut(&Reader<'_, '_>) -> Result<T, String>,
+    ) -> Result<Vec<T>, StoreError> {
+        let at = |source| explain(&self.path, "reading a table", source);
+        let mut statement = self.connection.prepare(query).map_err(at)?;
+        let mut rows = statement.query([]).map_err(at)?;
+        let mut found = Vec::new();
+        while let Some(row) = rows.next().map_err(at)? {
+            let item = read(&Reader { row }).map_err(|reason| StoreError::BadRow {
+                path: self.path.clone(),
+                table,
+                key: key.iter().map(|column| text_of(row, column)).collect::<Vec<_>>().join(" "),
+                reason,
+            })?;
+            found.push(item);
+        }
+        Ok(found)
+    }
+}
+
+impl Store for SqliteStore {
+    fn load(&mut self, network: Network) -> Result<State, StoreError> {
+        let mut state = State::new(network);
+        let freed = self.rows(
+            "freed_slots",
+            "SELECT * FROM freed_slots ORDER BY sequence",
+            &["kind", "slot"],
+            |row| {
+                let kind: String = row.get("kind")?;
+                let kind = SlotKind::ALL.into_iter().find(|known| known.name() == kind);
+                let kind = kind.ok_or("column kind: not known")?;
+                Ok((kind, row.slot(kind)?))
+            },
+        )?;
+        state.restore_freed_slots(freed);
+        for provider in self.rows("providers", "SELECT * FROM providers", &["name"], read_provider)? {
+            state.apply(&Change::PutProvider(provider));
+        }
+        for application in
+            self.rows("applications", "SELECT * FROM applications", &["provider", "name"], |row| {
+                let application = read_application(row)?;
+                let known = state.providers.contains_key(&application.provider);
+                known
+                    .then_some(application)
+                    .ok_or_else(|| "column provider: there is no such provider".to_owned())
+            })?
+        {
+            state.apply(&Change::PutApplication(application));
+        }
+        for session in self.rows("sessions", "SELECT * FROM sessions", &["name"], read_session)? {
+            state.apply(&Change::PutSession(session));
+        }
+        for profile in self.rows("profiles", "SELECT * FROM profiles", &["name"], |row| {
+            Ok(Profile { name: row.parse("name")?, level: read_level(row)? })
+        })? {
+            state.apply(&Change::PutProfile(profile));
+        }
+        let allocations =
+            self.rows("allocations", "SELECT * FROM allocations ORDER BY id", &["id"], |row| {
+                let allocation = read_allocation(row, Status::Available)?;
+                check_references(&state, &allocation)?;
+                Ok(allocation)
+            })?;
+        for allocation in allocations {
+            state.apply(&Change::PutAllocation(allocation));
+        }
+        let next = self.rows(
+            "counters",
+            "SELECT * FROM counters WHERE name = 'next_allocation'",
+            &["name"],
+            |row| row.number("value"),
+        )?;
+        let next = AllocationId(next.first().copied().unwrap_or(1));
+        state.next_allocation = state.next_allocation.max(next);
+        Ok(state)
+    }
+
+    fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError> {
+        let history_limit = self.history_limit;
+        let write = |connection: &mut Connection| -> rusqlite::Result<()> {
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            for change in changes {
+                write(&transaction, change, history_limit)?;
+            }
+            transaction.commit()
+        };
+        write(&mut self.connection).map_err(|source| explain(&self.path, "writing a decision", source))
+    }
+
+    fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, StoreError> {
+        let query = format!("SELECT * FROM history ORDER BY sequence DESC LIMIT {limit}");
+        self.rows("history", &query, &["id"], |row| read_allocation(row, Status::Unavailable))
+    }
+}
+
+/// Takes the lock that says which process owns the store.
+fn lock(path: &Path) -> Result<File, StoreError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(name).map_err(
+            |error| {
+                let (path, reason) = (path.to_owned(), error.to_string());
+                match error.kind() {
+                    ErrorKind::ReadOnlyFilesystem | ErrorKind::PermissionDenied => {
+                        StoreError::ReadOnly { path, reason }
+                    }
+                    ErrorKind::StorageFull => StoreError::Full { path },
+                    _ => StoreError::CannotOpen { path, reason },
+                }
+            },
+        )?;
+    match file.try_lock() {
+        Ok(()) => {
+            // Only for the message that another one shows, so a full disk must not stop us here.
+            let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+            Ok(file)
+        }
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            Err(StoreError::InUse { path: path.to_owned(), holder: holder.trim().parse().ok() })
+        }
+        Err(TryLockError::Error(error)) => {
+            Err(StoreError::CannotOpen { path: path.to_owned(), reason: error.to_string() })
+        }
+    }
+}
+
+/// Says in our words what SQLite says.
+fn explain(path: &Path, action: &'static str, source: rusqlite::Error) -> StoreError {
+    let path = path.to_owned();
+    let rusqlite::Error::SqliteFailure(failure, _) = &source else {
+        return StoreError::Sqlite { path, action, source };
+    };
+    // On a full disk the shared memory beside the journal can't grow, which has a code of its own.
+    if failure.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE {
+        return StoreError::Full { path };
+    }
+    match failure.code {
+        ErrorCode::CannotOpen => StoreError::CannotOpen { path, reason: source.to_string() },
+        ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase => {
+            StoreError::Corrupt { path, reason: source.to_string() }
+        }
+        ErrorCode::ReadOnly => StoreError::ReadOnly { path, reason: source.to_string() },
+        ErrorCode::DiskFull => StoreError::Full { path },
+        ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked => StoreError::Locked { path },
+        _ => StoreError::Sqlite { path, action, source },
+    }
+}
+
+// Writing.
+
+/// A column and what goes into it.
+type Column = (&'static str, Value);
+
+fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> rusqlite::Result<()> {
+    match change {
+        Change::PutProvider(provider) => {
+            take_slot(
+                transaction,
+                SlotKind::Provider,
+                "name = ?1",
+                &[&provider.name.as_str()],
+                provider.slot,
+            )?;
+            upsert(transaction, "providers", &["name"], provider_columns(provider))
+        }
+        Change::DeleteProvider(name) => {
+            delete(transaction, SlotKind::Provider, "name = ?1", &[&name.as_str()])
+        }
+        Change::PutApplication(application) => {
+            let key = [application.provider.as_str(), application.name.as_str()];
+            take_slot(
+                transaction,
+                SlotKind::Application,
+                "provider = ?1 AND name = ?2",
+                &[&key[0], &key[1]],
+                application.slot,
+            )?;
+            upsert(transaction, "applications", &["provider", "name"], application_columns(application))
+        }
+        Change::DeleteApplication(provider, name) => delete(
+            transaction,
+            SlotKind::Application,
+            "provider = ?1 AND name = ?2",
+            &[&provider.as_str(), &name.as_str()],
+        ),
+        Change::PutSession(session) => {
+            take_slot(transaction, SlotKind::Session, "name = ?1", &[&session.name.as_str()], session.slot)?;
+            upsert(transaction, "sessions", &["name"], session_columns(session))
+        }
+        Change::DeleteSession(name) => delete(transaction, SlotKind::Session, "name = ?1", &[&name.as_str()]),
+        Change::PutProfile(profile) => {
+            let mut columns = vec![("name", text(&profile.name))];
+            columns.extend(level_columns(&profile.level));
+            upsert(transaction, "profiles", &["name"], columns)
+        }
+        Change::DeleteProfile(name) => {
+            transaction.prepare_cached("DELETE FROM profiles WHERE name = ?1")?.execute([name.as_str()])?;
+            Ok(())
+        }
+        Change::PutAllocation(allocation) => {
+            let id = integer(allocation.id.0);
+            take_slot(transaction, SlotKind::Allocation, "id = ?1", &[&id], allocation.slot)?;
+            transaction.prepare_cached("DELETE FROM history WHERE id = ?1")?.execute([&id])?;
+            upsert(transaction, "allocations", &["id"], allocation_columns(allocation))?;
+            transaction
+                .prepare_cached(
+                    "INSERT INTO counters (name, value) VALUES ('next_allocation', ?1 + 1) \
+                     ON CONFLICT (name) DO UPDATE SET value = max(value, excluded.value)",
+                )?
+                .execute([&id])?;
+            Ok(())
+        }
+        Change::EndAllocation(allocation) => {
+            delete(transaction, SlotKind::Allocation, "id = ?1", &[&integer(allocation.id.0)])?;
+            let mut columns = allocation_columns(allocation);
+            columns.push(("ended_at", option(allocation.ended_at.as_ref(), text)));
+            columns.push(("reason", option(allocation.reason.as_ref(), text)));
+            upsert(transaction, "history", &["id"], columns)?;
+            transaction
+                .prepare_cached(
+                    "DELETE FROM history WHERE sequence <= (SELECT max(sequence) FROM history) - ?1",
+                )?
+                .execute([history_limit])?;
+            Ok(())
+        }
+    }
+}
+
+fn table(kind: SlotKind) -> &'static str {
+    match kind {
+        SlotKind::Provider => "providers",
+        SlotKind::Application => "applications",
+        SlotKind::Session => "sessions",
+        SlotKind::Allocation => "allocations",
+    }
+}
+
+/// Takes `slot` from the free ones for the row that is about to be written, and frees what the row
+/// had before.
+fn take_slot(
+    transaction: &Transaction<'_>,
+    kind: SlotKind,
+    condition: &str,
+    key: &[&dyn rusqlite::ToSql],
+    slot: u16,
+) -> rusqlite::Result<()> {
+    free_slot(transaction, kind, condition, key, Some(slot))?;
+    transaction
+        .prepare_cached("DELETE FROM freed_slots WHERE kind = ?1 AND slot = ?2")?
+        .execute((kind.name(), slot))?;
+    Ok(())
+}
+
+/// Removes a row and puts its slot behind the free ones.
+fn delete(
+    transaction: &Transaction<'_>,
+    kind: SlotKind,
+    condition: &str,
+    key: &[&dyn rusqlite::ToSql],
+) -> rusqlite::Result<()> {
+    free_slot(transaction, kind, condition, key, None)?;
+    let statement = format!("DELETE FROM {} WHERE {condition}", table(kind));
+    transaction.prepare_cached(&statement)?.execute(key)?;
+    Ok(())
+}
+
+fn free_slot(
+    transaction: &Transaction<'_>,
+    kind: SlotKind,
+    condition: &str,
+    key: &[&dyn rusqlite::ToSql],
+    kept: Option<u16>,
+) -> rusqlite::Result<()> {
+    let find = format!("SELECT slot FROM {} WHERE {condition}", table(kind));
+    let slot: Option<u16> = transaction.prepare_cached(&find)?.query_row(key, |row| row.get(0)).optional()?;
+    if let Some(slot) = slot.filter(|slot| Some(*slot) != kept) {
+        // Replacing gives the row a new, higher sequence number.
+        transaction
+            .prepare_cached("INSERT OR REPLACE INTO freed_slots (kind, slot) VALUES (?1, ?2)")?
+            .execute((kind.name(), slot))?;
+    }
+    Ok(())
+}
+
+fn upsert(
+    transaction: &Transaction<'_>,
+    table: &str,
+    key: &[&str],
+    columns: Vec<Column>,
+) -> rusqlite::Result<()> {
+    let (names, values): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
+    let marks = vec!["?"; names.len()].join(", ");
+    let updates: Vec<_> = names
+        .iter()
+        .filter(|name| !key.contains(name))
+        .map(|name| format!("{name} = excluded.{name}"))
+        .collect();
+    let statement = format!(
+        "INSERT INTO {table} ({}) VALUES ({marks}) ON CONFLICT ({}) DO UPDATE SET {}",
+        names.join(", "),
+        key.join(", "),
+        updates.join(", ")
+    );
+    transaction.prepare_cached(&statement)?.execute(rusqlite::params_from_iter(values))?;
+    Ok(())
+}
+
+fn provider_columns(provider: &Provider) -> Vec<Column> {
+    let kind = match provider.kind {
+        ProviderKind::Application => "application",
+        ProviderKind::Network => "network",
+    };
+    vec![
+        ("name", text(&provider.name)),
+        ("kind", text(kind)),
+        ("networks", json(&provider.networks)),
+        ("aggregate_up", option(provider.aggregate.up, |rate| integer(rate.0))),
+        ("aggregate_down", option(provider.aggregate.down, |rate| integer(rate.0))),
+        ("slot", integer(provider.slot.into())),
+    ]
+}
+
+fn application_columns(application: &Application) -> Vec<Column> {
+    vec![
+        ("provider", text(&application.provider)),
+        ("name", text(&application.name)),
+        ("slot", integer(application.slot.into())),
+    ]
+}
+
+fn session_columns(session: &Session) -> Vec<Column> {
+    let layer = link_layer::NAMES.iter().find(|(layer, _)| *layer == session.link_layer);
+    vec![
+        ("name", text(&session.name)),
+        ("addresses", json(&session.addresses)),
+        ("rate_up", integer(session.rate.up.0)),
+        ("rate_down", integer(session.rate.down.0)),
+        ("link_layer", option(layer, |(_, name)| text(name))),
+        ("overhead", Value::Integer(session.overhead.into())),
+        ("delay_us", integer(session.delay_us.into())),
+        ("loss_ppm", integer(session.loss_ppm.into())),
+        ("slot", integer(session.slot.into())),
+    ]
+}
+
+fn level_columns(level: &Level) -> Vec<Column> {
+    let enforcement = match level.enforcement {
+        Enforcement::Shape => "shape",
+        Enforcement::Police => "police",
+    };
+    vec![
+        ("guaranteed_up", option(level.guaranteed.up, |rate| integer(rate.0))),
+        ("guaranteed_down", option(level.guaranteed.down, |rate| integer(rate.0))),
+        ("maximum_up", option(level.maximum.up, |rate| integer(rate.0))),
+        ("maximum_down", option(level.maximum.down, |rate| integer(rate.0))),
+        ("burst_up", option(level.burst.up, |size| integer(size.0))),
+        ("burst_down", option(level.burst.down, |size| integer(size.0))),
+        ("priority", integer(level.priority.into())),
+        ("delay_us", option(level.delay_us, |delay| integer(delay.into()))),
+        ("loss", option(level.loss, Value::Real)),
+        ("dscp", option(level.dscp, |dscp| integer(dscp.into()))),
+        ("enforcement", text(enforcement)),
+        ("hard", integer(level.hard.into())),
+    ]
+}
+
+fn allocation_columns(allocation: &Allocation) -> Vec<Column> {
+    let selectors: Vec<_> = allocation.selectors.iter().map(ToString::to_string).collect();
+    let mut columns = vec![
+        ("id", integer(allocation.id.0)),
+        ("provider", text(&allocation.provider)),
+        ("application", option(allocation.application.as_ref(), text)),
+        ("profile", option(allocation.profile.as_ref(), text)),
+        ("session", option(allocation.session.as_ref(), text)),
+        ("selectors", json(&selectors)),
+        ("precedence", integer(allocation.precedence.into())),
+        ("delay_bound_up_us", option(allocation.delay_bound_us.up, |bound| integer(bound.into()))),
+        ("delay_bound_down_us", option(allocation.delay_bound_us.down, |bound| integer(bound.into()))),
+        ("granted_at", text(allocation.granted_at)),
+        ("expires_at", option(allocation.expires_at, text)),
+        ("slot", integer(allocation.slot.into())),
+    ];
+    columns.extend(level_columns(&allocation.level));
+    columns
+}
+
+fn text(value: impl Display) -> Value {
+    Value::Text(value.to_string())
+}
+
+/// SQLite's integers are signed. Values of the domain are below 2^63: rates are at most 400 Gbit/s,
+/// bursts what a clock can express, and numbers count up from one.
+fn integer(value: u64) -> Value {
+    Value::Integer(i64::try_from(value).unwrap_or(i64::MAX))
+}
+
+fn option<T>(value: Option<T>, write: impl FnOnce(T) -> Value) -> Value {
+    value.map_or(Value::Null, write)
+}
+
+fn json<T: serde::Serialize>(values: &[T]) -> Value {
+    Value::Text(serde_json::to_string(values).expect("lists of texts have a JSON form"))
+}
+
+// Reading.
+
+/// A row that is being read. What is wrong with a column is said with its name.
+struct Reader<'a, 'b> {
+    row: &'a Row<'b>,
+}
+
+impl Reader<'_, '_> {
+    fn get<T: FromSql>(&self, column: &str) -> Result<T, String> {
+        self.row.get(column).map_err(|error| format!("column {column}: {error}"))
+    }
+
+    fn parse<T: FromStr<Err: Display>>(&self, column: &str) -> Result<T, String> {
+        let text: String = self.get(column)?;
+        text.parse().map_err(|error| format!("column {column}: {error}"))
+    }
+
+    fn parse_option<T: FromStr<Err: Display>>(&self, column: &str) -> Result<Option<T>, String> {
+        let text: Option<String> = self.get(column)?;
+        text.map(|text| text.parse().map_err(|error| format!("column {column}: {error}"))).transpose()
+    }
+
+    fn number<T: TryFrom<i64>>(&self, column: &str) -> Result<T, String> {
+        let number: i64 = self.get(column)?;
+        T::try_from(number).map_err(|_| format!("column {column}: {number} is out of range"))
+    }
+
+    fn number_option<T: TryFrom<i64>>(&self, column: &str) -> Result<Option<T>, String> {
+        let number: Option<i64> = self.get(column)?;
+        let convert =
+            |number| T::try_from(number).map_err(|_| format!("column {column}: {number} is out of range"));
+        number.map(convert).transpose()
+    }
+
+    fn json<T: serde::de::DeserializeOwned>(&self, column: &str) -> Result<T, String> {
+        let text: String = self.get(column)?;
+        serde_json::from_str(&text).map_err(|error| format!("column {column}: {error}"))
+    }
+
+    fn slot(&self, kind: SlotKind) -> Result<u16, String> {
+        let slot: u16 = self.number("slot")?;
+        let fits = (1..=kind.last()).contains(&slot);
+        fits.then_some(slot).ok_or_else(|| format!("column slot: {slot} is out of range"))
+    }
+
+    fn rates(&self, up: &str, down: &str) -> Result<Directed<Option<BitsPerSecond>>, String> {
+        Ok(Directed {
+            up: self.number_option(up)?.map(BitsPerSecond),
+            down: self.number_option(down)?.map(BitsPerSecond),
+        })
+    }
+}
+
+fn text_of(row: &Row<'_>, column: &str) -> String {
+    match row.get(column) {
+        Ok(Value::Text(text)) => text,
+        Ok(Value::Integer(number)) => number.to_string(),
+        _ => "?".to_owned(),
+    }
+}
+
+fn read_provider(row: &Reader<'_, '_>) -> Result<Provider, String> {
+    let kind: String = row.get("kind")?;
+    Ok(Provider {
+        name: row.parse("name")?,
+        kind: match kind.as_str() {
+            "application" => ProviderKind::Application,
+            "network" => ProviderKind::Network,
+            other => return Err(format!("column kind: `{other}` is not known")),
+        },
+        networks: row.json("networks")?,
+        aggregate: row.rates("aggregate_up", "aggregate_down")?,
+        slot: row.slot(SlotKind::Provider)?,
+    })
+}
+
+fn read_application(row: &Reader<'_, '_>) -> Result<Application, String> {
+    Ok(Application {
+        provider: row.parse("provider")?,
+        name: row.parse("name")?,
+        slot: row.slot(SlotKind::Application)?,
+    })
+}
+
+fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
+    let layer: String = row.get("link_layer")?;
+    let known = link_layer::NAMES.iter().find(|(_, name)| *name == layer);
+    Ok(Session {
+        name: row.parse("name")?,
+        addresses: row.json("addresses")?,
+        rate: Directed {
+            up: BitsPerSecond(row.number("rate_up")?),
+            down: BitsPerSecond(row.number("rate_down")?),
+        },
+        link_layer: known.map(|(layer, _)| *layer).ok_or("column link_layer: not known")?,
+        overhead: row.number("overhead")?,
+        delay_us: row.number("delay_us")?,
+        loss_ppm: row.number("loss_ppm")?,
+        slot: row.slot(SlotKind::Session)?,
+    })
+}
+
+fn read_level(row: &Reader<'_, '_>) -> Result<Level, String> {
+    let enforcement: String = row.get("enforcement")?;
+    let level = Level {
+        guaranteed: row.rates("guaranteed_up", "guaranteed_down")?,
+        maximum: row.rates("maximum_up", "maximum_down")?,
+        burst: Directed {
+            up: row.number_option("burst_up")?.map(ByteCount),
+            down: row.number_option("burst_down")?.map(ByteCount),
+        },
+        priority: row.number("priority")?,
+        delay_us: row.number_option("delay_us")?,
+        loss: row.get("loss")?,
+        dscp: row.number_option("dscp")?,
+        enforcement: match enforcement.as_str() {
+            "shape" => Enforcement::Shape,
+            "police" => Enforcement::Police,
+            other => return Err(format!("column enforcement: `{other}` is not known")),
+        },
+        hard: row.get("hard")?,
+    };
+    if level.priority > LAST_PRIORITY {
+        return Err(format!("column priority: {} is out of range", level.priority));
+    }
+    if let Some(value) = level.dscp.filter(|value| *value > dscp::MAX) {
+        return Err(format!("column dscp: {value} is out of range"));
+    }
+    Ok(level)
+}
+
+/// `status` says which table the row is of: allocations, or the history.
+fn read_allocation(row: &Reader<'_, '_>, status: Status) -> Result<Allocation, String> {
+    let selectors: Vec<Selector> = row.json("selectors")?;
+    let has_ended = status == Status::Unavailable;
+    Ok(Allocation {
+        id: AllocationId(row.number("id")?),
+        provider: row.parse("provider")?,
+        application: row.parse_option("application")?,
+        profile: row.parse_option("profile")?,
+        selectors,
+        level: read_level(row)?,
+        precedence: row.number("precedence")?,
+        session: row.parse_option("session")?,
+        delay_bound_us: Directed {
+            up: row.number_option("delay_bound_up_us")?,
+            down: row.number_option("delay_bound_down_us")?,
+        },
+        granted_at: row.parse::<Timestamp>("granted_at")?,
+        expires_at: row.parse_option("expires_at")?,
+        ended_at: if has_ended { row.parse_option("ended_at")? } else { None },
+        status,
+        reason: if has_ended { row.get("reason")? } else { None },
+        slot: row.slot(SlotKind::Allocation)?,
+    })
+}
+
+/// Foreign keys hold where we write; a hand that writes with them off is found out here.
+fn check_references(state: &State, allocation: &Allocation) -> Result<(), String> {
+    if !state.providers.contains_key(&allocation.provider) {
+        return Err(format!("column provider: there is no provider {}", allocation.provider));
+    }
+    if let Some(application) = &allocation.application
+        && !state.applications.contains_key(&(allocation.provider.clone(), application.clone()))
+    {
+        return Err(format!("column application: there is no application {application}"));
+    }
+    match &allocation.session {
+        Some(session) if !state.sessions.contains_key(session) => {
+            Err(format!("column session: there is no session {session}"))
+        }
+        _ => Ok(()),
+    }
+}
