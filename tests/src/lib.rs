@@ -11,6 +11,8 @@ pub mod capture;
 pub mod daemon;
 pub mod netlink;
 pub mod netns;
+pub mod random;
+pub mod reference;
 pub mod skip;
 pub mod topology;
 pub mod traffic;

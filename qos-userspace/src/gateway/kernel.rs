@@ -1,7 +1,6 @@
 //! The gateway: makes the kernel do what the state says, and tells what it does.
 //!
-//! What must stand in the maps and trees follows from the state alone ([`Wanted`] functions below),
-//! so that carrying out a change, taking over at start and repairing drift are one piece of code.
+//! What must stand in the maps and trees follows from the state alone, so that carrying out a change, taking over at start and repairing drift are one piece of code.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -25,16 +24,18 @@ use super::report::{DirectedCounts, Explanation, GatewayStatus, InterfaceStatus,
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
 use crate::domain::selector::rules;
-use crate::domain::{Allocation, BitsPerSecond, ByteCount, Enforcement, Name, ProviderKind, Session};
+use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
 use crate::manager::{Change, Gateway, State};
 
 /// Repairs that are remembered.
 const REPAIRS_KEPT: usize = 100;
 
-/// Time that a class's queue may hold at the class's maximum rate, in ns.
-const QUEUE_NS: u64 = 20_000_000;
-/// Packets that a queue holds however slow its class is.
-const QUEUE_PACKETS: u64 = 10;
+/// Time by which the clock of a shaped maximum may run ahead, in ns: more than any queue at egress
+/// holds, so that the queue is the limit, and the clock only keeps what the queue will drop from
+/// the provider's aggregate.
+const SHAPED_SLACK_NS: u64 = 150_000_000;
+/// Packets by which it may, however slow the class is.
+const SHAPED_SLACK_PACKETS: u64 = 8;
 /// Time that a provider's aggregate may be exceeded at once, in ns.
 const AGGREGATE_BURST_NS: u64 = 25_000_000;
 
@@ -502,11 +503,9 @@ impl Kernel {
             Enforcement::Police => abi::POLICE,
             Enforcement::Shape => abi::SHAPE,
         };
-        let queue = match level.enforcement {
+        let slack = match level.enforcement {
             Enforcement::Police => 0,
-            // The queue at egress is the limit; the clock only keeps what the queue will drop
-            // from the provider's aggregate, so it lets through twice what the queue holds.
-            Enforcement::Shape => 2 * queue(maximum.unwrap_or_default(), state.network.mtu).0,
+            Enforcement::Shape => shaped_slack(maximum.unwrap_or_default(), state.network.mtu),
         };
         let name = allocation.application.as_ref();
         let application =
@@ -515,7 +514,7 @@ impl Kernel {
             id: allocation.id.0,
             expires_ns: allocation.expires_at.map_or(u64::MAX, monotonic_at),
             guaranteed: guaranteed.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0)),
-            maximum: maximum.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0 + queue)),
+            maximum: maximum.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0 + slack)),
             flags: abi::IN_USE | enforce | if level.dscp.is_some() { abi::MARK_DSCP } else { 0 },
             class: self.class(allocation, session, direction),
             provider: state.providers.get(&allocation.provider).map_or(0, |known| u32::from(known.slot)),
@@ -670,30 +669,27 @@ fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> T
         .allocations
         .values()
         .filter(|allocation| allocation.has_class(direction))
-        .map(|allocation| leaf(state, allocation, direction, mtu))
+        .map(|allocation| leaf(state, allocation, direction))
         .collect();
     leaves.sort_unstable_by_key(|leaf| leaf.slot);
     Tree { link, mtu, lines, leaves }
 }
 
-fn leaf(state: &State, allocation: &Allocation, direction: Direction, mtu: u32) -> Leaf {
+fn leaf(state: &State, allocation: &Allocation, direction: Direction) -> Leaf {
     let session = allocation.session.as_ref().and_then(|name| state.sessions.get(name));
-    let maximum = *allocation.level.maximum.get(direction);
-    let rate = maximum.or_else(|| session.map(|session| state.network.line_speed(session, direction)));
     Leaf {
         slot: AllocationSlot(allocation.slot),
         line: session.map(|session| LineSlot(session.slot)),
         guaranteed: *allocation.level.guaranteed.get(direction),
-        maximum,
+        maximum: *allocation.level.maximum.get(direction),
         priority: allocation.level.priority,
-        queue: Some(queue(rate.unwrap_or(*state.network.link.get(direction)), mtu)),
+        queue: None,
     }
 }
 
-/// Bytes that wait at most in the queue of a class of this rate.
-fn queue(rate: BitsPerSecond, mtu: u32) -> ByteCount {
-    let packet = u64::from(mtu) + 14;
-    ByteCount(rate.bytes_in(QUEUE_NS).max(QUEUE_PACKETS * packet))
+/// Bytes by which the clock of a shaped maximum may run ahead.
+fn shaped_slack(maximum: BitsPerSecond, mtu: u32) -> u64 {
+    maximum.bytes_in(SHAPED_SLACK_NS) + SHAPED_SLACK_PACKETS * u64::from(mtu)
 }
 
 fn all_rules(state: &State) -> Vec<Rule> {

@@ -293,17 +293,34 @@ impl Object {
         missing
     }
 
-    /// Runs the program that explains on a packet. It writes its answer into a map.
+    /// Runs a program on a packet that is not sent (`BPF_PROG_TEST_RUN`), `repeat` times. Returns its
+    /// verdict and the time of one run in ns. Maps are used as by any packet.
     ///
     /// # Errors
     /// Where the kernel refuses the packet: it takes those of 14 bytes to about a page.
+    pub fn run(
+        &mut self,
+        program: &'static str,
+        packet: &[u8],
+        repeat: u32,
+    ) -> Result<(u32, u64), ObjectError> {
+        let run_error = |reason| ObjectError::Run { program, reason: Box::new(reason) };
+        let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
+        let result = match self.ebpf.program_mut(program) {
+            Some(aya::programs::Program::Xdp(program)) => program.test_run(options),
+            Some(aya::programs::Program::SchedClassifier(program)) => program.test_run(options),
+            _ => return Err(ObjectError::Missing { kind: "program", name: program.to_owned() }),
+        }
+        .map_err(run_error)?;
+        Ok((result.return_value, u64::from(result.duration.subsec_nanos())))
+    }
+
+    /// Runs the program that explains on a packet. It writes its answer into a map.
+    ///
+    /// # Errors
+    /// As [`Object::run`].
     pub fn explain(&mut self, packet: &[u8]) -> Result<(), ObjectError> {
-        let program: &mut Xdp = self.program("qos_explain")?;
-        let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::default() };
-        program
-            .test_run(options)
-            .map_err(|reason| ObjectError::Run { program: "qos_explain", reason: Box::new(reason) })?;
-        Ok(())
+        self.run("qos_explain", packet, 1).map(|_| ())
     }
 
     fn attach_xdp(&mut self, place: Place<'_>, program: &'static str) -> Result<(bool, bool), ObjectError> {

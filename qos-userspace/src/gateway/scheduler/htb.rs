@@ -1,7 +1,7 @@
 //! Egress scheduling by the kernel's HTB classes, over routing netlink.
 //!
-//! What the tree comes to is in [`class`], how one tree becomes another in [`change`], how that is
-//! written in [`message`]. Here is who keeps whom informed: what the kernel is believed to have, what
+//! What the tree comes to is in `class`, how one tree becomes another in `change`, how that is
+//! written in `message`. Here is who keeps whom informed: what the kernel is believed to have, what
 //! is sent, what is undone, and what a fresh look finds.
 //!
 //! **Revoking.** The class of an allocation that is no longer declared is deleted at once when
@@ -59,6 +59,9 @@ pub enum LeafQueue {
 }
 
 /// HTB on one interface.
+///
+/// Of the 8 priorities of allocations the last two, 6 and 7, are served alike: HTB has 8, and one of
+/// them is the rest's. What a tree needs beyond the guarantees is [`REST_RATE`] for each line.
 #[derive(Debug)]
 pub struct Htb {
     interface: String,
@@ -124,7 +127,90 @@ impl Htb {
     pub fn changes_sent(&self) -> u64 {
         self.changes_sent
     }
+}
 
+impl Scheduler for Htb {
+    fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError> {
+        if let Some(mut state) = self.state.take() {
+            let result = self.finish_draining(&mut state).and_then(|()| self.advance(tree, &state));
+            match result {
+                Ok(state) => {
+                    self.state = Some(state);
+                    return Ok(());
+                }
+                Err(error) => {
+                    let believed = state.classes.clone();
+                    self.state = Some(state);
+                    if !matches!(error, SchedulerError::Refused { .. }) || self.has(&believed)? {
+                        return Err(error);
+                    }
+                    tracing::warn!(interface = self.interface, %error, "the kernel's tree was changed by somebody else");
+                }
+            }
+        }
+        let state = self.establish(tree)?;
+        self.state = Some(state);
+        Ok(())
+    }
+
+    fn repair(&mut self) -> Result<Vec<Drift>, SchedulerError> {
+        let Some(mut state) = self.state.take() else { return Ok(Vec::new()) };
+        let mut drifts = Vec::new();
+        let result = self.repair_state(&mut state, &mut drifts);
+        self.state = Some(state);
+        result.map(|()| drifts)
+    }
+
+    fn statistics(&self) -> Result<Vec<(AllocationSlot, ClassStatistics)>, SchedulerError> {
+        let Some(state) = &self.state else { return Ok(Vec::new()) };
+        // HTB counts what a queue refuses, not what fq_codel drops later: its own count has both.
+        let mut drops = HashMap::new();
+        if state.kind == Kind::FqCodel {
+            drops.extend(self.qdiscs()?.into_iter().map(|qdisc| (qdisc.parent, qdisc.drops)));
+        }
+        let found = self.found_classes()?;
+        let mut statistics: Vec<_> = found
+            .into_iter()
+            .filter(|found| !state.draining.contains_key(&found.class.minor))
+            .filter_map(|Found { class, mut statistics }| {
+                let slot = class.allocation()?;
+                if let Some(drops) = drops.get(&class::handle(class.minor)) {
+                    statistics.drops = statistics.drops.max(*drops);
+                }
+                Some((slot, statistics))
+            })
+            .collect();
+        statistics.sort_by_key(|(slot, _)| *slot);
+        Ok(statistics)
+    }
+
+    fn detach(&mut self) -> Result<(), SchedulerError> {
+        let found = match self.observe() {
+            // Not ours to remove, and then nothing of ours is there.
+            Err(SchedulerError::ForeignRoot { .. } | SchedulerError::NoSuchInterface { .. }) => Root::Absent,
+            observed => observed?.root,
+        };
+        if found != Root::Absent {
+            self.delete_root()?;
+        }
+        self.state = None;
+        Ok(())
+    }
+
+    fn default_class(&self) -> u32 {
+        class::handle(DEFAULT)
+    }
+
+    fn rest_class(&self, line: LineSlot) -> u32 {
+        class::handle(class::rest_minor(line))
+    }
+
+    fn leaf_class(&self, slot: AllocationSlot) -> u32 {
+        class::handle(class::leaf_minor(slot))
+    }
+}
+
+impl Htb {
     /// Goes from what the kernel is believed to have to `tree`.
     fn advance(&mut self, tree: &Tree, state: &State) -> Result<State, SchedulerError> {
         let wanted = self.classes(tree, state.kind)?;
@@ -508,87 +594,6 @@ impl Htb {
             },
             (errno, _) => SchedulerError::Refused { interface, action, reason: refusal.reason(), errno },
         }
-    }
-}
-
-impl Scheduler for Htb {
-    fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError> {
-        if let Some(mut state) = self.state.take() {
-            let result = self.finish_draining(&mut state).and_then(|()| self.advance(tree, &state));
-            match result {
-                Ok(state) => {
-                    self.state = Some(state);
-                    return Ok(());
-                }
-                Err(error) => {
-                    let believed = state.classes.clone();
-                    self.state = Some(state);
-                    if !matches!(error, SchedulerError::Refused { .. }) || self.has(&believed)? {
-                        return Err(error);
-                    }
-                    tracing::warn!(interface = self.interface, %error, "the kernel's tree was changed by somebody else");
-                }
-            }
-        }
-        let state = self.establish(tree)?;
-        self.state = Some(state);
-        Ok(())
-    }
-
-    fn repair(&mut self) -> Result<Vec<Drift>, SchedulerError> {
-        let Some(mut state) = self.state.take() else { return Ok(Vec::new()) };
-        let mut drifts = Vec::new();
-        let result = self.repair_state(&mut state, &mut drifts);
-        self.state = Some(state);
-        result.map(|()| drifts)
-    }
-
-    fn statistics(&self) -> Result<Vec<(AllocationSlot, ClassStatistics)>, SchedulerError> {
-        let Some(state) = &self.state else { return Ok(Vec::new()) };
-        // HTB counts what a queue refuses, not what fq_codel drops later: its own count has both.
-        let mut drops = HashMap::new();
-        if state.kind == Kind::FqCodel {
-            drops.extend(self.qdiscs()?.into_iter().map(|qdisc| (qdisc.parent, qdisc.drops)));
-        }
-        let found = self.found_classes()?;
-        let mut statistics: Vec<_> = found
-            .into_iter()
-            .filter(|found| !state.draining.contains_key(&found.class.minor))
-            .filter_map(|Found { class, mut statistics }| {
-                let slot = class.allocation()?;
-                if let Some(drops) = drops.get(&class::handle(class.minor)) {
-                    statistics.drops = statistics.drops.max(*drops);
-                }
-                Some((slot, statistics))
-            })
-            .collect();
-        statistics.sort_by_key(|(slot, _)| *slot);
-        Ok(statistics)
-    }
-
-    fn detach(&mut self) -> Result<(), SchedulerError> {
-        let found = match self.observe() {
-            // Not ours to remove, and then nothing of ours is there.
-            Err(SchedulerError::ForeignRoot { .. } | SchedulerError::NoSuchInterface { .. }) => Root::Absent,
-            observed => observed?.root,
-        };
-        if found != Root::Absent {
-            self.delete_root()?;
-        }
-        self.state = None;
-        Ok(())
-    }
-
-    fn default_class(&self) -> u32 {
-        class::handle(DEFAULT)
-    }
-
-    fn rest_class(&self, line: LineSlot) -> u32 {
-        class::handle(class::rest_minor(line))
-    }
-
-    fn leaf_class(&self, slot: AllocationSlot) -> u32 {
-        class::handle(class::leaf_minor(slot))
     }
 }
 

@@ -136,7 +136,7 @@ fn one_change_is_one_message() {
             tree.leaves.retain(|leaf| leaf.line != Some(LineSlot(2)));
         }),
         ("link, which is the ceiling of default and allocation 3", 5, |tree| {
-            tree.link = BitsPerSecond(900 * MEGABIT)
+            tree.link = BitsPerSecond(900 * MEGABIT);
         }),
     ];
     in_namespace(|link| {
@@ -255,7 +255,7 @@ fn what_somebody_changed_is_repaired_and_reported() {
             "queue's limit",
             "the queue of class 5150:4001 was bfifo 4001: of 1 B instead of bfifo 4001: of 15.14 kB",
             |link, _| {
-                set_queue(link, 0x4001, &Queue { handle: 0x4001, discipline: Discipline::Fifo { limit: 1 } })
+                set_queue(link, 0x4001, &Queue { handle: 0x4001, discipline: Discipline::Fifo { limit: 1 } });
             },
         ),
         ("queue deleted", "the queue of class 5150:13 was missing", |link, htb| {
@@ -270,7 +270,7 @@ fn what_somebody_changed_is_repaired_and_reported() {
                     link,
                     0x4001,
                     &Queue { handle: 0x99, discipline: Discipline::Foreign("pfifo".into()) },
-                )
+                );
             },
         ),
         ("somebody's class", "class 5150:ff00 was not declared", |link, htb| {
