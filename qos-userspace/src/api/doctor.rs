@@ -23,7 +23,7 @@ use super::types::Status;
 use crate::config::Config;
 use crate::gateway::InterfaceConfig;
 use crate::gateway::link::{Link, LinkError};
-use crate::gateway::netlink::{NetlinkError, RouteSocket};
+use crate::gateway::netlink::{NetlinkError, Refusal, RouteSocket};
 use crate::gateway::port::Port;
 
 /// Oldest kernel that works.
@@ -282,6 +282,10 @@ fn schedulers() -> Vec<Check> {
         .map(|(kind, result)| {
             let name = format!("scheduler {kind}");
             let module = format!("install the module sch_{kind} of this kernel");
+            let result = result.map_err(|error| match error {
+                NetlinkError::Refused(Refusal { text: Some(text), .. }) => text,
+                other => other.to_string(),
+            });
             match (result, kind) {
                 (Ok(()), _) => Check::ok(name, "there"),
                 (Err(error), "fq_codel") => Check::warning(

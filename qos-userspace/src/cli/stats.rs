@@ -43,11 +43,7 @@ pub(super) fn run(stats: &Stats, client: &mut Client, output: &mut Output) -> Re
     match stats.watch {
         None => output.show(client.get("/v1/statistics")?, |output, now: Statistics| {
             let allocations = allocations(client)?;
-            for table in totals(output, &now, &allocations) {
-                output.print(&table)?;
-                output.line("")?;
-            }
-            output.line(outcomes(&now))
+            output.line(text(&totals(output, &now, &allocations), &now))
         }),
         Some(interval) => watch(interval, client, output),
     }
@@ -63,9 +59,7 @@ fn watch(interval: Duration, client: &Client, output: &mut Output) -> Result<(),
             let now: Statistics = typed(answer)?;
             if let Some(before) = &before {
                 let allocations = allocations(client)?;
-                let tables = rates(output, before, &now, &allocations);
-                let text = tables.iter().map(Table::trim_fmt).collect::<Vec<_>>().join("\n\n");
-                refresh(output, &format!("{text}\n"))?;
+                refresh(output, &text(&rates(output, before, &now, &allocations), &now))?;
             } else if output.terminal {
                 refresh(output, "measuring …\n")?;
             }
@@ -192,7 +186,7 @@ fn tables(
     columns: [&str; 7],
     values: impl Fn(&Row<'_>) -> [String; 7],
 ) -> [Table; 2] {
-    let right: Vec<_> = (3..10).collect();
+    let right: Vec<_> = [0].into_iter().chain(3..10).collect();
     let table = |rows: Vec<Row<'_>>, first: &str| {
         let header: Vec<_> = [first, "PROVIDER", ""].into_iter().chain(columns).collect();
         let mut table = output.table(&header, &right);
@@ -217,6 +211,12 @@ fn round_to_three_digits(value: f64) -> u64 {
     }
     let unit = 10_f64.powf(value.log10().floor() - 2.0);
     ((value / unit).round() * unit).round() as u64
+}
+
+/// The tables that have rows, and what became of all packets.
+fn text(tables: &[Table], now: &Statistics) -> String {
+    let tables = tables.iter().filter(|table| !table.is_empty()).map(Table::trim_fmt);
+    tables.chain([outcomes(now)]).collect::<Vec<_>>().join("\n\n")
 }
 
 /// What became of all packets.
