@@ -15,7 +15,6 @@ use super::object::{Object, ObjectError};
 const EXPIRY_JITTER_NS: u64 = 50_000_000;
 
 /// The maps, but for those of the classifier.
-#[derive(Debug)]
 pub(super) struct Maps {
     settings: Array<MapData, Settings>,
     allocations: SharedArray<Allocation>,
@@ -29,6 +28,12 @@ pub(super) struct Maps {
     lines: HashMap<MapData, LineKey, Line>,
     question: SharedArray<Question>,
     answer: SharedArray<Answer>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
 }
 
 impl Maps {
