@@ -20,9 +20,7 @@ use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
 use super::object::{Attachment, Object, ObjectError, remove_pins};
-use super::report::{
-    DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
-};
+use super::report::{DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics};
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
 use crate::domain::selector::rules;
@@ -381,7 +379,8 @@ impl Kernel {
             Some(attachment) => {
                 let missing = self.object.missing(link.index, attachment);
                 if !missing.is_empty() {
-                    wrong.push(format!("{name}: {} had lost our program; attached again", missing.join(", ")));
+                    wrong
+                        .push(format!("{name}: {} had lost our program; attached again", missing.join(", ")));
                     self.attach(number)?;
                 }
             }
@@ -427,7 +426,8 @@ impl Kernel {
                 wrong.push(format!("map applications[{slot}] differed"));
             }
         }
-        let allocations: HashMap<u16, _> = state.allocations.values().map(|known| (known.slot, known)).collect();
+        let allocations: HashMap<u16, _> =
+            state.allocations.values().map(|known| (known.slot, known)).collect();
         for slot in 1..abi::ALLOCATION_SLOTS as u16 {
             let records = allocations.get(&slot).map(|known| self.records(state, known)).unwrap_or_default();
             if self.maps.put_allocation(slot, records) {
@@ -671,9 +671,10 @@ fn allocation_rules(allocation: &Allocation) -> Vec<Rule> {
 
 fn provider_record(provider: &crate::domain::Provider) -> abi::Provider {
     let meter = |direction| {
-        provider.aggregate.get(direction).map_or(Meter::UNSET, |rate| {
-            Meter::new(rate.0, rate.bytes_in(AGGREGATE_BURST_NS).max(2 * 1_514))
-        })
+        provider
+            .aggregate
+            .get(direction)
+            .map_or(Meter::UNSET, |rate| Meter::new(rate.0, rate.bytes_in(AGGREGATE_BURST_NS).max(2 * 1_514)))
     };
     abi::Provider {
         name: padded(&provider.name),

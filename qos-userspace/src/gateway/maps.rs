@@ -3,8 +3,8 @@
 
 use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES, PROVIDER_SLOTS,
-    Provider, Question, Settings, directed,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES,
+    PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
 
@@ -56,7 +56,8 @@ impl Maps {
 
     /// Writes the settings, unless they stand there already. Tells whether they differed.
     pub(super) fn put_settings(&mut self, settings: &Settings) -> Result<bool, ObjectError> {
-        let differs = self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))? != *settings;
+        let differs =
+            self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))? != *settings;
         if differs {
             self.settings.set(0, settings, 0).map_err(|reason| ObjectError::map("settings", reason))?;
         }
