@@ -20,6 +20,8 @@ mod overlap;
 mod refusal;
 mod slots;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use decide::decide;
 pub use refusal::{Refusal, RefusalCode};

@@ -78,6 +78,8 @@ const FQ_CODEL_NS: u64 = 50_000_000;
 /// default class is one and has many subscribers' flows.
 const FQ_CODEL_FLOWS: u32 = 128;
 const FQ_CODEL_DEFAULT_FLOWS: u32 = 1_024;
+/// The most that fq_codel takes as its memory limit.
+const FQ_CODEL_MEMORY: u64 = 1 << 31;
 /// Memory of a packet buffer over the packet's length, at worst some two for full packets.
 const MEMORY_PER_BYTE: u64 = 2;
 
@@ -314,7 +316,7 @@ fn queue(minor: u16, kind: Kind, ceil: BitsPerSecond, bytes: Option<u64>, framin
             let interval = CODEL_INTERVAL_US.max(target * (CODEL_INTERVAL_US / CODEL_TARGET_US));
             Discipline::FqCodel {
                 limit: saturate(limit.div_ceil(packet)),
-                memory: saturate(limit * MEMORY_PER_BYTE),
+                memory: saturate((limit * MEMORY_PER_BYTE).min(FQ_CODEL_MEMORY)),
                 target: codel_time(target),
                 interval: codel_time(interval),
                 flows: if minor == DEFAULT { FQ_CODEL_DEFAULT_FLOWS } else { FQ_CODEL_FLOWS },
