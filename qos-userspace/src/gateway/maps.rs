@@ -121,7 +121,7 @@ impl Maps {
     ) -> Result<usize, ObjectError> {
         let error = |reason| ObjectError::map("lines", reason);
         let mut found = std::collections::HashMap::new();
-        for entry in self.lines.iter() {
+        for entry in &self.lines {
             let (key, line) = entry.map_err(error)?;
             found.insert(key, line);
         }
@@ -141,11 +141,6 @@ impl Maps {
 
     pub(super) fn put_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
         self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
-    }
-
-    /// Removes a subscriber's prefix; one that is not there is no error.
-    pub(super) fn remove_line(&mut self, key: &LineKey) {
-        let _ = self.lines.remove(key);
     }
 
     /// Counters of one direction of an allocation's slot, all CPUs together.
