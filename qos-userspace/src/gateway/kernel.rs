@@ -97,6 +97,9 @@ pub enum GatewayError {
     /// A packet to explain is too short or too long to be run.
     #[error("a packet of {0} bytes can't be run: 14 to 3,520 can")]
     PacketLength(usize),
+    /// Debugging is asked of programs that have none.
+    #[error("the loaded programs were built without debugging")]
+    NoTrace,
 }
 
 /// The programs, maps and trees of this gateway. Dropping it leaves them enforcing.
@@ -601,6 +604,39 @@ impl Gateway for Kernel {
             self.apply_to_maps(state, change)?;
         }
         Ok(())
+    }
+
+    fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
+        Self::reconcile(self, state)
+    }
+
+    fn statistics(&mut self, state: &State) -> Result<Statistics, GatewayError> {
+        Self::statistics(self, state)
+    }
+
+    fn explain(
+        &mut self,
+        direction: Direction,
+        packet: &[u8],
+        layer3: bool,
+    ) -> Result<Explanation, GatewayError> {
+        Self::explain(self, direction, packet, layer3)
+    }
+
+    fn status(&self) -> GatewayStatus {
+        Self::status(self)
+    }
+
+    fn trace(&mut self, on: bool) -> Result<(), GatewayError> {
+        if on { Err(GatewayError::NoTrace) } else { Ok(()) }
+    }
+
+    fn traced(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn detach(self) -> Result<(), GatewayError> {
+        Self::detach(self)
     }
 }
 

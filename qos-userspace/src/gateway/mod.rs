@@ -5,8 +5,9 @@ pub mod kernel;
 pub mod link;
 mod maps;
 pub mod memory;
-mod netlink;
+pub(crate) mod netlink;
 pub mod object;
+pub mod port;
 pub mod report;
 pub mod scheduler;
 
