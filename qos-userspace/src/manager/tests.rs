@@ -458,7 +458,7 @@ fn capacity_is_given_out_once() {
     assert_eq!(state.line_rate(&name("dsl-1"), Direction::Downstream), rate("20mbit"));
     assert_eq!(
         refused_grant(&state, request("acme", "down from 198.51.100.3 to 192.0.2.1")).message,
-        "line dsl-1 downstream: asked 8 bit/s, left 0 bit/s"
+        "line dsl-1 downstream: asked 512 bit/s, left 0 bit/s"
     );
     carry_out(&mut state, Command::Revoke { id: all.id });
     assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream), rate("12.5mbit"));
@@ -467,7 +467,7 @@ fn capacity_is_given_out_once() {
 
     // The link: what is left of 1 Gbit/s after 7.492 Mbit/s, three rests and a class without a guarantee.
     let refusal = refused_grant(&state, asked("down from 198.51.100.9", "1gbit"));
-    assert_eq!(refusal.message, "link downstream: asked 1 Gbit/s, left 992.484 Mbit/s");
+    assert_eq!(refusal.message, "link downstream: asked 1 Gbit/s, left 992.483 Mbit/s");
 }
 
 #[test]
@@ -1002,7 +1002,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     );
     let new_session = (session_name(), 0u8..6, 0usize..4, 0u32..2).prop_map(|(name, net, speed, slow)| {
         let (down, up) =
-            [("20mbit", "5mbit"), ("2mbit", "500kbit"), ("30mbit", "30mbit"), ("64kbit", "5kbit")][speed];
+            [("20mbit", "5mbit"), ("2mbit", "500kbit"), ("30mbit", "30mbit"), ("640kbit", "64kbit")][speed];
         let address = if net < 4 { format!("10.0.0.{}/30", net * 4) } else { format!("2001:db8:{net}::/48") };
         Command::AddSession(NewSession {
             delay_us: slow * 5_000,
