@@ -16,7 +16,7 @@ use crate::domain::{
     Name, Profile, ProviderKind, Status, selector,
 };
 
-fn network() -> Network {
+pub(crate) fn network() -> Network {
     Network {
         link: Directed { up: rate("1gbit"), down: rate("1gbit") },
         line_side: LineSide::Lan,
@@ -104,46 +104,52 @@ fn refused_grant(state: &State, request: GrantRequest) -> Refusal {
     refused(state, Command::Grant(Box::new(request)))
 }
 
-/// Providers of both kinds, a 20/5 Mbit/s line and a slower one that loses packets, a profile.
-fn town() -> State {
-    let mut state = State::new(network());
-    carry_out(
-        &mut state,
-        Command::AddProvider(provider(
-            "acme",
-            ProviderKind::Application,
-            &["198.51.100.0/24", "2001:db8:a::/48"],
-        )),
-    );
-    carry_out(
-        &mut state,
-        Command::AddProvider(provider("isp", ProviderKind::Network, &["192.0.2.0/24", "2001:db8:b::/48"])),
-    );
-    carry_out(&mut state, Command::AddApplication { provider: name("acme"), name: name("video") });
-    carry_out(
-        &mut state,
-        Command::AddSession(session("dsl-1", &["192.0.2.1/32", "2001:db8:b:1::/64"], "20mbit", "5mbit")),
-    );
+/// Providers of both kinds, a 20/5 Mbit/s line and a slower one that loses packets, a profile; and
+/// the changes that made it.
+pub(crate) fn town() -> (State, Vec<Change>) {
     let slow = NewSession {
         loss_ppm: 2_000,
         delay_us: 8_000,
         ..session("dsl-2", &["192.0.2.2/32"], "2mbit", "500kbit")
     };
-    carry_out(&mut state, Command::AddSession(slow));
-    let level = Level {
-        guaranteed: Directed { up: None, down: Some(rate("1mbit")) },
-        priority: 1,
-        ..Level::default()
+    let guaranteed = Directed { up: None, down: Some(rate("1mbit")) };
+    let voice = Profile {
+        name: name("voice"),
+        level: Level { guaranteed, loss: Some(0.1 + 0.2), priority: 1, ..Level::default() },
     };
-    carry_out(&mut state, Command::PutProfile(Profile { name: name("voice"), level }));
-    state
+    let acme = provider("acme", ProviderKind::Application, &["198.51.100.0/24", "2001:db8:a::/48"]);
+    let isp = provider("isp", ProviderKind::Network, &["192.0.2.0/24", "2001:db8:b::/48"]);
+    let line = session("dsl-1", &["192.0.2.1/32", "2001:db8:b:1::/64"], "20mbit", "5mbit");
+    let mut state = State::new(network());
+    let changes = [
+        Command::AddProvider(acme),
+        Command::AddProvider(isp),
+        Command::AddApplication { provider: name("acme"), name: name("video") },
+        Command::AddSession(line),
+        Command::AddSession(slow),
+        Command::PutProfile(voice),
+    ]
+    .into_iter()
+    .flat_map(|command| carry_out(&mut state, command).changes)
+    .collect();
+    (state, changes)
+}
+
+/// A small grant on line dsl-1, another one for each `number`.
+pub(crate) fn grant_on_line(number: u32) -> Command {
+    Command::Grant(Box::new(GrantRequest {
+        level: guaranteed("2kbit"),
+        duration: Some(SignedDuration::from_hours(1)),
+        application: (number % 2 == 0).then(|| name("video")),
+        ..request("acme", &format!("down udp from 198.51.100.0/24:{} to 192.0.2.1", number + 1))
+    }))
 }
 
 const TO_DSL_1: &str = "down udp from 198.51.100.0/24 to 192.0.2.1";
 
 #[test]
 fn a_grant_has_its_defaults_filled_in() {
-    let mut state = town();
+    let mut state = town().0;
     let level = LevelRequest {
         guaranteed: Directed { up: Some(rate("1mbit")), down: Some(rate("8mbit")) },
         maximum: Directed { up: None, down: Some(rate("10mbit")) },
@@ -169,7 +175,7 @@ fn a_grant_has_its_defaults_filled_in() {
 
 #[test]
 fn what_is_said_goes_before_the_profile() {
-    let mut state = town();
+    let mut state = town().0;
     let profile = Some(name("voice"));
     let plain = GrantRequest {
         profile: profile.clone(),
@@ -190,7 +196,7 @@ fn what_is_said_goes_before_the_profile() {
 #[test]
 fn bad_requests_are_refused_with_field_and_value() {
     use RefusalCode::{Forbidden, InsufficientCapacity, Invalid, NotFound};
-    let state = town();
+    let state = town().0;
     let base = || request("acme", TO_DSL_1);
     let level = |level: LevelRequest| GrantRequest { level, ..base() };
     let lasting = |seconds| GrantRequest { duration: Some(SignedDuration::from_secs(seconds)), ..base() };
@@ -408,7 +414,7 @@ fn bad_requests_are_refused_with_field_and_value() {
 
 #[test]
 fn an_allocation_is_for_one_line_or_for_the_link() {
-    let mut state = town();
+    let mut state = town().0;
     let flows = |texts: &[&str]| GrantRequest {
         selectors: texts.iter().flat_map(|text| selector::parse_flows(text).unwrap()).collect(),
         ..request("acme", TO_DSL_1)
@@ -447,7 +453,7 @@ fn an_allocation_is_for_one_line_or_for_the_link() {
 
 #[test]
 fn capacity_is_given_out_once() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |flows: &str, down: &str| GrantRequest { level: guaranteed(down), ..request("acme", flows) };
     grant(&mut state, asked("down from 198.51.100.1 to 192.0.2.1", "7.492mbit"));
     let refusal = refused_grant(&state, asked("down from 198.51.100.2 to 192.0.2.1", "20mbit"));
@@ -472,7 +478,7 @@ fn capacity_is_given_out_once() {
 
 #[test]
 fn a_provider_stays_within_its_aggregate() {
-    let mut state = town();
+    let mut state = town().0;
     let aggregate = Directed { up: None, down: Some(rate("10mbit")) };
     let new = NewProvider { aggregate, ..provider("tiny", ProviderKind::Application, &["203.0.113.0/24"]) };
     carry_out(&mut state, Command::AddProvider(new));
@@ -494,7 +500,7 @@ fn a_provider_stays_within_its_aggregate() {
 
 #[test]
 fn out_of_the_line_a_guarantee_is_soft() {
-    let state = town();
+    let state = town().0;
     let level = LevelRequest {
         guaranteed: Directed { up: Some(rate("1mbit")), down: None },
         ..LevelRequest::default()
@@ -540,7 +546,7 @@ fn out_of_the_line_a_guarantee_is_soft() {
 
 #[test]
 fn a_granted_delay_budget_is_not_broken_by_later_grants() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |host: u8, level| GrantRequest {
         level,
         ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"))
@@ -643,7 +649,7 @@ fn a_delay_budget_holds_against_the_whole_link() {
 
 #[test]
 fn selectors_that_meet_others_are_told_of() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |flows: &str, precedence| GrantRequest { precedence, ..request("acme", flows) };
     grant(&mut state, asked("down udp from 198.51.100.0/24", 5));
     for (flows, precedence, said) in [
@@ -683,7 +689,7 @@ fn selectors_that_meet_others_are_told_of() {
 
 #[test]
 fn warnings_say_what_will_not_come_true() {
-    let state = town();
+    let state = town().0;
     let level = LevelRequest {
         maximum: Directed { up: None, down: Some(rate("30mbit")) },
         ..LevelRequest::default()
@@ -704,7 +710,7 @@ fn warnings_say_what_will_not_come_true() {
 #[test]
 fn registrations_are_checked() {
     use RefusalCode::{Conflict, Invalid, NotFound};
-    let mut state = town();
+    let mut state = town().0;
     let granted =
         grant(&mut state, GrantRequest { application: Some(name("video")), ..request("acme", TO_DSL_1) });
     assert_eq!(granted.id.0, 1);
@@ -856,7 +862,7 @@ fn registrations_are_checked() {
 
 #[test]
 fn what_has_expired_ends() {
-    let mut state = town();
+    let mut state = town().0;
     let lasting = |host: u8, seconds| GrantRequest {
         duration: Some(SignedDuration::from_secs(seconds)),
         ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"))
@@ -933,7 +939,7 @@ fn full_maps_are_refused() {
 
 #[test]
 fn slots_of_allocations_wait_their_turn() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |host: u8| request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"));
     let first = grant(&mut state, asked(1));
     carry_out(&mut state, Command::Revoke { id: first.id });
@@ -944,7 +950,7 @@ fn slots_of_allocations_wait_their_turn() {
 
 #[test]
 fn a_configuration_that_shrank_is_told_of() {
-    let mut state = town();
+    let mut state = town().0;
     grant(
         &mut state,
         GrantRequest {
@@ -981,7 +987,7 @@ fn everything(state: &State) -> Vec<Change> {
 // Histories.
 
 /// One step of a history over a small world, in which names and addresses meet often.
-fn any_command() -> impl Strategy<Value = Command> {
+pub(crate) fn any_command() -> impl Strategy<Value = Command> {
     let rates = || {
         prop::option::weighted(
             0.6,
