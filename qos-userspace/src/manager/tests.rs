@@ -986,55 +986,70 @@ fn everything(state: &State) -> Vec<Change> {
 
 // Histories.
 
-/// One step of a history over a small world, in which names and addresses meet often.
-pub(crate) fn any_command() -> impl Strategy<Value = Command> {
-    let rates = || {
-        prop::option::weighted(
-            0.6,
-            prop::sample::select(vec!["1kbit", "700kbit", "3mbit", "8mbit", "30mbit"]).prop_map(rate),
-        )
-    };
-    let directed = |value: BoxedStrategy<Option<BitsPerSecond>>| {
-        (value.clone(), value).prop_map(|(up, down)| Directed { up, down })
-    };
-    let provider_name = || (1u8..=3).prop_map(|number| name(&format!("p{number}")));
-    let session_name = || (1u8..=4).prop_map(|number| format!("s{number}"));
-    let new_provider = (provider_name(), any::<bool>(), directed(rates().boxed())).prop_map(
-        |(name, application, aggregate)| {
-            let kind = if application { ProviderKind::Application } else { ProviderKind::Network };
-            let networks = vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()];
-            Command::AddProvider(NewProvider { name, kind, networks, aggregate })
+/// A history over a small world, in which names, addresses and capacity meet often.
+pub(crate) fn any_history() -> impl Strategy<Value = Vec<Command>> {
+    let registered = (any_provider(1), any_provider(2), any_session(1), any_session(2), any_session(3));
+    (registered, prop::collection::vec(any_command(), 1..80)).prop_map(|((p1, p2, s1, s2, s3), commands)| {
+        [p1, p2, s1, s2, s3].into_iter().chain(commands).collect()
+    })
+}
+
+fn any_rate(weight: f64, rates: &'static [&'static str]) -> impl Strategy<Value = Option<BitsPerSecond>> {
+    prop::option::weighted(weight, prop::sample::select(rates).prop_map(rate))
+}
+
+fn any_rates(
+    weights: (f64, f64),
+    rates: &'static [&'static str],
+) -> impl Strategy<Value = Directed<Option<BitsPerSecond>>> {
+    (any_rate(weights.0, rates), any_rate(weights.1, rates)).prop_map(|(up, down)| Directed { up, down })
+}
+
+fn any_provider(number: u8) -> impl Strategy<Value = Command> {
+    let aggregate = any_rates((0.3, 0.3), &["3mbit", "8mbit", "30mbit"]);
+    (any::<bool>(), aggregate).prop_map(move |(application, aggregate)| {
+        let kind = if application { ProviderKind::Application } else { ProviderKind::Network };
+        let networks = &["0.0.0.0/0", "::/0"];
+        Command::AddProvider(NewProvider { aggregate, ..provider(&format!("p{number}"), kind, networks) })
+    })
+}
+
+fn any_session(number: u8) -> impl Strategy<Value = Command> {
+    let speed = [("20mbit", "5mbit"), ("8mbit", "2mbit"), ("30mbit", "30mbit"), ("64kbit", "5kbit")];
+    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>()).prop_map(
+        move |((down, up), slow, narrow)| {
+            let address = format!("10.0.0.{}/{}", 4 * number, if narrow { 32 } else { 30 });
+            Command::AddSession(NewSession {
+                delay_us: u32::from(slow) * 5_000,
+                link_layer: if slow { LinkLayer::Atm } else { LinkLayer::Ethernet },
+                ..session(&format!("s{number}"), &[&address, &format!("2001:db8:{number}::/48")], down, up)
+            })
         },
-    );
-    let new_session = (session_name(), 0u8..6, 0usize..4, 0u32..2).prop_map(|(name, net, speed, slow)| {
-        let (down, up) =
-            [("20mbit", "5mbit"), ("2mbit", "500kbit"), ("30mbit", "30mbit"), ("64kbit", "5kbit")][speed];
-        let address = if net < 4 { format!("10.0.0.{}/30", net * 4) } else { format!("2001:db8:{net}::/48") };
-        Command::AddSession(NewSession {
-            delay_us: slow * 5_000,
-            link_layer: if slow == 1 { LinkLayer::Atm } else { LinkLayer::Ethernet },
-            ..session(&name, &[&address], down, up)
-        })
+    )
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    let provider_name = || (1u8..=3).prop_map(|number| name(&format!("p{number}")));
+    let line = (1u8..=4, 1u16..=12, 0u8..8).prop_map(|(number, port, form)| {
+        let host = 4 * number;
+        match form {
+            0 => format!("between 10.0.0.{host} and 198.51.100.0/24:{port} tcp"),
+            1 => format!("between 10.0.0.{host} and any"),
+            2 => format!("up from 10.0.0.{host}/30 to :{port}"),
+            3 => format!("down from 2001:db8:ffff::/48 to 2001:db8:{number}::/48 dscp {port}"),
+            4 => format!("down from 198.51.100.{port}"),
+            5 => "any".to_owned(),
+            _ => format!("down udp from :{port} to 10.0.0.{host}"),
+        }
     });
-    let flows = prop::sample::select(vec![
-        "between 10.0.0.1 and 198.51.100.0/24",
-        "between 10.0.0.5 and 198.51.100.0/24:80 tcp",
-        "between 10.0.0.8/30 and any",
-        "down to 10.0.0.0/30",
-        "down udp from :5000-6000 to 10.0.0.2",
-        "up from 10.0.0.4/30",
-        "down to 2001:db8:4::/48",
-        "between 2001:db8:5::1 and 2001:db8:ffff::/48 udp dscp EF",
-        "down from 198.51.100.0/24",
-        "any",
-    ]);
+    let rates = &["1kbit", "30kbit", "700kbit", "3mbit", "8mbit", "30mbit"];
     let level = (
-        directed(rates().boxed()),
-        directed(rates().boxed()),
+        any_rates((0.2, 0.7), rates),
+        any_rates((0.1, 0.2), rates),
         prop::option::of(0u8..=7),
-        prop::option::of(prop::sample::select(vec![6_000u32, 15_000, 40_000, 400_000])),
+        prop::option::weighted(0.2, prop::sample::select(&[6_000u32, 15_000, 40_000, 400_000])),
         any::<bool>(),
-        prop::option::of(prop::sample::select(vec![1_500u64, 20_000])),
+        prop::option::weighted(0.2, prop::sample::select(&[1_500u64, 20_000])),
     )
         .prop_map(|(guaranteed, maximum, priority, delay_us, police, burst)| LevelRequest {
             guaranteed,
@@ -1045,26 +1060,24 @@ pub(crate) fn any_command() -> impl Strategy<Value = Command> {
             enforcement: police.then_some(Enforcement::Police),
             ..LevelRequest::default()
         });
-    let granted = (provider_name(), flows, level, 0u16..3, prop::option::of(1i64..100)).prop_map(
+    let lasting = prop::option::of(1i64..100);
+    let granted = (provider_name(), line, level, 0u16..3, lasting).prop_map(
         |(provider, flows, level, precedence, seconds)| {
-            Command::Grant(Box::new(GrantRequest {
-                level,
-                precedence,
-                duration: seconds.map(SignedDuration::from_secs),
-                ..request(provider.as_str(), flows)
-            }))
+            let duration = seconds.map(SignedDuration::from_secs);
+            let asked = GrantRequest { level, precedence, duration, ..request(provider.as_str(), &flows) };
+            Command::Grant(Box::new(asked))
         },
     );
     prop_oneof![
-        2 => new_provider,
+        1 => (1u8..=3).prop_flat_map(any_provider),
         1 => provider_name().prop_map(|name| Command::RemoveProvider { name }),
         1 => provider_name().prop_map(|provider| Command::AddApplication { provider, name: name("app") }),
         1 => provider_name().prop_map(|provider| Command::RemoveApplication { provider, name: name("app") }),
-        5 => new_session,
-        1 => session_name().prop_map(|text| Command::RemoveSession { name: name(&text) }),
+        1 => (1u8..=4).prop_flat_map(any_session),
+        1 => (1u8..=4).prop_map(|number| Command::RemoveSession { name: name(&format!("s{number}")) }),
         20 => granted,
-        3 => (1u64..40).prop_map(|id| Command::Revoke { id: AllocationId(id) }),
-        2 => Just(Command::Expire),
+        3 => (1u64..30).prop_map(|id| Command::Revoke { id: AllocationId(id) }),
+        1 => Just(Command::Expire),
     ]
 }
 
@@ -1128,7 +1141,7 @@ proptest! {
     fn histories_keep_every_promise(
         link in prop::sample::select(vec!["25mbit", "60mbit", "1gbit"]),
         wan in any::<bool>(),
-        commands in prop::collection::vec(any_command(), 1..60),
+        commands in any_history(),
     ) {
         let line_side = if wan { LineSide::Wan } else { LineSide::Lan };
         let mut state = State::new(Network { link: Directed { up: rate(link), down: rate(link) }, line_side, ..network() });
@@ -1160,7 +1173,6 @@ proptest! {
             }
             prop_assert!(loaded.index == state.index, "index after {:?}", decision.changes);
         }
-    }
 }
 
 #[test]

@@ -16,7 +16,7 @@ use rusqlite::Connection;
 
 use super::{SqliteStore, Store, StoreError};
 use crate::domain::{AllocationId, Status};
-use crate::manager::tests::{any_command, grant_on_line, network, town};
+use crate::manager::tests::{any_history, grant_on_line, network, town};
 use crate::manager::{Change, Command, State, decide};
 
 fn now() -> Timestamp {
@@ -67,7 +67,7 @@ fn generated_histories_are_read_back() {
     let mut runner = TestRunner::deterministic();
     let mut granted = 0;
     for _ in 0..40 {
-        let commands = prop::collection::vec(any_command(), 40..80).new_tree(&mut runner).unwrap().current();
+        let commands = any_history().new_tree(&mut runner).unwrap().current();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.db");
         let mut store = SqliteStore::open(&path).unwrap();
