@@ -1173,6 +1173,7 @@ proptest! {
             }
             prop_assert!(loaded.index == state.index, "index after {:?}", decision.changes);
         }
+    }
 }
 
 #[test]
