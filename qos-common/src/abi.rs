@@ -216,10 +216,12 @@ pub enum Outcome {
     NoMetadata = 8,
     /// A map entry that must exist does not.
     MissingEntry = 9,
+    /// The IP header contradicts itself: version, header length or total length.
+    Malformed = 10,
 }
 
 /// Number of [`Outcome`]s.
-pub const OUTCOMES: u32 = 10;
+pub const OUTCOMES: u32 = 11;
 
 impl Outcome {
     /// All outcomes, in the order of their numbers.
@@ -234,6 +236,7 @@ impl Outcome {
         Self::StaleMark,
         Self::NoMetadata,
         Self::MissingEntry,
+        Self::Malformed,
     ];
 }
 

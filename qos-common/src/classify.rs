@@ -78,6 +78,12 @@ impl Address {
         Self { high: self.high & high, low: self.low & low }
     }
 
+    /// The address with the bits outside `mask` cleared.
+    #[inline(always)]
+    const fn masked(self, mask: Self) -> Self {
+        Self { high: self.high & mask.high, low: self.low & mask.low }
+    }
+
     /// Tells whether the first `length` bits are those of `other`.
     #[inline(always)]
     #[must_use]
@@ -90,22 +96,16 @@ impl Address {
 /// Masks of the two halves of a prefix of `length` bits.
 #[inline(always)]
 const fn masks(length: u32) -> (u64, u64) {
-    // A shift by 64 is undefined: lengths of 0 and 64 go round it.
-    let high = if length == 0 {
-        0
-    } else if length >= 64 {
-        u64::MAX
-    } else {
-        u64::MAX << (64 - length)
-    };
-    let low = if length <= 64 {
-        0
-    } else if length >= 128 {
-        u64::MAX
-    } else {
-        u64::MAX << (128 - length)
-    };
-    (high, low)
+    let high = if length > 64 { 64 } else { length };
+    (top_bits(high), top_bits(length - high))
+}
+
+/// A number whose first `count` bits are ones; 0 to 64 of them.
+#[inline(always)]
+const fn top_bits(count: u32) -> u64 {
+    // A shift by 64 is undefined: two halves of it have no branch either.
+    let zeros = 64 - count;
+    u64::MAX << (zeros / 2) << (zeros - zeros / 2)
 }
 
 /// The transport header could not be seen: a later fragment, or a chain of IPv6 extension headers
@@ -265,17 +265,35 @@ pub const MAX_TABLES: usize = 16;
 pub struct Table {
     /// Lowest rank in the table; [`Table::EMPTY`]'s where it holds no rule.
     pub best: u64,
+    /// The bits of a source address that are in the key.
+    pub source_mask: Address,
+    /// The bits of a destination address that are in the key.
+    pub destination_mask: Address,
     /// Source prefix bits in the key.
     pub source_length: u32,
     /// Destination prefix bits in the key.
     pub destination_length: u32,
 }
 
-const _: () = assert!(size_of::<Table>() == 16);
+const _: () = assert!(size_of::<Table>() == 48);
 
 impl Table {
     /// A place that holds no table.
-    pub const EMPTY: Self = Self { best: u64::MAX, source_length: 0, destination_length: 0 };
+    pub const EMPTY: Self = Self::new(u64::MAX, 0, 0);
+
+    /// A table whose keys are prefixes of these lengths, at most 128, and whose best rule has this
+    /// rank.
+    #[must_use]
+    pub const fn new(best: u64, source_length: u32, destination_length: u32) -> Self {
+        let ones = Address { high: u64::MAX, low: u64::MAX };
+        Self {
+            best,
+            source_mask: ones.prefix(source_length),
+            destination_mask: ones.prefix(destination_length),
+            source_length,
+            destination_length,
+        }
+    }
 }
 
 /// All tables of one direction and family, the value of map `tables` at [`table_set`].
@@ -290,7 +308,7 @@ pub struct TableSet {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<TableSet>() == 16 * MAX_TABLES + 8);
+const _: () = assert!(size_of::<TableSet>() == 48 * MAX_TABLES + 8);
 
 /// Number of table sets: one for each direction and family.
 pub const TABLE_SETS: u32 = 4;
@@ -379,8 +397,8 @@ pub const fn slot_of_rule(rule: &Rule, table: &Table) -> u32 {
 const fn slot_of(set: u32, source: Address, destination: Address, table: &Table) -> u32 {
     index_slot(
         set,
-        source.prefix(table.source_length),
-        destination.prefix(table.destination_length),
+        source.masked(table.source_mask),
+        destination.masked(table.destination_mask),
         table.source_length << 8 | table.destination_length,
     )
 }
@@ -508,11 +526,8 @@ mod tests {
                 destination: Address::v6(destination.to_be_bytes()).prefix(u32::from(lengths.1)),
                 source_length: lengths.0, destination_length: lengths.1, family: 1, ..open_rule()
             };
-            let table = Table {
-                best: 0,
-                source_length: u32::from(cut.0.min(lengths.0)),
-                destination_length: u32::from(cut.1.min(lengths.1)),
-            };
+            let table =
+                Table::new(0, u32::from(cut.0.min(lengths.0)), u32::from(cut.1.min(lengths.1)));
             let key = Key {
                 source: Address::v6(source.to_be_bytes()), destination: Address::v6(destination.to_be_bytes()),
                 family: 1, ..packet()

@@ -1,8 +1,123 @@
-//! placeholder
+//! The kernel programs of qos.
+//!
+//! A packet's way, upstream: it comes in on a LAN interface, where `qos_xdp_lan` reads its headers,
+//! finds the allocation that its flow belongs to, and drops it if the allocation's or the
+//! provider's limit says so. The answer stands in front of the packet until `qos_ingress` moves it
+//! into the mark, which survives routing and NAT. On the WAN interface `qos_egress_wan` turns the
+//! mark into the class that the packet queues in, and writes its code point. Downstream is the same
+//! with LAN and WAN exchanged. `qos_explain` is never attached: it answers what would be done.
+//!
+//! Only entry points stand here. Each turns every outcome into a verdict; what is passed although
+//! nobody could read it is named there.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![expect(unreachable_pub, missing_docs, reason = "the macros of aya wrap entry points in public functions")]
+#![expect(internal_features, reason = "BPF has no stable atomics; these compile to its own instructions")]
+
+mod classify;
+mod egress;
+mod explain;
+mod ingress;
+mod limit;
+mod maps;
+mod mark;
+mod packet;
+
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
+use aya_ebpf::macros::{classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+use qos_common::abi::Outcome;
+use qos_common::classify::Direction;
+
+const UP: u32 = Direction::Upstream as u32;
+const DOWN: u32 = Direction::Downstream as u32;
+
+/// Goes on to the next program, or with the stack: TCX_NEXT and TC_ACT_UNSPEC, linux/bpf.h.
+const TC_NEXT: i32 = -1;
+/// Drops the packet: TC_ACT_SHOT.
+const TC_DROP: i32 = 2;
+
+/// In on a LAN interface: from subscribers.
+#[xdp(frags)]
+pub fn qos_xdp_lan(ctx: XdpContext) -> u32 {
+    xdp_verdict(ingress::xdp::<UP>(&ctx))
+}
+
+/// In on a WAN interface: to subscribers.
+#[xdp(frags)]
+pub fn qos_xdp_wan(ctx: XdpContext) -> u32 {
+    xdp_verdict(ingress::xdp::<DOWN>(&ctx))
+}
+
+/// In on any interface, behind XDP.
+#[classifier]
+pub fn qos_ingress(ctx: TcContext) -> i32 {
+    ingress::tc(&ctx);
+    TC_NEXT
+}
+
+/// Out of a LAN interface: to subscribers.
+#[classifier]
+pub fn qos_egress_lan(ctx: TcContext) -> i32 {
+    tc_verdict(egress::run::<DOWN>(&ctx))
+}
+
+/// Out of a WAN interface: from subscribers.
+#[classifier]
+pub fn qos_egress_wan(ctx: TcContext) -> i32 {
+    tc_verdict(egress::run::<UP>(&ctx))
+}
+
+/// Never attached: run by the daemon on a packet that somebody asks about.
+#[xdp(frags)]
+pub fn qos_explain(ctx: XdpContext) -> u32 {
+    explain::run(&ctx);
+    XDP_PASS
+}
+
+#[inline(always)]
+fn xdp_verdict(outcome: Outcome) -> u32 {
+    maps::count(outcome);
+    if drops(outcome) { XDP_DROP } else { XDP_PASS }
+}
+
+#[inline(always)]
+fn tc_verdict(outcome: Outcome) -> i32 {
+    if drops(outcome) { TC_DROP } else { TC_NEXT }
+}
+
+/// The policy: which outcomes end a packet.
+#[inline(always)]
+fn drops(outcome: Outcome) -> bool {
+    match outcome {
+        Outcome::OverMaximum | Outcome::OverAggregate => !observes(),
+        Outcome::Admitted | Outcome::Unclassified => false,
+        // Fail-open: a packet that can't be read, or that our own maps can't judge, is somebody
+        // else's to judge.
+        Outcome::NotIp
+        | Outcome::Truncated
+        | Outcome::TooManyTags
+        | Outcome::StaleMark
+        | Outcome::NoMetadata
+        | Outcome::MissingEntry
+        | Outcome::Malformed => false,
+    }
+}
+
+#[inline(always)]
+fn observes() -> bool {
+    maps::settings().is_some_and(|settings| settings.observe != 0)
+}
+
 #[cfg(not(test))]
 #[panic_handler]
-fn panic(_info: &core::panic::PanicInfo) -> ! {
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
+
+// The object declares the licence that lets it call GPL-only helpers; the crate's own licence
+// allows that.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A rate in bit/s.
 ///
@@ -166,7 +166,7 @@ fn decimal(value: u64, units: [&str; 5]) -> String {
 }
 
 macro_rules! serde_as_number_or_text {
-    ($name:ident) => {
+    ($name:ident, $expected:literal) => {
         impl Serialize for $name {
             fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_u64(self.0)
@@ -175,23 +175,36 @@ macro_rules! serde_as_number_or_text {
 
         impl<'de> Deserialize<'de> for $name {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                #[derive(Deserialize)]
-                #[serde(untagged)]
-                enum Written {
-                    Number(u64),
-                    Text(String),
+                struct Written;
+                impl de::Visitor<'_> for Written {
+                    type Value = $name;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str($expected)
+                    }
+
+                    fn visit_u64<E: de::Error>(self, number: u64) -> Result<$name, E> {
+                        Ok($name(number))
+                    }
+
+                    fn visit_i64<E: de::Error>(self, number: i64) -> Result<$name, E> {
+                        u64::try_from(number)
+                            .map($name)
+                            .map_err(|_| E::invalid_value(de::Unexpected::Signed(number), &self))
+                    }
+
+                    fn visit_str<E: de::Error>(self, text: &str) -> Result<$name, E> {
+                        text.parse().map_err(E::custom)
+                    }
                 }
-                match Written::deserialize(deserializer)? {
-                    Written::Number(number) => Ok(Self(number)),
-                    Written::Text(text) => text.parse().map_err(serde::de::Error::custom),
-                }
+                deserializer.deserialize_any(Written)
             }
         }
     };
 }
 
-serde_as_number_or_text!(BitsPerSecond);
-serde_as_number_or_text!(ByteCount);
+serde_as_number_or_text!(BitsPerSecond, "a number of bit/s or a text such as \"20mbit\"");
+serde_as_number_or_text!(ByteCount, "a number of bytes or a text such as \"300kB\"");
 
 #[cfg(test)]
 mod tests {

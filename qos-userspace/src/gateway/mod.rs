@@ -1,4 +1,24 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
+pub mod classifier;
+pub mod kernel;
+pub mod link;
+mod maps;
+pub mod memory;
+pub(crate) mod netlink;
+pub mod object;
+pub mod port;
 pub mod report;
 pub mod scheduler;
+
+/// Which side of the gateway an interface is on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Towards subscribers.
+    Lan,
+    /// Towards providers.
+    Wan,
+}
+
+pub use kernel::{GatewayConfig, GatewayError, InterfaceConfig, Kernel};

@@ -12,6 +12,7 @@ use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider,
     ProviderKind, Selector, Session,
 };
+use crate::gateway::report::{Explanation, GatewayStatus, Statistics};
 
 pub mod capacity;
 mod decide;
@@ -227,7 +228,7 @@ pub struct Decision {
     pub warnings: Vec<String>,
 }
 
-/// Carries decisions into the kernel.
+/// Carries decisions into the kernel, and tells what becomes of the packets there.
 pub trait Gateway {
     /// Why the kernel does not do what was decided.
     type Error: std::error::Error + Send + Sync + 'static;
@@ -237,6 +238,50 @@ pub trait Gateway {
     /// # Errors
     /// Where a step is refused; the kernel is then as before the call.
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
+
+    /// Compares the kernel with `state`, repairs what differs, and says what it repaired.
+    ///
+    /// # Errors
+    /// Where the kernel can't be read, or a repair is refused.
+    fn reconcile(&mut self, state: &State) -> Result<Vec<String>, Self::Error>;
+
+    /// All counters at this moment.
+    ///
+    /// # Errors
+    /// Where they can't be read.
+    fn statistics(&mut self, state: &State) -> Result<Statistics, Self::Error>;
+
+    /// What the loaded program would do with a packet, at no charge. `packet` begins at its
+    /// Ethernet header, or at its IP header where `layer3` is set.
+    ///
+    /// # Errors
+    /// Where the program can't be run on it.
+    fn explain(
+        &mut self,
+        direction: Direction,
+        packet: &[u8],
+        layer3: bool,
+    ) -> Result<Explanation, Self::Error>;
+
+    /// The gateway as it is.
+    fn status(&self) -> GatewayStatus;
+
+    /// Turns the programs' sampled debugging on or off.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    fn trace(&mut self, on: bool) -> Result<(), Self::Error>;
+
+    /// The lines of debugging since the last call, oldest first.
+    fn traced(&mut self) -> Vec<String>;
+
+    /// Removes everything from the kernel.
+    ///
+    /// # Errors
+    /// Where something can't be removed; the rest is.
+    fn detach(self) -> Result<(), Self::Error>
+    where
+        Self: Sized;
 }
 
 /// `upstream` or `downstream`.

@@ -226,7 +226,7 @@ mod tests {
         ) {
             // Few addresses and lengths, so that pairs meet in every way.
             let text = |&(a, length, b, way): &(u8, u8, u8, u8)| {
-                let net = format!("10.0.{}.0/24", a).parse::<ipnet::Ipv4Net>().unwrap();
+                let net = format!("10.0.{a}.0/24").parse::<ipnet::Ipv4Net>().unwrap();
                 let net = ipnet::Ipv4Net::new(net.addr(), [0, 8, 23, 24][usize::from(length)]).unwrap().trunc();
                 let far = ["any", "192.0.2.0/24:80", "192.0.2.7", ":80-90"][usize::from(b)];
                 match way {

@@ -1092,9 +1092,9 @@ fn check(state: &State) {
             let own =
                 state.allocations.values().filter(|other| other.session.as_ref() == Some(&session.name));
             let speed = network.line_speed(session, direction);
-            let sum = own.map(|other| guaranteed_of(&other)).sum::<u64>() + capacity::rest_minimum(speed).0;
+            let sum = own.map(|other| guaranteed_of(&other)).sum::<u64>() + capacity::REST_RATE.0;
             assert!(sum <= speed.0, "line {} {direction:?}: {sum} of {speed}", session.name);
-            on_link += capacity::rest_minimum(speed).0;
+            on_link += capacity::REST_RATE.0;
         }
         on_link += state.allocations.values().map(|other| guaranteed_of(&other)).sum::<u64>();
         assert!(on_link <= network.link.get(direction).0, "link {direction:?}: {on_link}");

@@ -1,1 +1,636 @@
-//! HTB.
+//! Egress scheduling by the kernel's HTB classes, over routing netlink.
+//!
+//! What the tree comes to is in `class`, how one tree becomes another in `change`, how that is
+//! written in `message`. Here is who keeps whom informed: what the kernel is believed to have, what
+//! is sent, what is undone, and what a fresh look finds.
+//!
+//! **Revoking.** The class of an allocation that is no longer declared is deleted at once when
+//! nothing waits in it. Otherwise it loses its guarantee at once, so that another may have it, and is
+//! deleted by a later `apply` or `repair`, when it is empty or 250 ms have passed; what waits
+//! then is lost. The caller has stopped new traffic before.
+//!
+//! **Failure.** The kernel carries out a batch to its end whatever fails in it, so each answer counts
+//! by itself, and what succeeded is taken back in reverse order. A change that fails because the
+//! kernel has something else than it is believed to have is tried once more from what it has.
+
+mod change;
+mod class;
+mod message;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
+
+use self::change::{Change, changes};
+use self::class::{Class, DEFAULT, Discipline, Kind, Queue, ROOT};
+use self::message::{Found, Qdisc};
+use super::{AllocationSlot, ClassStatistics, Drift, LineSlot, Scheduler, SchedulerError, Tree};
+use crate::gateway::link::Link;
+use crate::gateway::netlink::{Answer, BATCH, NetlinkError, Refusal, RouteSocket};
+
+/// After so long a class that is to go is deleted with what waits in it.
+const DRAIN: Duration = Duration::from_millis(250);
+
+/// Looks that a repair takes: deleting a class may show that its parent lacks a queue.
+const REPAIR_PASSES: usize = 3;
+
+/// Ethernet header, which HTB counts where the interface has one.
+const ETHERNET_HEADER: u16 = 14;
+
+/// Parent of a root qdisc (`TC_H_ROOT`).
+const ROOT_PARENT: u32 = u32::MAX;
+
+/// Which discipline the leaves get.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LeafQueue {
+    /// `fq_codel` where the kernel has it, else `bfifo`.
+    #[default]
+    Best,
+    /// `fq_codel`, or an error.
+    FqCodel,
+    /// `bfifo`, which every kernel has.
+    Fifo,
+}
+
+/// HTB on one interface.
+///
+/// Of the 8 priorities of allocations the last two, 6 and 7, are served alike: HTB has 8, and one of
+/// them is the rest's. What a tree needs beyond the guarantees is [`crate::manager::capacity::REST_RATE`] for each line.
+#[derive(Debug)]
+pub struct Htb {
+    interface: String,
+    index: u32,
+    /// Bytes of link-layer header in front of the IP packet.
+    header: u16,
+    socket: RouteSocket,
+    leaves: LeafQueue,
+    /// The tree that was declared last; none: no tree yet.
+    state: Option<State>,
+    changes_sent: u64,
+}
+
+#[derive(Clone, Debug)]
+struct State {
+    kind: Kind,
+    /// Classes that the kernel is believed to have, by number.
+    classes: Vec<Class>,
+    /// Those among them that are to go, and by when.
+    draining: BTreeMap<u16, Instant>,
+}
+
+/// What a look at the kernel found.
+struct Observed {
+    root: Root,
+    classes: Vec<Class>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Root {
+    /// The kernel's default.
+    Absent,
+    Ours,
+    /// Under our handle but with another default class, which HTB can't change.
+    Unusable,
+}
+
+/// A change that failed, after `done` were made.
+struct Failure {
+    error: SchedulerError,
+    done: Vec<Change>,
+}
+
+impl Htb {
+    /// Prepares HTB for an interface of the calling thread's network namespace. Touches nothing.
+    ///
+    /// # Errors
+    /// Where no netlink socket can be had.
+    pub fn new(link: &Link, leaves: LeafQueue) -> Result<Self, SchedulerError> {
+        Ok(Self {
+            interface: link.name.clone(),
+            index: link.index,
+            header: if link.ethernet { ETHERNET_HEADER } else { 0 },
+            socket: RouteSocket::open()?,
+            leaves,
+            state: None,
+            changes_sent: 0,
+        })
+    }
+
+    /// Requests so far that were to change something in the kernel.
+    #[must_use]
+    pub fn changes_sent(&self) -> u64 {
+        self.changes_sent
+    }
+}
+
+impl Scheduler for Htb {
+    fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError> {
+        if let Some(mut state) = self.state.take() {
+            let result = self.finish_draining(&mut state).and_then(|()| self.advance(tree, &state));
+            match result {
+                Ok(state) => {
+                    self.state = Some(state);
+                    return Ok(());
+                }
+                Err(error) => {
+                    let believed = state.classes.clone();
+                    self.state = Some(state);
+                    if !matches!(error, SchedulerError::Refused { .. }) || self.has(&believed)? {
+                        return Err(error);
+                    }
+                    tracing::warn!(interface = self.interface, %error, "the kernel's tree was changed by somebody else");
+                }
+            }
+        }
+        let state = self.establish(tree)?;
+        self.state = Some(state);
+        Ok(())
+    }
+
+    fn repair(&mut self) -> Result<Vec<Drift>, SchedulerError> {
+        let Some(mut state) = self.state.take() else { return Ok(Vec::new()) };
+        let mut drifts = Vec::new();
+        let result = self.repair_state(&mut state, &mut drifts);
+        self.state = Some(state);
+        result.map(|()| drifts)
+    }
+
+    fn statistics(&self) -> Result<Vec<(AllocationSlot, ClassStatistics)>, SchedulerError> {
+        let Some(state) = &self.state else { return Ok(Vec::new()) };
+        // HTB counts what a queue refuses, not what fq_codel drops later: its own count has both.
+        let mut drops = HashMap::new();
+        if state.kind == Kind::FqCodel {
+            drops.extend(self.qdiscs()?.into_iter().map(|qdisc| (qdisc.parent, qdisc.drops)));
+        }
+        let found = self.found_classes()?;
+        let mut statistics: Vec<_> = found
+            .into_iter()
+            .filter(|found| !state.draining.contains_key(&found.class.minor))
+            .filter_map(|Found { class, mut statistics }| {
+                let slot = class.allocation()?;
+                if let Some(drops) = drops.get(&class::handle(class.minor)) {
+                    statistics.drops = statistics.drops.max(*drops);
+                }
+                Some((slot, statistics))
+            })
+            .collect();
+        statistics.sort_by_key(|(slot, _)| *slot);
+        Ok(statistics)
+    }
+
+    fn detach(&mut self) -> Result<(), SchedulerError> {
+        let found = match self.observe() {
+            // Not ours to remove, and then nothing of ours is there.
+            Err(SchedulerError::ForeignRoot { .. } | SchedulerError::NoSuchInterface { .. }) => Root::Absent,
+            observed => observed?.root,
+        };
+        if found != Root::Absent {
+            self.delete_root()?;
+        }
+        self.state = None;
+        Ok(())
+    }
+
+    fn default_class(&self) -> u32 {
+        class::handle(DEFAULT)
+    }
+
+    fn rest_class(&self, line: LineSlot) -> u32 {
+        class::handle(class::rest_minor(line))
+    }
+
+    fn leaf_class(&self, slot: AllocationSlot) -> u32 {
+        class::handle(class::leaf_minor(slot))
+    }
+}
+
+impl Htb {
+    /// Goes from what the kernel is believed to have to `tree`.
+    fn advance(&mut self, tree: &Tree, state: &State) -> Result<State, SchedulerError> {
+        let wanted = self.classes(tree, state.kind)?;
+        self.transit(state, wanted).map_err(|failure| self.undo(failure))
+    }
+
+    /// Goes from what the kernel really has to `tree`: the first time, or after it turned out to be
+    /// something else than believed.
+    fn establish(&mut self, tree: &Tree) -> Result<State, SchedulerError> {
+        let observed = self.observe()?;
+        let kind = self.kind(&observed);
+        // Whether the kernel has fq_codel is known when it refuses the first.
+        match self.establish_with(tree, kind, observed) {
+            Err(SchedulerError::NoSuchDiscipline { kind: "fq_codel", .. })
+                if self.leaves == LeafQueue::Best =>
+            {
+                tracing::info!(interface = self.interface, "the kernel has no fq_codel, leaves get bfifo");
+                let observed = self.observe()?;
+                self.establish_with(tree, Kind::Fifo, observed)
+            }
+            result => result,
+        }
+    }
+
+    fn establish_with(
+        &mut self,
+        tree: &Tree,
+        kind: Kind,
+        observed: Observed,
+    ) -> Result<State, SchedulerError> {
+        let wanted = self.classes(tree, kind)?;
+        let from = self.with_root(observed)?;
+        let fresh = from.is_empty();
+        let from = State { kind, classes: from, draining: BTreeMap::new() };
+        self.transit(&from, wanted).map_err(|failure| {
+            if !fresh {
+                return self.undo(failure);
+            }
+            if let Err(error) = self.delete_root() {
+                tracing::warn!(interface = self.interface, %error, "the root could not be taken back");
+            }
+            failure.error
+        })
+    }
+
+    /// Makes the root if it is not there. Returns the classes it has.
+    fn with_root(&mut self, observed: Observed) -> Result<Vec<Class>, SchedulerError> {
+        if observed.root == Root::Ours {
+            return Ok(observed.classes);
+        }
+        if observed.root == Root::Unusable {
+            self.delete_root()?;
+        }
+        self.change_root(
+            "add root qdisc",
+            RouteNetlinkMessage::NewQueueDiscipline(message::root(self.index)),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )?;
+        Ok(Vec::new())
+    }
+
+    fn delete_root(&mut self) -> Result<(), SchedulerError> {
+        let message = RouteNetlinkMessage::DelQueueDiscipline(message::root_name(self.index));
+        self.change_root("delete root qdisc", message, 0)
+    }
+
+    fn change_root(
+        &mut self,
+        action: &str,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> Result<(), SchedulerError> {
+        let action = format!("{action} {ROOT:x}:");
+        self.changes_sent += 1;
+        let answers = self.socket.request([(message, flags)]).map_err(|error| self.error(&action, error))?;
+        for answer in answers {
+            answer.result.map_err(|refusal| self.refused(action.clone(), &refusal, Some("htb")))?;
+        }
+        Ok(())
+    }
+
+    /// Carries out the difference between `from` and `wanted`, except that classes with something in
+    /// them only lose their guarantee.
+    fn transit(&mut self, from: &State, mut wanted: Vec<Class>) -> Result<State, Failure> {
+        let mut draining = BTreeMap::new();
+        let leaving = leaving(&from.classes, &wanted);
+        if !leaving.is_empty() {
+            let unknown: Vec<u16> = leaving
+                .iter()
+                .map(|class| class.minor)
+                .filter(|minor| !from.draining.contains_key(minor))
+                .collect();
+            let backlogs = self.backlogs(&unknown).map_err(|error| Failure { error, done: Vec::new() })?;
+            for class in leaving {
+                let until = from.draining.get(&class.minor).copied();
+                let waits = backlogs.get(&class.minor).is_some_and(|waiting| *waiting > 0);
+                if until.is_some() || waits {
+                    draining.insert(class.minor, until.unwrap_or_else(|| Instant::now() + DRAIN));
+                    wanted.push(class.without_guarantee());
+                }
+            }
+            wanted.sort_by_key(|class| class.minor);
+        }
+        self.carry_out(changes(&from.classes, &wanted))?;
+        Ok(State { kind: from.kind, classes: wanted, draining })
+    }
+
+    /// Sends changes, a batch at a time, and stops behind the batch in which one fails.
+    fn carry_out(&mut self, changes: Vec<Change>) -> Result<(), Failure> {
+        let mut done = Vec::with_capacity(changes.len());
+        let mut changes = changes.into_iter();
+        loop {
+            let batch: Vec<Change> = changes.by_ref().take(BATCH).collect();
+            if batch.is_empty() {
+                return Ok(());
+            }
+            let requests = batch.iter().map(|change| self.request(change));
+            let answers = match self.socket.request(requests) {
+                Ok(answers) => answers,
+                Err(error) => {
+                    let action = batch.first().map(Change::action).unwrap_or_default();
+                    let error = self.error(&action, error);
+                    return Err(Failure { error, done });
+                }
+            };
+            self.changes_sent += batch.len() as u64;
+            let mut failed = None;
+            for (change, Answer { result, .. }) in batch.into_iter().zip(answers) {
+                match result {
+                    Ok(()) => done.push(change),
+                    Err(refusal) => {
+                        failed.get_or_insert_with(|| {
+                            self.refused(change.action(), &refusal, discipline(&change))
+                        });
+                    }
+                }
+            }
+            if let Some(error) = failed {
+                return Err(Failure { error, done });
+            }
+        }
+    }
+
+    fn undo(&mut self, failure: Failure) -> SchedulerError {
+        let inverse: Vec<Change> = failure.done.into_iter().rev().flat_map(Change::inverse).collect();
+        if let Err(second) = self.carry_out(inverse) {
+            // The next call finds out what the kernel has.
+            tracing::warn!(interface = self.interface, error = %second.error, "a change could not be taken back");
+        }
+        failure.error
+    }
+
+    fn request(&self, change: &Change) -> (RouteNetlinkMessage, u16) {
+        let index = self.index;
+        match change {
+            Change::Add(class) => (
+                RouteNetlinkMessage::NewTrafficClass(message::class(index, class)),
+                NLM_F_CREATE | NLM_F_EXCL,
+            ),
+            Change::Alter { to, .. } => (RouteNetlinkMessage::NewTrafficClass(message::class(index, to)), 0),
+            Change::Remove(class) => {
+                (RouteNetlinkMessage::DelTrafficClass(message::class_name(index, class.minor)), 0)
+            }
+            Change::Queue { minor, from, to } => {
+                let new = from.as_ref().is_none_or(|from| from.handle != to.handle);
+                let message = message::queue(index, *minor, to, new);
+                (RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE)
+            }
+            Change::Unqueue { minor, from } => {
+                (RouteNetlinkMessage::DelQueueDiscipline(message::queue_name(index, *minor, from)), 0)
+            }
+        }
+    }
+
+    /// Deletes the classes that are to go and are empty or overdue. One that can't be deleted is
+    /// tried again the next time.
+    fn finish_draining(&mut self, state: &mut State) -> Result<(), SchedulerError> {
+        if state.draining.is_empty() {
+            return Ok(());
+        }
+        let minors: Vec<u16> = state.draining.keys().copied().collect();
+        let backlogs = self.backlogs(&minors)?;
+        let now = Instant::now();
+        let mut gone: HashSet<u16> = HashSet::new();
+        for (minor, until) in &state.draining {
+            match backlogs.get(minor) {
+                None => {
+                    gone.insert(*minor);
+                }
+                Some(waiting) if *waiting == 0 || *until <= now => {
+                    let class = state.classes.iter().find(|class| class.minor == *minor);
+                    let removal = class.cloned().map(Change::Remove).into_iter().collect();
+                    match self.carry_out(removal) {
+                        Ok(()) => {
+                            gone.insert(*minor);
+                        }
+                        Err(failure) => {
+                            tracing::warn!(interface = self.interface, error = %failure.error, "will be tried again");
+                        }
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        state.draining.retain(|minor, _| !gone.contains(minor));
+        state.classes.retain(|class| !gone.contains(&class.minor));
+        Ok(())
+    }
+
+    /// Bytes waiting in each of some classes; those that do not exist are left out.
+    fn backlogs(&self, minors: &[u16]) -> Result<HashMap<u16, u64>, SchedulerError> {
+        let action = "get class";
+        let mut backlogs = HashMap::with_capacity(minors.len());
+        for batch in minors.chunks(BATCH) {
+            let requests = batch.iter().map(|minor| {
+                let message = message::class_name(self.index, *minor);
+                // Without ECHO, kernels before 6.8 tell it to the subscribers of the group only.
+                (RouteNetlinkMessage::GetTrafficClass(message), NLM_F_ECHO)
+            });
+            let answers = self.socket.request(requests).map_err(|error| self.error(action, error))?;
+            for (minor, answer) in batch.iter().zip(answers) {
+                match answer.result {
+                    Ok(()) => {}
+                    Err(refusal) if refusal.errno == libc::ENOENT => continue,
+                    Err(refusal) => {
+                        return Err(self.refused(
+                            format!("{action} {}", class::name(*minor)),
+                            &refusal,
+                            None,
+                        ));
+                    }
+                }
+                for payload in &answer.payloads {
+                    let found = message::read_class(self.index, payload);
+                    if let Some(found) = found.map_err(|error| self.error(action, error))? {
+                        backlogs.insert(found.class.minor, found.statistics.backlog);
+                    }
+                }
+            }
+        }
+        Ok(backlogs)
+    }
+
+    /// Looks at root, classes and queues.
+    fn observe(&self) -> Result<Observed, SchedulerError> {
+        let qdiscs = self.qdiscs()?;
+        let root = qdiscs.iter().find(|qdisc| qdisc.parent == ROOT_PARENT && qdisc.handle != 0);
+        let root = match root {
+            None => Root::Absent,
+            Some(qdisc) if qdisc.kind != "htb" || qdisc.handle != u32::from(ROOT) << 16 => {
+                return Err(SchedulerError::ForeignRoot {
+                    interface: self.interface.clone(),
+                    kind: qdisc.kind.clone(),
+                    handle: format!("{:x}:", qdisc.handle >> 16),
+                });
+            }
+            Some(qdisc) if qdisc.default_class == Some(u32::from(DEFAULT)) => Root::Ours,
+            Some(_) => Root::Unusable,
+        };
+        if root != Root::Ours {
+            return Ok(Observed { root, classes: Vec::new() });
+        }
+        let mut queues: HashMap<u32, Queue> = qdiscs
+            .into_iter()
+            .map(|qdisc| {
+                (qdisc.parent, Queue { handle: (qdisc.handle >> 16) as u16, discipline: qdisc.discipline })
+            })
+            .collect();
+        let mut classes: Vec<Class> = self
+            .found_classes()?
+            .into_iter()
+            .map(|Found { class, .. }| Class { queue: queues.remove(&class::handle(class.minor)), ..class })
+            .collect();
+        classes.sort_by_key(|class| class.minor);
+        Ok(Observed { root, classes })
+    }
+
+    fn qdiscs(&self) -> Result<Vec<Qdisc>, SchedulerError> {
+        let message = RouteNetlinkMessage::GetQueueDiscipline(message::all_qdiscs(self.index));
+        self.socket
+            .dump(&message, Vec::new, |list, payload| {
+                list.extend(message::read_qdisc(self.index, payload)?);
+                Ok(())
+            })
+            .map_err(|error| self.error("list qdiscs", error))
+    }
+
+    fn found_classes(&self) -> Result<Vec<Found>, SchedulerError> {
+        let message = RouteNetlinkMessage::GetTrafficClass(message::all_classes(self.index));
+        self.socket
+            .dump(&message, Vec::new, |list, payload| {
+                list.extend(message::read_class(self.index, payload)?);
+                Ok(())
+            })
+            .map_err(|error| self.error("list classes", error))
+    }
+
+    /// Whether the kernel has exactly these classes.
+    fn has(&self, classes: &[Class]) -> Result<bool, SchedulerError> {
+        let observed = self.observe()?;
+        Ok(observed.root == Root::Ours && changes(&observed.classes, classes).is_empty())
+    }
+
+    fn repair_state(&mut self, state: &mut State, drifts: &mut Vec<Drift>) -> Result<(), SchedulerError> {
+        self.finish_draining(state)?;
+        for _ in 0..REPAIR_PASSES {
+            let observed = self.observe()?;
+            let ours = observed.root == Root::Ours;
+            if !ours {
+                let what = match observed.root {
+                    Root::Unusable => "had another default class",
+                    Root::Absent | Root::Ours => "was missing",
+                };
+                let what =
+                    format!("root qdisc {ROOT:x}: {what}, and its {} classes with it", state.classes.len());
+                drifts.push(Drift { what });
+            }
+            let observed = self.with_root(observed)?;
+            // A class that is to go and that somebody else deleted is no loss.
+            let there: HashSet<u16> = observed.iter().map(|class| class.minor).collect();
+            state
+                .classes
+                .retain(|class| there.contains(&class.minor) || !state.draining.contains_key(&class.minor));
+            state.draining.retain(|minor, _| there.contains(minor));
+            let repairs = changes(&observed, &state.classes);
+            if repairs.is_empty() {
+                return Ok(());
+            }
+            if ours {
+                drifts.extend(described(&repairs));
+            }
+            self.carry_out(repairs).map_err(|failure| failure.error)?;
+        }
+        Ok(())
+    }
+
+    fn classes(&self, tree: &Tree, kind: Kind) -> Result<Vec<Class>, SchedulerError> {
+        class::classes(tree, self.header, kind)
+            .map_err(|what| SchedulerError::Invalid { interface: self.interface.clone(), what })
+    }
+
+    /// The discipline for the leaves: of a tree that is taken over, the one it has.
+    fn kind(&self, observed: &Observed) -> Kind {
+        let default = observed.classes.iter().find(|class| class.minor == DEFAULT);
+        let queue = default.and_then(|class| class.queue.as_ref());
+        match (self.leaves, queue.map(|queue| &queue.discipline)) {
+            (LeafQueue::Fifo, _) | (LeafQueue::Best, Some(Discipline::Fifo { .. })) => Kind::Fifo,
+            (LeafQueue::FqCodel, _) | (LeafQueue::Best, _) => Kind::FqCodel,
+        }
+    }
+
+    fn error(&self, action: &str, error: NetlinkError) -> SchedulerError {
+        match error {
+            NetlinkError::Socket(error) => SchedulerError::Socket(error),
+            NetlinkError::Malformed(reason) => SchedulerError::Malformed {
+                interface: self.interface.clone(),
+                action: action.to_owned(),
+                reason,
+            },
+            NetlinkError::Refused(refusal) => self.refused(action.to_owned(), &refusal, None),
+        }
+    }
+
+    /// The error for a refusal; `kind` is the discipline that the request was to make.
+    fn refused(&self, action: String, refusal: &Refusal, kind: Option<&'static str>) -> SchedulerError {
+        let interface = self.interface.clone();
+        // Linux 6.2 reworded it.
+        let unknown = matches!(
+            refusal.text.as_deref(),
+            Some("Specified qdisc kind is unknown" | "Specified qdisc not found")
+        );
+        match (refusal.errno, kind) {
+            (libc::ENODEV, _) => SchedulerError::NoSuchInterface { interface },
+            (libc::ENOENT, Some(kind)) if unknown => SchedulerError::NoSuchDiscipline {
+                interface,
+                kind,
+                advice: match kind {
+                    "htb" => "install the kernel's extra modules, or grant without shaping",
+                    _ => "install the kernel's extra modules, or let the scheduler choose",
+                },
+            },
+            (errno, _) => SchedulerError::Refused { interface, action, reason: refusal.reason(), errno },
+        }
+    }
+}
+
+/// Classes of allocations in `from` that are no longer wanted while what they hang on is.
+fn leaving<'a>(from: &'a [Class], wanted: &[Class]) -> Vec<&'a Class> {
+    let wants = |minor| wanted.binary_search_by_key(&minor, |class| class.minor).is_ok();
+    from.iter()
+        .filter(|class| class.allocation().is_some() && class.is_leaf())
+        .filter(|class| !wants(class.minor) && wants(class.parent))
+        .collect()
+}
+
+/// What was wrong, one text for each class.
+fn described(repairs: &[Change]) -> Vec<Drift> {
+    let minors = |pick: fn(&Change) -> Option<u16>| repairs.iter().filter_map(pick).collect::<HashSet<u16>>();
+    let added = minors(|change| if let Change::Add(class) = change { Some(class.minor) } else { None });
+    let removed = minors(|change| if let Change::Remove(class) = change { Some(class.minor) } else { None });
+    repairs
+        .iter()
+        .filter_map(|change| match change {
+            Change::Remove(class) if added.contains(&class.minor) => None,
+            Change::Add(class) if removed.contains(&class.minor) => {
+                Some(format!("class {} was elsewhere in the tree", class::name(class.minor)))
+            }
+            Change::Queue { minor, .. } if added.contains(minor) => None,
+            other => other.drift(),
+        })
+        .map(|what| Drift { what })
+        .collect()
+}
+
+/// Name of the discipline that a change makes.
+fn discipline(change: &Change) -> Option<&'static str> {
+    match change {
+        Change::Queue { to, .. } => match to.discipline {
+            Discipline::Fifo { .. } => Some("bfifo"),
+            Discipline::FqCodel { .. } => Some("fq_codel"),
+            Discipline::Foreign(_) => None,
+        },
+        Change::Add(_) | Change::Alter { .. } | Change::Remove(_) | Change::Unqueue { .. } => None,
+    }
+}

@@ -109,6 +109,27 @@ pub enum SchedulerError {
         /// What to do about it.
         advice: &'static str,
     },
+    /// The tree contradicts itself; nothing was sent.
+    #[error("{interface}: {what}")]
+    Invalid {
+        /// Interface by name.
+        interface: String,
+        /// What is wrong, with the slot and the value.
+        what: String,
+    },
+    /// Somebody else's queueing discipline is on the interface. It is left alone.
+    #[error(
+        "{interface}: the root queueing discipline is {kind} {handle}, which is not ours; \
+         remove it with `tc qdisc del dev {interface} root`"
+    )]
+    ForeignRoot {
+        /// Interface by name.
+        interface: String,
+        /// Its kind.
+        kind: String,
+        /// Its handle as `tc` prints it.
+        handle: String,
+    },
     /// The interface is gone.
     #[error("interface {interface} does not exist")]
     NoSuchInterface {

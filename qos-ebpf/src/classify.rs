@@ -1,0 +1,188 @@
+//! The classifier: from a key to the allocation it belongs to.
+//!
+//! Up to sixteen tables are looked into, each by one hash and one index slot; a table that can't
+//! hold a better rule than the one found is passed over. See `qos_common::classify` for the
+//! structure. A list of any length is scanned to its end, so that the answer is always right.
+
+use core::ffi::{c_long, c_void};
+
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::bpf_loop;
+use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
+use qos_common::classify::{Direction, MAX_TABLES, selector_of, slot_of_key, table_set};
+
+use crate::maps;
+use crate::packet::{Packet, Piece};
+
+/// A packet, the state of its look-up, and the result.
+///
+/// It stands in memory of this CPU's own ([`maps::search`]) rather than on the stack: the verifier
+/// forgets what it knew of a value that goes through a map, so the ways through the parser do not
+/// multiply with those through what follows.
+pub(crate) struct Search {
+    pub(crate) packet: Packet,
+    /// Rank of the best rule so far; `u64::MAX` for none.
+    pub(crate) rank: u64,
+    /// Time in ns of CLOCK_MONOTONIC, read when the first rule matches; zero before.
+    pub(crate) now_ns: u64,
+    /// First rule of the list that is scanned.
+    start: u32,
+    /// Slot of the allocation; zero for none.
+    pub(crate) slot: u32,
+    /// Tables looked into.
+    pub(crate) tables: u32,
+    /// Rules compared.
+    pub(crate) rules: u32,
+    /// Rules that matched and whose allocation has ended.
+    pub(crate) expired: u32,
+    /// Not zero: the packet is held to limits only, and gets no priority and no marking.
+    pub(crate) limits_only: u32,
+}
+
+impl Search {
+    /// Begins anew, for a packet of `direction` that is yet to be read.
+    #[inline(always)]
+    pub(crate) fn begin(&mut self, direction: u32) {
+        self.packet.begin(direction);
+        self.rank = u64::MAX;
+        self.now_ns = 0;
+        self.start = 0;
+        self.slot = 0;
+        self.tables = 0;
+        self.rules = 0;
+        self.expired = 0;
+        self.limits_only = 0;
+    }
+
+    /// The record of the packet's direction in maps that hold both.
+    #[inline(always)]
+    fn record(&self, slot: u32) -> u32 {
+        directed(slot, Direction::from_bit(self.packet.key.direction))
+    }
+}
+
+/// Finds the allocation of the packet that was read, and lets later fragments follow their first
+/// one. Without `REMEMBER` nothing is written.
+#[inline(always)]
+pub(crate) fn classify<const REMEMBER: bool>(search: &mut Search) {
+    if search.packet.piece == Piece::Later as u32 && follow(search) {
+        return;
+    }
+    search.limits_only = search.packet.key.unknown;
+    look_up(search);
+    if REMEMBER && search.packet.piece == Piece::First as u32 {
+        remember(search);
+    }
+}
+
+/// Takes over what the first fragment was classified as, if that is known and still holds. Kept out
+/// of line: fragments are rare, and the key has a stack frame of its own.
+#[inline(never)]
+fn follow(search: &mut Search) -> bool {
+    let Some(first) = maps::fragment(&search.packet.fragment_key()) else {
+        return false;
+    };
+    search.now_ns = now_ns();
+    if search.now_ns.wrapping_sub(first.seen_ns) > FRAGMENT_AGE_NS {
+        return false;
+    }
+    if first.allocation != 0 {
+        match maps::allocation(search.record(first.slot)) {
+            Some(allocation)
+                if allocation.id == first.allocation && allocation.expires_ns > search.now_ns => {}
+            _ => return false,
+        }
+        search.slot = first.slot;
+        search.rank = u64::from(first.selector);
+    }
+    true
+}
+
+#[inline(never)]
+fn remember(search: &mut Search) -> bool {
+    let mut first = Fragment { seen_ns: now_ns(), allocation: 0, slot: search.slot, selector: 0 };
+    if search.slot != 0 {
+        first.selector = selector_of(search.rank);
+        if let Some(allocation) = maps::allocation(search.record(search.slot)) {
+            first.allocation = allocation.id;
+        }
+    }
+    maps::remember_fragment(&search.packet.fragment_key(), &first)
+}
+
+#[inline(always)]
+fn look_up(search: &mut Search) {
+    let key = &search.packet.key;
+    let Some(set) = maps::tables(table_set(key.direction, key.family)) else {
+        return;
+    };
+    let used = set.used.min(MAX_TABLES as u32);
+    scan(used, probe, search);
+}
+
+/// Looks into the table `index`.
+unsafe extern "C" fn probe(index: u32, state: *mut c_void) -> c_long {
+    // SAFETY: `scan` passes a pointer to its own pointer to this CPU's `Search`.
+    let search = unsafe { &mut **state.cast::<*mut Search>() };
+    let key = &search.packet.key;
+    let Some(table) =
+        maps::tables(table_set(key.direction, key.family)).and_then(|set| set.tables.get(index as usize))
+    else {
+        return 1;
+    };
+    if table.best >= search.rank {
+        return 0;
+    }
+    let list = maps::index_slot(slot_of_key(key, table));
+    search.tables += 1;
+    search.start = list.start();
+    scan(list.count(), compare, search);
+    0
+}
+
+/// Calls `step` with 0, 1, … `count` − 1 until it returns 1. The kernel's own loop: a loop of this
+/// program would be verified step by step, once for each way through the parser.
+#[inline(always)]
+fn scan(count: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> c_long, search: &mut Search) {
+    // The helper takes nothing but a pointer to the stack.
+    let mut state = core::ptr::from_mut(search);
+    // SAFETY: the callback has the type that the helper calls, and `state` outlives the call.
+    unsafe { bpf_loop(count, step as *mut c_void, (&raw mut state).cast(), 0) };
+}
+
+/// Compares the rule `index` of the list; returns 1 to end the scan.
+unsafe extern "C" fn compare(index: u32, state: *mut c_void) -> c_long {
+    // SAFETY: `scan` passes a pointer to its own pointer to this CPU's `Search`.
+    let search = unsafe { &mut **state.cast::<*mut Search>() };
+    let Some(rule) = maps::rule(search.start.wrapping_add(index)) else {
+        return 1;
+    };
+    search.rules += 1;
+    // Lists are sorted: no better rule follows.
+    if rule.rank >= search.rank {
+        return 1;
+    }
+    if !rule.matches(&search.packet.key) {
+        return 0;
+    }
+    if search.now_ns == 0 {
+        search.now_ns = now_ns();
+    }
+    let live = match maps::allocation(search.record(rule.slot)) {
+        Some(allocation) => allocation.flags & IN_USE != 0 && allocation.expires_ns > search.now_ns,
+        None => false,
+    };
+    if !live {
+        search.expired += 1;
+        return 0;
+    }
+    search.rank = rule.rank;
+    search.slot = rule.slot;
+    1
+}
+
+#[inline(always)]
+pub(crate) fn now_ns() -> u64 {
+    // SAFETY: the helper takes nothing and has no effect.
+    unsafe { bpf_ktime_get_ns() }
+}

@@ -1,0 +1,178 @@
+//! The way out: the class that the packet queues in, and its code point. A packet that no hook of
+//! ours has seen, made on the box or come in elsewhere, is classified and policed here.
+
+use aya_ebpf::programs::TcContext;
+use qos_common::abi::{Allocation, IN_USE, LineKey, MARK_DSCP, Outcome, Settings, directed};
+use qos_common::classify::{Direction, Family, Key};
+use qos_common::length::{LinkLayer, charged_segments};
+
+use crate::classify::{Search, classify};
+use crate::limit::{count_marked, judge};
+use crate::maps;
+use crate::mark::write_dscp;
+use crate::packet::{Bytes, Packet, parse};
+
+/// Bytes that the parser may need: Ethernet, two tags, PPPoE, an IPv6 header and some extensions.
+const HEADERS: u32 = 192;
+
+/// Gives a packet its class and code point. The outcome says whether it may leave.
+#[inline(always)]
+pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
+    let (Some(settings), Some(search)) = (maps::settings(), maps::search()) else {
+        return Outcome::MissingEntry;
+    };
+    let direction = Direction::from_bit(DIRECTION);
+    search.begin(DIRECTION);
+    // SAFETY: a read of this program's own context.
+    let mark = unsafe { (*ctx.skb.skb).mark };
+    let (outcome, slot) = match settings.mark.read(mark) {
+        Some(marked) if marked.direction == direction => (Outcome::Admitted, marked.slot),
+        _ => police(ctx, search, direction),
+    };
+    if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate) || settings.observe != 0 {
+        return outcome;
+    }
+    let allocation = match slot {
+        0 => None,
+        slot => maps::allocation(directed(slot, direction)).filter(|found| found.flags & IN_USE != 0),
+    };
+    send(ctx, settings, allocation, slot, direction, search);
+    if slot != 0 && allocation.is_none() { Outcome::StaleMark } else { outcome }
+}
+
+/// Reads, classifies and charges a packet that carries no mark of ours. Returns what became of it
+/// and the slot of its allocation, zero for none.
+#[inline(always)]
+fn police(ctx: &TcContext, search: &mut Search, direction: Direction) -> (Outcome, u32) {
+    if let Err(reason) = read(ctx, &mut search.packet) {
+        return (reason, 0);
+    }
+    search.packet.key.length = segment_length(ctx, &search.packet);
+    classify::<true>(search);
+    if search.slot == 0 {
+        return (Outcome::Unclassified, 0);
+    }
+    let Some(allocation) = maps::allocation(directed(search.slot, direction)) else {
+        return (Outcome::MissingEntry, 0);
+    };
+    let bytes = charge_of(ctx, &search.packet, allocation);
+    let outcome = judge::<true>(allocation, search.slot, direction, search.now_ns, bytes).outcome();
+    (outcome, if search.limits_only == 0 { search.slot } else { 0 })
+}
+
+/// Sets class and code point.
+#[inline(always)]
+fn send(
+    ctx: &TcContext,
+    settings: &Settings,
+    allocation: Option<&'static Allocation>,
+    slot: u32,
+    direction: Direction,
+    search: &mut Search,
+) {
+    let remark = allocation.filter(|allocation| allocation.flags & MARK_DSCP != 0);
+    let mut class = match allocation {
+        Some(allocation) => allocation.class,
+        None => 0,
+    };
+    let lines = settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
+    let packet = &mut search.packet;
+    if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || read(ctx, packet).is_ok()) {
+        if class == 0 {
+            class = line_class(settings, &packet.key, direction);
+        }
+        if let Some(allocation) = remark {
+            let bytes = Bytes::new(ctx.data(), ctx.data_end());
+            if write_dscp(bytes, packet, allocation.dscp) {
+                count_marked(allocation, slot, direction, charge_of(ctx, packet, allocation));
+            }
+        }
+    }
+    if class == 0 {
+        class = settings.default_class[direction as usize];
+    }
+    if class != 0 {
+        // SAFETY: `priority` is a field that programs of this type may write.
+        unsafe { (*ctx.skb.skb).priority = class };
+    }
+}
+
+/// Class of the rest of the line that the packet's subscriber is on; zero where none is known.
+#[inline(never)]
+fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
+    let subscriber = match direction {
+        Direction::Upstream => key.source,
+        Direction::Downstream => key.destination,
+    };
+    let (lengths, used) = if key.family == Family::V4 as u32 {
+        (&settings.line_lengths_v4, settings.line_lengths_v4_used)
+    } else {
+        (&settings.line_lengths_v6, settings.line_lengths_v6_used)
+    };
+    for i in 0..lengths.len() {
+        if i as u32 >= used {
+            break;
+        }
+        let length = u32::from(lengths[i]);
+        let key = LineKey { address: subscriber.prefix(length), length, family: key.family };
+        if let Some(line) = maps::line(&key) {
+            return line.rest_class[direction as usize];
+        }
+    }
+    0
+}
+
+/// Reads the packet's headers, pulling them into the linear part first if need be. Out of line: two
+/// callers need it, and the verifier follows each way through the parser.
+#[inline(never)]
+fn read(ctx: &TcContext, packet: &mut Packet) -> Result<(), Outcome> {
+    let length = ctx.len();
+    if (ctx.data_end().wrapping_sub(ctx.data()) as u32) < HEADERS.min(length) {
+        // A packet that can't be pulled is read as far as it goes.
+        let _ = ctx.pull_data(HEADERS.min(length));
+    }
+    parse(Bytes::new(ctx.data(), ctx.data_end()), false, length, packet)
+}
+
+/// Segments of a GSO super-packet; one for any other packet.
+#[inline(always)]
+fn segments(ctx: &TcContext) -> u32 {
+    // SAFETY: a read of this program's own context.
+    unsafe { (*ctx.skb.skb).gso_segs }.max(1)
+}
+
+/// IP length and transport headers that each segment repeats. At egress `wire_len` counts them once
+/// for each segment (linux/net/core/dev.c, qdisc_pkt_len_init, 6.1).
+#[inline(always)]
+fn repeated_headers(ctx: &TcContext, packet: &Packet, segments: u32) -> u32 {
+    // SAFETY: a read of this program's own context.
+    let wire_length = unsafe { (*ctx.skb.skb).wire_len };
+    let extra = wire_length.saturating_sub(ctx.len());
+    (extra / (segments - 1)).saturating_sub(packet.network)
+}
+
+/// IP length of a packet as it will be on the wire.
+#[inline(always)]
+fn segment_length(ctx: &TcContext, packet: &Packet) -> u16 {
+    let segments = segments(ctx);
+    if segments == 1 {
+        return packet.key.length;
+    }
+    // SAFETY: a read of this program's own context.
+    let payload = unsafe { (*ctx.skb.skb).gso_size };
+    repeated_headers(ctx, packet, segments).saturating_add(payload).min(0xffff) as u16
+}
+
+/// Bytes that the packet is charged on the allocation's line.
+#[inline(always)]
+fn charge_of(ctx: &TcContext, packet: &Packet, allocation: &Allocation) -> u32 {
+    let layer = LinkLayer::from_raw(allocation.link_layer);
+    let segments = segments(ctx);
+    if segments == 1 {
+        return charged_segments(packet.ip_length, 0, 1, 0, allocation.overhead, layer);
+    }
+    let header = repeated_headers(ctx, packet, segments);
+    // SAFETY: a read of this program's own context.
+    let payload = unsafe { (*ctx.skb.skb).gso_size };
+    charged_segments(packet.ip_length, header, segments, payload, allocation.overhead, layer)
+}

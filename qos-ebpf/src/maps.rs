@@ -1,0 +1,186 @@
+//! The maps, behind small typed functions. Nothing else in this crate names a map.
+//!
+//! Names are what `bpftool map` shows, cut to 15 characters by the kernel.
+
+use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::helpers::bpf_get_smp_processor_id;
+use aya_ebpf::macros::btf_map;
+use qos_common::abi::{
+    ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
+    FragmentKey, Line, LineKey, MAX_FRAGMENTS, MAX_LINE_PREFIXES, OUTCOMES, Outcome, PROVIDER_SLOTS,
+    Provider, Question, RULE_ROOM, Settings,
+};
+use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
+
+use crate::classify::Search;
+
+/// `BPF_F_MMAPABLE`, linux/bpf.h: userspace reads and writes the array in place.
+const MMAPABLE: usize = 1 << 10;
+
+const DIRECTIONS: usize = 2;
+const ALLOCATION_RECORDS: usize = ALLOCATION_SLOTS as usize * DIRECTIONS;
+const PROVIDER_RECORDS: usize = PROVIDER_SLOTS as usize * DIRECTIONS;
+
+#[btf_map(name = "settings")]
+static SETTINGS: Array<Settings, 1> = Array::new();
+#[btf_map(name = "tables")]
+static TABLES: Array<TableSet, { TABLE_SETS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "rule_index")]
+static RULE_INDEX: Array<IndexSlot, { INDEX_SLOTS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "rules")]
+static RULES: Array<Rule, { RULE_ROOM as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "allocations")]
+static ALLOCATIONS: Array<Allocation, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "clocks")]
+static CLOCKS: Array<Clocks, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "providers")]
+static PROVIDERS: Array<Provider, { PROVIDER_SLOTS as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "provider_clocks")]
+static PROVIDER_CLOCKS: Array<Clocks, PROVIDER_RECORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "applications")]
+static APPLICATIONS: Array<Application, { APPLICATION_SLOTS as usize }, MMAPABLE> = Array::new();
+/// A block of records for each possible CPU, sized by the loader.
+#[btf_map(name = "counters")]
+static COUNTERS: Array<Counters, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
+/// Likewise.
+#[btf_map(name = "prov_counters")]
+static PROVIDER_COUNTERS: Array<Counters, PROVIDER_RECORDS, MMAPABLE> = Array::new();
+#[btf_map(name = "outcomes")]
+static OUTCOME_COUNTERS: PerCpuArray<u64, { OUTCOMES as usize }> = PerCpuArray::new();
+#[btf_map(name = "lines")]
+static LINES: HashMap<LineKey, Line, { MAX_LINE_PREFIXES as usize }> = HashMap::new();
+#[btf_map(name = "fragments")]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
+/// One for packets, one for the program that explains: on kernels before 6.10 a test run may be
+/// interrupted by a packet.
+#[btf_map(name = "searches")]
+static SEARCHES: PerCpuArray<Search, 2> = PerCpuArray::new();
+#[btf_map(name = "question")]
+static QUESTION: Array<Question, 1, MMAPABLE> = Array::new();
+#[btf_map(name = "answer")]
+static ANSWER: Array<Answer, 1, MMAPABLE> = Array::new();
+
+#[inline(always)]
+pub(crate) fn settings() -> Option<&'static Settings> {
+    SETTINGS.get(0)
+}
+
+/// This CPU's memory for the packet at hand. A program runs to its end before another packet's
+/// begins: bottom halves are off.
+#[inline(always)]
+pub(crate) fn search() -> Option<&'static mut Search> {
+    // SAFETY: the map returned a pointer to this CPU's own live element, and no other reference to
+    // it is alive while a program runs.
+    SEARCHES.get_ptr_mut(0).map(|search| unsafe { &mut *search })
+}
+
+/// The same for the program that explains.
+#[inline(always)]
+pub(crate) fn explaining_search() -> Option<&'static mut Search> {
+    // SAFETY: as above; the daemon runs that program once at a time.
+    SEARCHES.get_ptr_mut(1).map(|search| unsafe { &mut *search })
+}
+
+#[inline(always)]
+pub(crate) fn tables(set: u32) -> Option<&'static TableSet> {
+    TABLES.get(set)
+}
+
+/// The index slot, read at once.
+#[inline(always)]
+pub(crate) fn index_slot(slot: u32) -> IndexSlot {
+    match RULE_INDEX.get_ptr(slot) {
+        // SAFETY: the map returned a pointer to a live, aligned element. Userspace replaces it by
+        // one aligned 64-bit store, so a volatile load sees the old or the new list.
+        Some(pointer) => unsafe { pointer.read_volatile() },
+        None => IndexSlot::EMPTY,
+    }
+}
+
+#[inline(always)]
+pub(crate) fn rule(index: u32) -> Option<&'static Rule> {
+    RULES.get(index)
+}
+
+#[inline(always)]
+pub(crate) fn allocation(record: u32) -> Option<&'static Allocation> {
+    ALLOCATIONS.get(record)
+}
+
+#[inline(always)]
+pub(crate) fn clocks(record: u32) -> Option<*mut Clocks> {
+    CLOCKS.get_ptr_mut(record)
+}
+
+#[inline(always)]
+pub(crate) fn provider(slot: u32) -> Option<&'static Provider> {
+    PROVIDERS.get(slot)
+}
+
+#[inline(always)]
+pub(crate) fn provider_clocks(record: u32) -> Option<*mut Clocks> {
+    PROVIDER_CLOCKS.get_ptr_mut(record)
+}
+
+/// This CPU's counters of a direction of an allocation.
+#[inline(always)]
+pub(crate) fn counters(record: u32) -> Option<*mut Counters> {
+    COUNTERS.get_ptr_mut(cpu() * ALLOCATION_RECORDS as u32 + record)
+}
+
+/// This CPU's counters of a direction of a provider.
+#[inline(always)]
+pub(crate) fn provider_counters(record: u32) -> Option<*mut Counters> {
+    PROVIDER_COUNTERS.get_ptr_mut(cpu() * PROVIDER_RECORDS as u32 + record)
+}
+
+#[inline(always)]
+fn cpu() -> u32 {
+    // SAFETY: the helper takes nothing and has no effect.
+    unsafe { bpf_get_smp_processor_id() as u32 }
+}
+
+/// Counts what became of a packet.
+#[inline(always)]
+pub(crate) fn count(outcome: Outcome) {
+    if let Some(counter) = OUTCOME_COUNTERS.get_ptr_mut(outcome as u32) {
+        // SAFETY: the map returned a pointer to this CPU's element, and bottom halves are off.
+        unsafe { *counter += 1 };
+    }
+}
+
+#[inline(always)]
+pub(crate) fn line(key: &LineKey) -> Option<Line> {
+    // SAFETY: the value is copied at once; one that is deleted meanwhile is freed after a grace
+    // period, and one that is replaced is two words which both stay valid classes.
+    LINES.get_ptr(key).map(|pointer| unsafe { *pointer })
+}
+
+#[inline(always)]
+pub(crate) fn fragment(key: &FragmentKey) -> Option<Fragment> {
+    // SAFETY: copied at once. An element reused by another packet in between has another id, and
+    // the caller compares the allocation's id before it believes the slot.
+    FRAGMENTS.get_ptr(key).map(|pointer| unsafe { *pointer })
+}
+
+/// Remembers a first fragment. Where the table is full the least recently used entry makes room; an
+/// insertion that fails all the same leaves later fragments to be matched by their other fields,
+/// which holds them to limits.
+#[inline(always)]
+pub(crate) fn remember_fragment(key: &FragmentKey, value: &Fragment) -> bool {
+    FRAGMENTS.insert(key, value, 0).is_ok()
+}
+
+#[inline(always)]
+pub(crate) fn question() -> Option<&'static Question> {
+    QUESTION.get(0)
+}
+
+#[inline(always)]
+pub(crate) fn answer() -> Option<*mut Answer> {
+    ANSWER.get_ptr_mut(0)
+}
+
+/// Keeps maps that only userspace writes and people read in the object.
+#[used]
+static APPLICATIONS_IN_OBJECT: &Array<Application, { APPLICATION_SLOTS as usize }, MMAPABLE> = &APPLICATIONS;

@@ -1,0 +1,410 @@
+//! The native API, version 1: routes and what each does. Described in `docs/api.md`.
+
+use axum::Router;
+use axum::body::Body as HttpBody;
+use axum::extract::{DefaultBodyLimit, State as Shared};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use serde::{Deserialize, Serialize};
+
+use super::Api;
+use super::doctor::{self, Check};
+use super::error::ApiError;
+use super::extract::{Body, LARGEST_BODY, Named, Options};
+use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
+use super::trace_body::TraceBody;
+use super::types::{ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
+use crate::domain::{Allocation, AllocationId, Application, Level, Name, Profile, Provider, Session};
+use crate::gateway::report::Statistics;
+use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession};
+
+type Answer<T> = Result<axum::Json<T>, ApiError>;
+
+/// The routes, for whatever carries them. Who may connect is checked by the carrier.
+pub(super) fn router(api: Api) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/doctor", get(examine))
+        .route("/v1/statistics", get(statistics))
+        .route("/v1/explain", post(explain))
+        .route("/v1/reconcile", post(reconcile))
+        .route("/v1/trace", get(trace))
+        .route("/v1/detach", post(detach))
+        .route("/v1/providers", get(providers).post(add_provider))
+        .route("/v1/providers/{name}", get(provider).delete(remove_provider))
+        .route("/v1/applications", get(applications))
+        .route("/v1/providers/{name}/applications", get(applications_of).post(add_application))
+        .route("/v1/providers/{name}/applications/{application}", delete(remove_application))
+        .route("/v1/sessions", get(sessions).post(add_session))
+        .route("/v1/sessions/{name}", get(session).delete(remove_session))
+        .route("/v1/profiles", get(profiles))
+        .route("/v1/profiles/{name}", get(profile).put(put_profile).delete(remove_profile))
+        .route("/v1/allocations", get(allocations).post(grant))
+        .route("/v1/allocations/{id}", get(allocation).delete(revoke))
+        .fallback(unknown_route)
+        .method_not_allowed_fallback(unknown_method)
+        .layer(DefaultBodyLimit::max(LARGEST_BODY))
+        .with_state(api)
+}
+
+/// Options of everything that changes something.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ChangeOptions {
+    dry_run: bool,
+}
+
+/// Options of the list of allocations.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ListOptions {
+    /// Only those of this provider.
+    provider: Option<Name>,
+    /// That many of the last ended ones instead of the live ones.
+    ended: Option<usize>,
+}
+
+async fn unknown_route(uri: Uri) -> ApiError {
+    let message =
+        format!("there is no {}; the API begins at /v1/ and is described in docs/api.md", uri.path());
+    ApiError::new(StatusCode::NOT_FOUND, "unknown_route", message)
+}
+
+async fn unknown_method(method: Method, uri: Uri) -> ApiError {
+    let message = format!("{} does not take {method}", uri.path());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "unknown_method", message)
+}
+
+async fn status(Shared(api): Shared<Api>) -> Answer<Status> {
+    answer(api.handle.run(|service| service.status()).await?)
+}
+
+async fn examine(Shared(api): Shared<Api>) -> Answer<Listing<Check>> {
+    let status = api.handle.run(|service| service.status()).await??;
+    let local = tokio::task::spawn_blocking(move || doctor::local(Some(&api.config)))
+        .await
+        .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.to_string()))?;
+    let items = local.into_iter().chain(doctor::daemon(&status)).collect();
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn statistics(Shared(api): Shared<Api>) -> Answer<Statistics> {
+    answer(api.handle.run(|service| service.statistics()).await?)
+}
+
+async fn explain(Shared(api): Shared<Api>, Body(request): Body<ExplainRequest>) -> Answer<Explained> {
+    let packet = from_hex(&request.packet)?;
+    let explained = api
+        .handle
+        .run(move |service| {
+            let explanation = service.explain(request.direction.into(), &packet, request.layer3)?;
+            let allocation =
+                explanation.allocation.and_then(|id| service.state().allocations.get(&id).cloned());
+            Ok::<_, ServiceError>(Explained { explanation, allocation })
+        })
+        .await?;
+    answer(explained)
+}
+
+async fn reconcile(Shared(api): Shared<Api>) -> Answer<Listing<String>> {
+    let items = api.handle.run(|service| service.reconcile()).await??;
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn trace(Shared(api): Shared<Api>) -> Result<Response, ApiError> {
+    let lines = api.handle.run(|service| service.trace()).await??;
+    let body = HttpBody::new(TraceBody::new(lines));
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response())
+}
+
+async fn detach(Shared(api): Shared<Api>) -> Result<StatusCode, ApiError> {
+    let detached = api.handle.run(|service| service.detach()).await?;
+    // Whatever could not be removed, nothing is looked after any more.
+    api.stop.notify_one();
+    detached?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn providers(Shared(api): Shared<Api>) -> Answer<Listing<Provider>> {
+    list(&api, |service| service.state().providers.values().cloned().collect()).await
+}
+
+async fn provider(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<Provider> {
+    show(&api, "provider", name, |service, name| service.state().providers.get(name).cloned()).await
+}
+
+async fn add_provider(
+    Shared(api): Shared<Api>,
+    Options(options): Options<ChangeOptions>,
+    Body(provider): Body<NewProvider>,
+) -> Result<Response, ApiError> {
+    change(&api, Command::AddProvider(provider), options, |change| match change {
+        Change::PutProvider(provider) => Some(provider.clone()),
+        _ => None,
+    })
+    .await
+    .map(created)
+}
+
+async fn remove_provider(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Provider>> {
+    let key = name.clone();
+    remove(&api, Command::RemoveProvider { name }, options, move |service| {
+        service.state().providers.get(&key).cloned()
+    })
+    .await
+}
+
+async fn applications(Shared(api): Shared<Api>) -> Answer<Listing<Application>> {
+    list(&api, |service| service.state().applications.values().cloned().collect()).await
+}
+
+async fn applications_of(
+    Shared(api): Shared<Api>,
+    Named(provider): Named<Name>,
+) -> Answer<Listing<Application>> {
+    let key = provider.clone();
+    let found = api
+        .handle
+        .run(move |service| {
+            let state = service.state();
+            state.providers.get(&key)?;
+            let all = state.applications.values();
+            Some(all.filter(|application| application.provider == key).cloned().collect())
+        })
+        .await?;
+    found.map(|items| axum::Json(Listing { items })).ok_or_else(|| not_found("provider", &provider))
+}
+
+async fn add_application(
+    Shared(api): Shared<Api>,
+    Named(provider): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+    Body(NewApplication { name }): Body<NewApplication>,
+) -> Result<Response, ApiError> {
+    change(&api, Command::AddApplication { provider, name }, options, |change| match change {
+        Change::PutApplication(application) => Some(application.clone()),
+        _ => None,
+    })
+    .await
+    .map(created)
+}
+
+async fn remove_application(
+    Shared(api): Shared<Api>,
+    Named((provider, name)): Named<(Name, Name)>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Application>> {
+    let key = (provider.clone(), name.clone());
+    remove(&api, Command::RemoveApplication { provider, name }, options, move |service| {
+        service.state().applications.get(&key).cloned()
+    })
+    .await
+}
+
+async fn sessions(Shared(api): Shared<Api>) -> Answer<Listing<Session>> {
+    list(&api, |service| service.state().sessions.values().cloned().collect()).await
+}
+
+async fn session(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<Session> {
+    show(&api, "session", name, |service, name| service.state().sessions.get(name).cloned()).await
+}
+
+async fn add_session(
+    Shared(api): Shared<Api>,
+    Options(options): Options<ChangeOptions>,
+    Body(session): Body<NewSession>,
+) -> Result<Response, ApiError> {
+    change(&api, Command::AddSession(session), options, |change| match change {
+        Change::PutSession(session) => Some(session.clone()),
+        _ => None,
+    })
+    .await
+    .map(created)
+}
+
+async fn remove_session(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Session>> {
+    let key = name.clone();
+    remove(&api, Command::RemoveSession { name }, options, move |service| {
+        service.state().sessions.get(&key).cloned()
+    })
+    .await
+}
+
+async fn profiles(Shared(api): Shared<Api>) -> Answer<Listing<Profile>> {
+    list(&api, |service| service.state().profiles.values().cloned().collect()).await
+}
+
+async fn profile(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<Profile> {
+    show(&api, "profile", name, |service, name| service.state().profiles.get(name).cloned()).await
+}
+
+async fn put_profile(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+    Body(level): Body<Level>,
+) -> Answer<Outcome<Profile>> {
+    change(&api, Command::PutProfile(Profile { name, level }), options, |change| match change {
+        Change::PutProfile(profile) => Some(profile.clone()),
+        _ => None,
+    })
+    .await
+}
+
+async fn remove_profile(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Profile>> {
+    let key = name.clone();
+    remove(&api, Command::RemoveProfile { name }, options, move |service| {
+        service.state().profiles.get(&key).cloned()
+    })
+    .await
+}
+
+async fn allocations(
+    Shared(api): Shared<Api>,
+    Options(options): Options<ListOptions>,
+) -> Answer<Listing<Allocation>> {
+    let mut items: Vec<Allocation> = api
+        .handle
+        .run(move |service| match options.ended {
+            Some(limit) => service.history(limit),
+            None => Ok(service.state().allocations.values().cloned().collect()),
+        })
+        .await??;
+    if let Some(provider) = options.provider {
+        items.retain(|allocation| allocation.provider == provider);
+    }
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn allocation(Shared(api): Shared<Api>, Named(id): Named<AllocationId>) -> Answer<Allocation> {
+    let found = api
+        .handle
+        .run(move |service| {
+            if let Some(live) = service.state().allocations.get(&id) {
+                return Ok(Some(live.clone()));
+            }
+            let ended = service.history(HISTORY_SEARCHED)?;
+            Ok::<_, ServiceError>(ended.into_iter().find(|allocation| allocation.id == id))
+        })
+        .await??;
+    found.map(axum::Json).ok_or_else(|| not_found("allocation", &id))
+}
+
+async fn grant(
+    Shared(api): Shared<Api>,
+    Options(options): Options<ChangeOptions>,
+    Body(request): Body<GrantRequest>,
+) -> Result<Response, ApiError> {
+    change(&api, Command::Grant(Box::new(request)), options, |change| match change {
+        Change::PutAllocation(allocation) => Some(allocation.clone()),
+        _ => None,
+    })
+    .await
+    .map(created)
+}
+
+async fn revoke(
+    Shared(api): Shared<Api>,
+    Named(id): Named<AllocationId>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Allocation>> {
+    change(&api, Command::Revoke { id }, options, |change| match change {
+        Change::EndAllocation(allocation) => Some(allocation.clone()),
+        _ => None,
+    })
+    .await
+}
+
+fn answer<T>(result: Result<T, ServiceError>) -> Answer<T> {
+    Ok(axum::Json(result?))
+}
+
+/// 201, or 200 where it was a dry run.
+fn created<T: Serialize>(axum::Json(outcome): axum::Json<Outcome<T>>) -> Response {
+    let status = if outcome.dry_run { StatusCode::OK } else { StatusCode::CREATED };
+    (status, axum::Json(outcome)).into_response()
+}
+
+fn not_found(what: &str, name: &impl ToString) -> ApiError {
+    let name = name.to_string();
+    ApiError::new(StatusCode::NOT_FOUND, "not_found", format!("there is no {what} `{name}`"))
+        .about(Some(what.to_owned()), Some(name))
+}
+
+async fn list<T: Send + 'static>(
+    api: &Api,
+    read: impl FnOnce(&dyn Operations) -> Vec<T> + Send + 'static,
+) -> Answer<Listing<T>> {
+    let items = api.handle.run(move |service| read(service)).await?;
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn show<T: Send + 'static>(
+    api: &Api,
+    what: &'static str,
+    name: Name,
+    read: impl FnOnce(&dyn Operations, &Name) -> Option<T> + Send + 'static,
+) -> Answer<T> {
+    api.handle
+        .run(move |service| read(service, &name).ok_or(name))
+        .await?
+        .map(axum::Json)
+        .map_err(|name| not_found(what, &name))
+}
+
+/// Carries a command out; `written` finds the object that it is about among the changes.
+async fn change<T: Send + 'static>(
+    api: &Api,
+    command: Command,
+    options: ChangeOptions,
+    written: impl Fn(&Change) -> Option<T> + Send + 'static,
+) -> Answer<Outcome<T>> {
+    let decision = api.handle.run(move |service| service.execute(&command, options.dry_run)).await??;
+    outcome(decision.changes.iter().find_map(written), decision.warnings, options)
+}
+
+/// Carries a removal out; `before` reads the object while it is there.
+async fn remove<T: Send + 'static>(
+    api: &Api,
+    command: Command,
+    options: ChangeOptions,
+    before: impl FnOnce(&dyn Operations) -> Option<T> + Send + 'static,
+) -> Answer<Outcome<T>> {
+    let (object, decision) = api
+        .handle
+        .run(move |service| {
+            let object = before(service);
+            service.execute(&command, options.dry_run).map(|decision| (object, decision))
+        })
+        .await??;
+    outcome(object, decision.warnings, options)
+}
+
+fn outcome<T>(object: Option<T>, warnings: Vec<String>, options: ChangeOptions) -> Answer<Outcome<T>> {
+    let result = object.ok_or_else(|| {
+        let message = "the decision does not contain what was asked for; this is an error in qosd";
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+    })?;
+    Ok(axum::Json(Outcome { result, warnings, dry_run: options.dry_run }))
+}
+
+fn from_hex(text: &str) -> Result<Vec<u8>, ApiError> {
+    crate::hex::decode(text).map_err(|error| ApiError::invalid("packet", shortened(text), error.to_string()))
+}
+
+fn shortened(text: &str) -> String {
+    text.chars().take(80).collect()
+}

@@ -1,0 +1,455 @@
+//! The service: state, store and gateway, changed together or not at all.
+//!
+//! A command is decided ([`manager::decide`]), committed to the store, applied to the state and
+//! carried into the kernel, in that order. Where the kernel refuses, the inverse goes the same way
+//! back, so that store, state and kernel agree again. Everything here blocks and knows nothing of
+//! HTTP; [`super::worker`] runs it on a thread of its own, one thing at a time.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tracing::{debug, error, info, warn};
+
+use super::types::{Counted, Status};
+use crate::config::Config;
+use crate::domain::{Allocation, AllocationId, Direction};
+use crate::gateway::report::{Explanation, RepairReport, Statistics};
+use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
+use crate::store::{Store, StoreError};
+
+/// Repairs that are remembered for `qos status`.
+const REPAIRS_KEPT: usize = 100;
+/// Ended allocations among which one that is asked for by number is looked for.
+pub(super) const HISTORY_SEARCHED: usize = 1_000;
+/// Time between two readings of the programs' debugging while somebody listens.
+const TRACE_INTERVAL: Duration = Duration::from_millis(100);
+/// Lines that wait for a slow listener; what comes on top is lost.
+const TRACE_LINES: usize = 4_096;
+/// Wait after a sweep that failed, so that a full disk is not asked without pause.
+const EXPIRY_RETRY: Duration = Duration::from_secs(1);
+
+/// Why the service did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The request is refused; nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The store can't be read, or did not take the change; nothing was changed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The kernel did not take it; store, state and kernel are as before.
+    #[error("the kernel did not take the change, and nothing was changed: {}", chain(.0.as_ref()))]
+    Kernel(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The kernel did not take it, and the store did not take it back.
+    #[error(
+        "the kernel did not take the change: {}; and the store did not take it back: {undo}; \
+         the change stands, and the kernel is tried again",
+        chain(.kernel.as_ref())
+    )]
+    NotUndone {
+        /// What the kernel says.
+        kernel: Box<dyn std::error::Error + Send + Sync>,
+        /// What the store says.
+        undo: StoreError,
+    },
+    /// The kernel could not be read, repaired or cleaned.
+    #[error("cannot {what}: {}", chain(.source.as_ref()))]
+    Gateway {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Everything was removed from the kernel, and the daemon is about to end.
+    #[error("everything was removed from the kernel by `qos detach`, and qosd is stopping")]
+    Detached,
+}
+
+/// An error and what caused it, in one line. Causes that the error already tells are left out.
+fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+fn gateway_failed<E>(what: &'static str) -> impl FnOnce(E) -> ServiceError
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    move |source| ServiceError::Gateway { what, source: Box::new(source) }
+}
+
+/// What the API asks of the service, whatever store and gateway stand behind it.
+pub trait Operations {
+    /// What is known.
+    fn state(&self) -> &State;
+
+    /// Decides a command and carries it out; with `dry_run` it is only decided.
+    ///
+    /// # Errors
+    /// Where it is refused, or the store or the kernel does not take it.
+    fn execute(&mut self, command: &Command, dry_run: bool) -> Result<Decision, ServiceError>;
+
+    /// The allocations that ended last, newest first.
+    ///
+    /// # Errors
+    /// Where the store can't be read.
+    fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, ServiceError>;
+
+    /// The daemon and its gateway as they are.
+    ///
+    /// # Errors
+    /// After [`Operations::detach`].
+    fn status(&self) -> Result<Status, ServiceError>;
+
+    /// All counters at this moment.
+    ///
+    /// # Errors
+    /// Where they can't be read.
+    fn statistics(&mut self) -> Result<Statistics, ServiceError>;
+
+    /// What the loaded program would do with a packet.
+    ///
+    /// # Errors
+    /// Where the program can't be run on it.
+    fn explain(
+        &mut self,
+        direction: Direction,
+        packet: &[u8],
+        layer3: bool,
+    ) -> Result<Explanation, ServiceError>;
+
+    /// Makes the kernel equal to the state, and says what was not.
+    ///
+    /// # Errors
+    /// Where the kernel can't be read, or a repair is refused.
+    fn reconcile(&mut self) -> Result<Vec<String>, ServiceError>;
+
+    /// Listens to the programs' debugging, which is on as long as somebody does.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    fn trace(&mut self) -> Result<mpsc::Receiver<String>, ServiceError>;
+
+    /// Removes everything from the kernel. Nothing can be asked of the service afterwards.
+    ///
+    /// # Errors
+    /// Where something can't be removed.
+    fn detach(&mut self) -> Result<(), ServiceError>;
+}
+
+/// State, store and gateway.
+#[derive(Debug)]
+pub struct Service<S, G> {
+    config: Config,
+    started_at: Timestamp,
+    state: State,
+    store: S,
+    /// None: it was detached.
+    gateway: Option<G>,
+    /// Ends of the allocations that have one, soonest first.
+    ends: BTreeSet<(Timestamp, AllocationId)>,
+    /// No sweep before, the last one having failed.
+    sweep_not_before: Option<Instant>,
+    reconcile_at: Instant,
+    reconciled_at: Option<Timestamp>,
+    reconcile_error: Option<String>,
+    repairs: VecDeque<RepairReport>,
+    listeners: Vec<mpsc::Sender<String>>,
+}
+
+impl<S: Store, G: Gateway> Service<S, G> {
+    /// Loads the state, drops what expired meanwhile, starts the gateway on it and reconciles.
+    /// `mtu` is the largest IP packet of the interfaces, in bytes.
+    ///
+    /// # Errors
+    /// Where the store can't be read or written, or the kernel does not take the state.
+    pub fn start(
+        config: Config,
+        mtu: u32,
+        mut store: S,
+        start_gateway: impl FnOnce(&State) -> Result<G, G::Error>,
+    ) -> Result<Self, ServiceError> {
+        let mut state = store.load(config.network(mtu))?;
+        let expired = manager::decide(&state, &Command::Expire, Timestamp::now())?;
+        store.commit(&expired.changes)?;
+        for change in &expired.changes {
+            log(change);
+            state.apply(change);
+        }
+
+        let gateway = start_gateway(&state).map_err(gateway_failed("bring the kernel to the state"))?;
+        let ends = state.allocations.values().filter_map(end_of).collect();
+        let mut service = Self {
+            config,
+            started_at: Timestamp::now(),
+            state,
+            store,
+            gateway: Some(gateway),
+            ends,
+            sweep_not_before: None,
+            reconcile_at: Instant::now(),
+            reconciled_at: None,
+            reconcile_error: None,
+            repairs: VecDeque::new(),
+            listeners: Vec::new(),
+        };
+        service.reconcile()?;
+        Ok(service)
+    }
+
+    /// How long nothing has to be done unasked.
+    pub(super) fn idle(&self) -> Duration {
+        let mut idle = self.reconcile_at.saturating_duration_since(Instant::now());
+        if let Some((end, _)) = self.ends.first() {
+            let until_end = Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default();
+            let blocked = self
+                .sweep_not_before
+                .map_or(Duration::ZERO, |instant| instant.saturating_duration_since(Instant::now()));
+            idle = idle.min(until_end.max(blocked));
+        }
+        if !self.listeners.is_empty() {
+            idle = idle.min(TRACE_INTERVAL);
+        }
+        idle
+    }
+
+    /// Does what is due unasked: ends what expired, reconciles, passes debugging on.
+    pub(super) fn tick(&mut self) {
+        if self.gateway.is_none() {
+            return;
+        }
+        self.sweep();
+        if self.reconcile_at <= Instant::now() {
+            // Kept for the status and logged there; the next one comes in its time.
+            let _ = self.reconcile();
+        }
+        self.pass_trace_on();
+    }
+
+    fn sweep(&mut self) {
+        let due = self.ends.first().is_some_and(|(end, _)| *end <= Timestamp::now());
+        let blocked = self.sweep_not_before.is_some_and(|instant| Instant::now() < instant);
+        if !due || blocked {
+            return;
+        }
+        self.sweep_not_before = None;
+        match self.execute(&Command::Expire, false) {
+            // The kernel forgot it by its own clock already.
+            Ok(decision) if !decision.changes.is_empty() => {}
+            Ok(_) => self.sweep_not_before = Some(Instant::now() + EXPIRY_RETRY),
+            Err(error) => {
+                error!("cannot write that allocations have expired: {error}");
+                self.sweep_not_before = Some(Instant::now() + EXPIRY_RETRY);
+            }
+        }
+    }
+
+    fn pass_trace_on(&mut self) {
+        let Some(gateway) = &mut self.gateway else { return };
+        if self.listeners.is_empty() {
+            return;
+        }
+        for line in gateway.traced() {
+            for listener in &self.listeners {
+                // A listener that does not keep up loses lines rather than holding the service up.
+                let _ = listener.try_send(line.clone());
+            }
+        }
+        self.listeners.retain(|listener| !listener.is_closed());
+        if self.listeners.is_empty() {
+            info!("trace off: the last listener left");
+            if let Err(error) = gateway.trace(false) {
+                error!("cannot turn the programs' debugging off: {error}");
+            }
+        }
+    }
+
+    /// Applies committed changes to what is kept in memory.
+    fn remember(&mut self, changes: &[Change]) {
+        for change in changes {
+            match change {
+                Change::PutAllocation(allocation) => self.ends.extend(end_of(allocation)),
+                Change::EndAllocation(allocation) => {
+                    let live = self.state.allocations.get(&allocation.id);
+                    if let Some(end) = live.and_then(end_of) {
+                        self.ends.remove(&end);
+                    }
+                }
+                _ => {}
+            }
+            self.state.apply(change);
+        }
+    }
+
+    /// Takes changes back that the kernel did not take.
+    fn undo(&mut self, inverse: &[Change], kernel: Box<dyn std::error::Error + Send + Sync>) -> ServiceError {
+        match self.store.commit(inverse) {
+            Ok(()) => {
+                self.remember(inverse);
+                ServiceError::Kernel(kernel)
+            }
+            Err(undo) => {
+                // Store and state still agree; only the kernel lacks the change.
+                self.reconcile_at = Instant::now();
+                ServiceError::NotUndone { kernel, undo }
+            }
+        }
+    }
+
+    fn remember_repair(&mut self, what: &str) {
+        warn!("repaired: {what}");
+        if self.repairs.len() == REPAIRS_KEPT {
+            self.repairs.pop_front();
+        }
+        self.repairs.push_back(RepairReport { at: Timestamp::now(), what: what.to_owned() });
+    }
+}
+
+impl<S: Store, G: Gateway> Operations for Service<S, G> {
+    fn state(&self) -> &State {
+        &self.state
+    }
+
+    fn execute(&mut self, command: &Command, dry_run: bool) -> Result<Decision, ServiceError> {
+        if self.gateway.is_none() {
+            return Err(ServiceError::Detached);
+        }
+        let decision = manager::decide(&self.state, command, Timestamp::now())?;
+        if dry_run || decision.changes.is_empty() {
+            return Ok(decision);
+        }
+        let inverse = self.state.inverse(&decision.changes);
+        self.store.commit(&decision.changes)?;
+        self.remember(&decision.changes);
+
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        if let Err(refused) = gateway.apply(&self.state, &decision.changes) {
+            return Err(self.undo(&inverse, Box::new(refused)));
+        }
+        decision.changes.iter().for_each(log);
+        Ok(decision)
+    }
+
+    fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, ServiceError> {
+        Ok(self.store.history(limit)?)
+    }
+
+    fn status(&self) -> Result<Status, ServiceError> {
+        let mut gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?.status();
+        gateway.repairs = self.repairs.iter().cloned().collect();
+        Ok(Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            started_at: self.started_at,
+            state_dir: self.config.state_dir.clone(),
+            bpffs_dir: self.config.gateway.bpffs_dir.clone(),
+            line_side: self.config.line_side,
+            link: self.state.network.link,
+            require_session: self.config.require_session,
+            counted: Counted {
+                providers: self.state.providers.len(),
+                applications: self.state.applications.len(),
+                sessions: self.state.sessions.len(),
+                profiles: self.state.profiles.len(),
+                allocations: self.state.allocations.len(),
+            },
+            reconciled_at: self.reconciled_at,
+            reconcile_error: self.reconcile_error.clone(),
+            gateway,
+        })
+    }
+
+    fn statistics(&mut self) -> Result<Statistics, ServiceError> {
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        gateway.statistics(&self.state).map_err(gateway_failed("read the counters"))
+    }
+
+    fn explain(
+        &mut self,
+        direction: Direction,
+        packet: &[u8],
+        layer3: bool,
+    ) -> Result<Explanation, ServiceError> {
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        gateway.explain(direction, packet, layer3).map_err(gateway_failed("run the program on this packet"))
+    }
+
+    fn reconcile(&mut self) -> Result<Vec<String>, ServiceError> {
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        let result = gateway.reconcile(&self.state).map_err(gateway_failed("bring the kernel to the state"));
+        self.reconcile_at = Instant::now() + self.config.reconcile_interval;
+        match &result {
+            Ok(repairs) => {
+                self.reconciled_at = Some(Timestamp::now());
+                self.reconcile_error = None;
+                for repair in repairs {
+                    self.remember_repair(repair);
+                }
+            }
+            Err(failed) => {
+                error!("{failed}");
+                self.reconcile_error = Some(failed.to_string());
+            }
+        }
+        result
+    }
+
+    fn trace(&mut self) -> Result<mpsc::Receiver<String>, ServiceError> {
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        if self.listeners.is_empty() {
+            gateway.trace(true).map_err(gateway_failed("turn the programs' debugging on"))?;
+            info!("trace on");
+        }
+        let (sender, receiver) = mpsc::channel(TRACE_LINES);
+        self.listeners.push(sender);
+        Ok(receiver)
+    }
+
+    fn detach(&mut self) -> Result<(), ServiceError> {
+        let gateway = self.gateway.take().ok_or(ServiceError::Detached)?;
+        self.listeners.clear();
+        gateway.detach().map_err(gateway_failed("remove everything from the kernel"))?;
+        warn!("detached: nothing is enforced");
+        Ok(())
+    }
+}
+
+/// The key of an allocation among the ends, where it has one.
+fn end_of(allocation: &Allocation) -> Option<(Timestamp, AllocationId)> {
+    allocation.expires_at.map(|end| (end, allocation.id))
+}
+
+fn log(change: &Change) {
+    match change {
+        Change::PutProvider(provider) => info!(provider = %provider.name, "provider written"),
+        Change::DeleteProvider(name) => info!(provider = %name, "provider removed"),
+        Change::PutApplication(application) => {
+            info!(provider = %application.provider, application = %application.name, "application written");
+        }
+        Change::DeleteApplication(provider, name) => {
+            info!(%provider, application = %name, "application removed");
+        }
+        Change::PutSession(session) => info!(session = %session.name, "session written"),
+        Change::DeleteSession(name) => info!(session = %name, "session removed"),
+        Change::PutProfile(profile) => info!(profile = %profile.name, "profile written"),
+        Change::DeleteProfile(name) => info!(profile = %name, "profile removed"),
+        Change::PutAllocation(allocation) => {
+            info!(id = %allocation.id, provider = %allocation.provider, "granted");
+            debug!(?allocation);
+        }
+        Change::EndAllocation(allocation) => {
+            let reason = allocation.reason.as_deref().unwrap_or("no reason given");
+            info!(id = %allocation.id, provider = %allocation.provider, reason, "ended");
+        }
+    }
+}

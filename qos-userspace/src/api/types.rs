@@ -1,0 +1,141 @@
+//! The objects of the API beyond those of the domain, as they stand in JSON.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::domain::{Allocation, BitsPerSecond, Directed, Name};
+use crate::gateway::report::{Explanation, GatewayStatus};
+use crate::manager::LineSide;
+
+/// Several objects.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Listing<T> {
+    /// In the order of their names or numbers.
+    pub items: Vec<T>,
+}
+
+/// What came of a command.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome<T> {
+    /// The object as it was written; after a removal, as it was before.
+    pub result: T,
+    /// What the asker should know, though the command was carried out.
+    pub warnings: Vec<String>,
+    /// Nothing was changed: this is what would have come of it.
+    pub dry_run: bool,
+}
+
+/// An application to register, below its provider.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewApplication {
+    /// Unique among the provider's applications.
+    pub name: Name,
+}
+
+/// A packet to explain.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExplainRequest {
+    /// `up` or `down`.
+    pub direction: DirectionName,
+    /// The packet, two hexadecimal digits a byte.
+    pub packet: String,
+    /// The packet begins at its IP header; else at its Ethernet header.
+    #[serde(default)]
+    pub layer3: bool,
+}
+
+/// A direction by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DirectionName {
+    /// From the subscriber.
+    Up,
+    /// To the subscriber.
+    Down,
+}
+
+impl From<DirectionName> for crate::domain::Direction {
+    fn from(name: DirectionName) -> Self {
+        match name {
+            DirectionName::Up => Self::Upstream,
+            DirectionName::Down => Self::Downstream,
+        }
+    }
+}
+
+/// Why a packet is treated as it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Explained {
+    /// What the loaded program says.
+    pub explanation: Explanation,
+    /// The allocation that matched.
+    pub allocation: Option<Allocation>,
+}
+
+/// The daemon and its gateway as they are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Of qosd.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// When it started.
+    pub started_at: Timestamp,
+    /// Directory of the database.
+    pub state_dir: PathBuf,
+    /// Directory of pinned links and maps.
+    pub bpffs_dir: PathBuf,
+    /// On which end of the lines the gateway stands.
+    pub line_side: LineSide,
+    /// Capacity of the link.
+    pub link: Directed<BitsPerSecond>,
+    /// Requests must name the address of a session.
+    pub require_session: bool,
+    /// How many of each there are.
+    pub counted: Counted,
+    /// When the kernel was last found equal to the state, or made so.
+    pub reconciled_at: Option<Timestamp>,
+    /// Why it could not be made so since.
+    pub reconcile_error: Option<String>,
+    /// The gateway.
+    pub gateway: GatewayStatus,
+}
+
+/// How many there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counted {
+    /// Providers.
+    pub providers: usize,
+    /// Applications of all providers.
+    pub applications: usize,
+    /// Sessions.
+    pub sessions: usize,
+    /// Profiles.
+    pub profiles: usize,
+    /// Allocations that are available.
+    pub allocations: usize,
+}
+
+/// What is answered to a request that was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorAnswer {
+    /// What is wrong.
+    pub error: ErrorBody,
+}
+
+/// What is wrong with a request, or went wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// One word that programs tell cases by; see `docs/api.md`.
+    pub code: String,
+    /// What was wrong, with what, and what to do.
+    pub message: String,
+    /// The field of the request that it is about, such as `level.maximum.down`.
+    pub field: Option<String>,
+    /// The value of that field.
+    pub value: Option<String>,
+}

@@ -1,0 +1,86 @@
+//! `qos profile`: named levels.
+
+use clap::Subcommand;
+
+use super::CliError;
+use super::client::Client;
+use super::level::{self, LevelArgs};
+use super::output::{Output, or_dash};
+use crate::api::types::Listing;
+use crate::domain::{Name, Profile, dscp};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Names a level, or changes what a name stands for in later grants
+    #[command(after_long_help = "\
+Example:
+  qos profile add voice --guaranteed-down 100kbit --guaranteed-up 100kbit --priority 0 --dscp EF --delay 20ms")]
+    Add {
+        /// Its name: 1 to 32 of a-z A-Z 0-9 . _ -
+        name: Name,
+        #[command(flatten)]
+        level: Box<LevelArgs>,
+    },
+    /// Shows all named levels
+    List,
+    /// Shows one named level
+    Show {
+        /// Its name
+        name: Name,
+    },
+    /// Forgets a named level; what was granted with it stays
+    Remove {
+        /// Its name
+        name: Name,
+    },
+}
+
+pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
+    match verb {
+        Verb::Add { name, level } => {
+            let answer = client.put(&format!("/v1/profiles/{name}"), &level.level())?;
+            output.outcome(answer, |output, profile: Profile, _| {
+                output.line(format_args!("profile {} written", profile.name))
+            })
+        }
+        Verb::List => output.show(client.get("/v1/profiles")?, |output, profiles: Listing<Profile>| {
+            let header = [
+                "NAME",
+                "GUARANTEED DOWN",
+                "MAX DOWN",
+                "GUARANTEED UP",
+                "MAX UP",
+                "PRIORITY",
+                "DSCP",
+                "ENFORCEMENT",
+            ];
+            let mut table = output.table(&header, &[1, 2, 3, 4, 5]);
+            for Profile { name, level } in profiles.items {
+                table.add_row([
+                    name.to_string(),
+                    or_dash(level.guaranteed.down),
+                    or_dash(level.maximum.down),
+                    or_dash(level.guaranteed.up),
+                    or_dash(level.maximum.up),
+                    level.priority.to_string(),
+                    or_dash(level.dscp.map(dscp::name)),
+                    level::enforcement(level.enforcement).to_owned(),
+                ]);
+            }
+            output.print(&table)
+        }),
+        Verb::Show { name } => {
+            output.show(client.get(&format!("/v1/profiles/{name}"))?, |output, profile: Profile| {
+                let mut pairs = vec![("name", Some(profile.name.to_string()))];
+                pairs.extend(level::pairs(&profile.level));
+                output.pairs(pairs)
+            })
+        }
+        Verb::Remove { name } => {
+            let answer = client.delete(&format!("/v1/profiles/{name}"))?;
+            output.outcome(answer, |output, profile: Profile, _| {
+                output.line(format_args!("profile {} removed", profile.name))
+            })
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! `qos session`: subscribers' lines that are up.
+
+use clap::{Args, Subcommand, ValueEnum};
+use ipnet::IpNet;
+
+use super::CliError;
+use super::args::{delay, prefix, share};
+use super::client::Client;
+use super::output::{Output, joined, microseconds};
+use crate::api::types::Listing;
+use crate::domain::session::link_layer;
+use crate::domain::{BitsPerSecond, Directed, LinkLayer, Name, Session};
+use crate::manager::NewSession;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Verb {
+    /// Names a line that is up
+    ///
+    /// The line is the bottleneck that grants are admitted against and the queues stand before.
+    /// Its speed is that of its own framing: on ADSL (ATM) the sync rate, cells included.
+    #[command(after_long_help = "\
+Examples:
+  qos session add dsl-0042 --address 192.0.2.10 --down 20mbit --up 2mbit \\
+      --link-layer atm --overhead 32 --delay 8ms --loss 0.1%
+  qos session add fibre-7 --address 192.0.2.20 --address 2001:db8:7::/56 --down 1gbit --up 200mbit")]
+    Add(Add),
+    /// Shows all lines
+    List,
+    /// Shows one line
+    Show {
+        /// Its name
+        name: Name,
+    },
+    /// Forgets a line that carries no allocation
+    Remove {
+        /// Its name
+        name: Name,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Add {
+    /// Its name: 1 to 32 of a-z A-Z 0-9 . _ -
+    name: Name,
+    /// An address or prefix of the subscriber; may be given several times
+    #[arg(long = "address", value_name = "PREFIX", required = true, value_parser = prefix, value_delimiter = ',')]
+    addresses: Vec<IpNet>,
+    /// Speed to the subscriber
+    #[arg(long, value_name = "RATE")]
+    down: BitsPerSecond,
+    /// Speed from the subscriber
+    #[arg(long, value_name = "RATE")]
+    up: BitsPerSecond,
+    /// How the line frames packets
+    #[arg(long, value_enum, default_value_t = Framing::Ethernet)]
+    link_layer: Framing,
+    /// Bytes that a packet takes on the line above its IP length [default: 14]
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
+    overhead: Option<i16>,
+    /// Delay of the line itself, one way
+    #[arg(long, value_name = "TIME", value_parser = delay)]
+    delay: Option<u32>,
+    /// Share of packets that the line loses, as measured: 0.001 or 0.1%
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    loss: Option<f64>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Framing {
+    /// Whole packets
+    Ethernet,
+    /// Cells of 53 bytes with 48 of payload (ADSL)
+    Atm,
+    /// 65 bytes for each 64 (VDSL2)
+    Ptm,
+}
+
+pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
+    match verb {
+        Verb::Add(add) => {
+            let answer = client.post("/v1/sessions", &request(add))?;
+            output.outcome(answer, |output, session: Session, _| {
+                output.line(format_args!("session {} added", session.name))
+            })
+        }
+        Verb::List => output.show(client.get("/v1/sessions")?, |output, sessions: Listing<Session>| {
+            let mut table = output.table(&["NAME", "DOWN", "UP", "LINK LAYER", "ADDRESSES"], &[1, 2]);
+            for session in sessions.items {
+                table.add_row([
+                    session.name.to_string(),
+                    session.rate.down.to_string(),
+                    session.rate.up.to_string(),
+                    framing(session.link_layer).to_owned(),
+                    joined(&session.addresses, ", "),
+                ]);
+            }
+            output.print(&table)
+        }),
+        Verb::Show { name } => {
+            output.show(client.get(&format!("/v1/sessions/{name}"))?, |output, session: Session| {
+                output.pairs(vec![
+                    ("name", Some(session.name.to_string())),
+                    ("addresses", Some(joined(&session.addresses, "\n"))),
+                    ("down", Some(session.rate.down.to_string())),
+                    ("up", Some(session.rate.up.to_string())),
+                    ("link layer", Some(framing(session.link_layer).to_owned())),
+                    ("overhead", Some(format!("{} bytes", session.overhead))),
+                    ("delay", Some(microseconds(session.delay_us))),
+                    ("loss", Some(format!("{} %", f64::from(session.loss_ppm) / 10_000.0))),
+                ])
+            })
+        }
+        Verb::Remove { name } => {
+            let answer = client.delete(&format!("/v1/sessions/{name}"))?;
+            output.outcome(answer, |output, session: Session, _| {
+                output.line(format_args!("session {} removed", session.name))
+            })
+        }
+    }
+}
+
+fn request(add: Add) -> NewSession {
+    NewSession {
+        name: add.name,
+        addresses: add.addresses,
+        rate: Directed { up: add.up, down: add.down },
+        link_layer: match add.link_layer {
+            Framing::Ethernet => LinkLayer::Ethernet,
+            Framing::Atm => LinkLayer::Atm,
+            Framing::Ptm => LinkLayer::Ptm,
+        },
+        overhead: add.overhead,
+        delay_us: add.delay.unwrap_or(0),
+        loss_ppm: add.loss.map_or(0, |share| (share * 1e6).round() as u32),
+    }
+}
+
+fn framing(layer: LinkLayer) -> &'static str {
+    link_layer::NAMES.iter().find(|(known, _)| *known == layer).map_or("?", |(_, name)| name)
+}

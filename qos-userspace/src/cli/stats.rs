@@ -1,0 +1,278 @@
+//! `qos stats`: what was counted, and the rates between two readings.
+
+use std::collections::BTreeMap;
+use std::thread;
+use std::time::Duration;
+
+use clap::Args;
+use comfy_table::Table;
+
+use super::CliError;
+use super::client::{Client, typed};
+use super::output::Output;
+use crate::api::types::Listing;
+use crate::domain::{Allocation, AllocationId, BitsPerSecond, ByteCount, Direction};
+use crate::gateway::report::{Count, Counts, DirectedCounts, Statistics};
+
+/// Shows what was counted, and rates
+///
+/// Bytes are counted in the contract's length: the IP length of each packet plus the line's
+/// overhead, in cells where the line is ATM. Without --watch the totals since each allocation and
+/// provider was set up are shown, with --watch the rates since the last reading.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  qos stats
+  qos stats --watch
+  qos stats --watch 5 -o json")]
+pub(super) struct Stats {
+    /// Show rates, again and again, until interrupted; every second, or as many as are given
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = interval)]
+    watch: Option<Duration>,
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|seconds| (0.1..=3_600.0).contains(seconds))
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("`{text}` is not a time in seconds from 0.1 to 3600"))
+}
+
+pub(super) fn run(stats: &Stats, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
+    match stats.watch {
+        None => output.show(client.get("/v1/statistics")?, |output, now: Statistics| {
+            let allocations = allocations(client)?;
+            for table in totals(output, &now, &allocations) {
+                output.print(&table)?;
+                output.line("")?;
+            }
+            output.line(outcomes(&now))
+        }),
+        Some(interval) => watch(interval, client, output),
+    }
+}
+
+fn watch(interval: Duration, client: &Client, output: &mut Output) -> Result<(), CliError> {
+    let mut before: Option<Statistics> = None;
+    loop {
+        let answer = client.get("/v1/statistics")?;
+        if output.is_json() {
+            output.json_line(&answer)?;
+        } else {
+            let now: Statistics = typed(answer)?;
+            if let Some(before) = &before {
+                let allocations = allocations(client)?;
+                let tables = rates(output, before, &now, &allocations);
+                let text = tables.iter().map(Table::trim_fmt).collect::<Vec<_>>().join("\n\n");
+                refresh(output, &format!("{text}\n"))?;
+            } else if output.terminal {
+                refresh(output, "measuring …\n")?;
+            }
+            before = Some(now);
+        }
+        thread::sleep(interval);
+    }
+}
+
+/// Prints in place on a terminal, below the last elsewhere.
+fn refresh(output: &mut Output, text: &str) -> Result<(), CliError> {
+    if !output.terminal {
+        return output.line(text);
+    }
+    // Line by line over what is there, and only then the rest: clearing first would flicker.
+    let mut screen = String::from("\x1b[H");
+    for line in text.lines() {
+        screen.push_str(line);
+        screen.push_str("\x1b[K\n");
+    }
+    screen.push_str("\x1b[J");
+    Ok(output.bytes(screen.as_bytes())?)
+}
+
+fn allocations(client: &Client) -> Result<BTreeMap<AllocationId, Allocation>, CliError> {
+    let listing: Listing<Allocation> = typed(client.get("/v1/allocations")?)?;
+    Ok(listing.items.into_iter().map(|allocation| (allocation.id, allocation)).collect())
+}
+
+/// A direction of something that is counted.
+struct Row<'s> {
+    /// Allocation (if it is one) and provider.
+    names: [String; 2],
+    direction: &'static str,
+    counts: &'s Counts,
+    before: Counts,
+}
+
+/// Rows of the allocations, and of the providers. Directions in which nothing can match or was
+/// counted are left out.
+fn rows<'s>(
+    before: &Statistics,
+    now: &'s Statistics,
+    allocations: &BTreeMap<AllocationId, Allocation>,
+) -> [Vec<Row<'s>>; 2] {
+    let directions = |names: [String; 2],
+                      now: &'s DirectedCounts,
+                      before: Option<&DirectedCounts>,
+                      covers: &dyn Fn(Direction) -> bool| {
+        let before = before.copied().unwrap_or_default();
+        [
+            ("down", Direction::Downstream, &now.down, before.down),
+            ("up", Direction::Upstream, &now.up, before.up),
+        ]
+        .into_iter()
+        .filter(|(_, direction, counts, _)| covers(*direction) || **counts != Counts::default())
+        .map(|(direction, _, counts, before)| Row { names: names.clone(), direction, counts, before })
+        .collect::<Vec<_>>()
+    };
+    let of_allocations = now.allocations.iter().flat_map(|(id, counts)| {
+        let allocation = allocations.get(id);
+        let provider = allocation.map_or_else(|| "(ended)".to_owned(), |known| known.provider.to_string());
+        directions([id.to_string(), provider], counts, before.allocations.get(id), &|direction| {
+            allocation.is_some_and(|allocation| allocation.covers(direction))
+        })
+    });
+    let of_providers = now.providers.iter().flat_map(|(name, counts)| {
+        directions([String::new(), name.to_string()], counts, before.providers.get(name), &|_| false)
+    });
+    [of_allocations.collect(), of_providers.collect()]
+}
+
+fn totals(output: &Output, now: &Statistics, allocations: &BTreeMap<AllocationId, Allocation>) -> [Table; 2] {
+    tables(
+        output,
+        rows(&Statistics::default(), now, allocations),
+        ["PASSED", "PACKETS", "IN PROFILE", "EXCESS", "DROPPED", "QUEUE DROPPED", "MARKED"],
+        |Row { counts, .. }| {
+            [
+                size(counts.passed),
+                counts.passed.packets.to_string(),
+                size(counts.in_profile),
+                size(counts.excess),
+                size(counts.dropped),
+                size(counts.queue_dropped),
+                size(counts.marked),
+            ]
+        },
+    )
+}
+
+fn rates(
+    output: &Output,
+    before: &Statistics,
+    now: &Statistics,
+    allocations: &BTreeMap<AllocationId, Allocation>,
+) -> [Table; 2] {
+    let seconds = now.at_ns.saturating_sub(before.at_ns).max(1) as f64 / 1e9;
+    let per_second = |now: u64, before: u64| now.saturating_sub(before) as f64 / seconds;
+    let rate = |now: Count, before: Count| {
+        BitsPerSecond(round_to_three_digits(per_second(now.bytes, before.bytes) * 8.0)).to_string()
+    };
+    tables(
+        output,
+        rows(before, now, allocations),
+        ["RATE", "PACKETS/S", "IN PROFILE", "EXCESS", "DROPPED", "QUEUE DROPPED", "MARKED"],
+        |Row { counts, before, .. }| {
+            [
+                rate(counts.passed, before.passed),
+                format!("{:.0}", per_second(counts.passed.packets, before.passed.packets)),
+                rate(counts.in_profile, before.in_profile),
+                rate(counts.excess, before.excess),
+                rate(counts.dropped, before.dropped),
+                rate(counts.queue_dropped, before.queue_dropped),
+                rate(counts.marked, before.marked),
+            ]
+        },
+    )
+}
+
+fn tables(
+    output: &Output,
+    rows: [Vec<Row<'_>>; 2],
+    columns: [&str; 7],
+    values: impl Fn(&Row<'_>) -> [String; 7],
+) -> [Table; 2] {
+    let right: Vec<_> = (3..10).collect();
+    let table = |rows: Vec<Row<'_>>, first: &str| {
+        let header: Vec<_> = [first, "PROVIDER", ""].into_iter().chain(columns).collect();
+        let mut table = output.table(&header, &right);
+        for row in rows {
+            let names = row.names.iter().cloned().chain([row.direction.to_owned()]);
+            table.add_row(names.chain(values(&row)));
+        }
+        table
+    };
+    let [of_allocations, of_providers] = rows;
+    [table(of_allocations, "ID"), table(of_providers, "")]
+}
+
+fn size(count: Count) -> String {
+    ByteCount(round_to_three_digits(count.bytes as f64)).to_string()
+}
+
+/// More digits than anybody reads in a table that moves.
+fn round_to_three_digits(value: f64) -> u64 {
+    if value < 1_000.0 {
+        return value.round() as u64;
+    }
+    let unit = 10_f64.powf(value.log10().floor() - 2.0);
+    ((value / unit).round() * unit).round() as u64
+}
+
+/// What became of all packets.
+fn outcomes(now: &Statistics) -> String {
+    let parts: Vec<_> = now
+        .outcomes
+        .iter()
+        .filter(|(_, packets)| **packets > 0)
+        .map(|(outcome, packets)| format!("{} {packets}", outcome.replace('_', " ")))
+        .collect();
+    if parts.is_empty() { "no packet seen".to_owned() } else { format!("packets: {}", parts.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_rounded_to_what_is_read() {
+        for (value, expected) in [
+            (0.4, 0),
+            (999.6, 1_000),
+            (1_234.0, 1_230),
+            (19_999_999.0, 20_000_000),
+            (12_345_678.0, 12_300_000),
+        ] {
+            assert_eq!(round_to_three_digits(value), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn rates_are_the_difference_of_two_readings() {
+        let count = |bytes, packets| Counts {
+            passed: Count { packets, bytes },
+            in_profile: Count { packets, bytes },
+            ..Counts::default()
+        };
+        let reading = |at_ns, bytes, packets| Statistics {
+            at_ns,
+            allocations: [(
+                AllocationId(7),
+                DirectedCounts { down: count(bytes, packets), up: Counts::default() },
+            )]
+            .into(),
+            ..Statistics::default()
+        };
+        let output = Output::to(std::io::sink(), std::io::sink());
+        let [allocations, providers] = rates(
+            &output,
+            &reading(1_000_000_000, 1_000_000, 100),
+            &reading(3_000_000_000, 6_000_000, 5_100),
+            &BTreeMap::new(),
+        );
+        let text = allocations.trim_fmt();
+        let row: Vec<_> = text.lines().nth(1).expect("one row").split_whitespace().collect();
+        assert_eq!(row[..6], ["7", "(ended)", "down", "20", "Mbit/s", "2500"], "{text}");
+        assert!(providers.is_empty());
+    }
+}

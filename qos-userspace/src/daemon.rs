@@ -1,0 +1,243 @@
+//! The daemon's life: lock, socket, service, API, and the end of all of them.
+//!
+//! What enforces in the kernel outlives it: a daemon that stops, or is killed, leaves the programs
+//! as they are, and the next one takes them over.
+
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, oneshot};
+use tracing::{info, warn};
+
+use crate::api::service::{Service, ServiceError};
+use crate::api::socket::{self, SocketError};
+use crate::api::worker::Worker;
+use crate::api::{self, Api};
+use crate::config::Config;
+use crate::gateway::GatewayConfig;
+use crate::gateway::link::{Link, LinkError};
+use crate::manager::{Gateway, State};
+use crate::store::sqlite::SqliteStore;
+
+/// How long answers that are under way may take at the end.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
+
+/// Why the daemon does not run, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum DaemonError {
+    /// Another one has the state.
+    #[error(
+        "another qosd{} uses the state directory {}; stop it first, or give this one its own `state_dir`, \
+         `socket`, `bpffs_dir` and interfaces",
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default(),
+        state_dir.display()
+    )]
+    Locked {
+        /// The state directory of both.
+        state_dir: PathBuf,
+        /// The other one's process.
+        pid: Option<u32>,
+    },
+    /// The state directory can't be used.
+    #[error("cannot {what} {}: {source}", path.display())]
+    StateDirectory {
+        /// What was attempted.
+        what: &'static str,
+        /// With which path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// An interface can't be used.
+    #[error("{0}; correct [[interface]] in the configuration, or make the interface")]
+    Interface(#[from] LinkError),
+    /// There is no socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The state can't be loaded, or the kernel does not take it.
+    #[error("cannot start: {0}")]
+    Service(#[from] ServiceError),
+    /// The system lacks something.
+    #[error("cannot {what}: {source}")]
+    System {
+        /// What was attempted.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The service ended by itself.
+    #[error("the service ended by an error in qosd; the log above tells which")]
+    Panicked,
+}
+
+/// Runs the daemon until SIGTERM, SIGINT or `qos detach`. `start_gateway` brings the kernel to a
+/// state.
+///
+/// # Errors
+/// Where it can't start, or the service ends by itself.
+pub fn run<G: Gateway + 'static>(
+    config: Config,
+    start_gateway: impl FnOnce(&GatewayConfig, &State) -> Result<G, G::Error> + Send + 'static,
+) -> Result<(), DaemonError> {
+    let _lock = lock(&config)?;
+    let mtu = largest_mtu(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|source| DaemonError::System { what: "make threads", source })?;
+    runtime.block_on(live(Arc::new(config), mtu, start_gateway))
+}
+
+async fn live<G: Gateway + 'static>(
+    config: Arc<Config>,
+    mtu: u32,
+    start_gateway: impl FnOnce(&GatewayConfig, &State) -> Result<G, G::Error> + Send + 'static,
+) -> Result<(), DaemonError> {
+    // Before the service: a signal that comes while it starts must not end it half-way.
+    let handled = |source| DaemonError::System { what: "handle signals", source };
+    let mut terminate = signal(SignalKind::terminate()).map_err(handled)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(handled)?;
+
+    // Who is second must find out before it touches the kernel.
+    socket::refuse_live(&config.socket)?;
+
+    let own = Arc::clone(&config);
+    let mut worker = Worker::spawn(move || {
+        let store = SqliteStore::open(&own.database()).map_err(ServiceError::Store)?;
+        Service::start(Config::clone(&own), mtu, store, |state| start_gateway(&own.gateway, state))
+    })?;
+    // Last, so that whoever can connect meets a gateway that enforces.
+    let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
+    info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
+
+    let stop = Arc::new(Notify::new());
+    let (closing, closed) = oneshot::channel::<()>();
+    let api = Api { handle: worker.handle(), config: Arc::clone(&config), stop: Arc::clone(&stop) };
+    let server = tokio::spawn(api::serve(listener, api, async {
+        let _ = closed.await;
+    }));
+
+    let mut detached = false;
+    tokio::select! {
+        _ = terminate.recv() => info!("SIGTERM: stopping; the programs in the kernel go on enforcing"),
+        _ = interrupt.recv() => info!("SIGINT: stopping; the programs in the kernel go on enforcing"),
+        () = stop.notified() => detached = true,
+        () = worker.ended() => {}
+    }
+    let _ = closing.send(());
+    // What was asked before is done; listeners to debugging are let go, or the server would wait.
+    let ended = tokio::task::spawn_blocking(|| worker.stop()).await;
+    if tokio::time::timeout(LAST_ANSWERS, server).await.is_err() {
+        warn!("some connections did not end in time and are cut");
+    }
+    if detached {
+        info!("stopped; nothing is left in the kernel to enforce");
+    }
+    match ended {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(DaemonError::Panicked),
+    }
+}
+
+/// Makes the state directory and takes its lock, which the system lets go when the process ends,
+/// however it ends.
+fn lock(config: &Config) -> Result<Flock<File>, DaemonError> {
+    let failed = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| DaemonError::StateDirectory { what, path, source }
+    };
+    let directory = &config.state_dir;
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(failed("make the state directory", directory))?;
+    let path = config.lock();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(failed("open the lock", &path))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(mut file) => {
+            let written = file
+                .set_len(0)
+                .and_then(|()| file.rewind())
+                .and_then(|()| writeln!(file, "{}", std::process::id()));
+            written.map_err(failed("write the lock", &path))?;
+            Ok(file)
+        }
+        Err((mut file, nix::Error::EWOULDBLOCK)) => {
+            let mut text = String::new();
+            let _ = file.read_to_string(&mut text);
+            Err(DaemonError::Locked { state_dir: directory.clone(), pid: text.trim().parse().ok() })
+        }
+        Err((_, error)) => Err(failed("lock", &path)(error.into())),
+    }
+}
+
+/// The largest IP packet that any interface takes, in bytes: delays are computed with it.
+fn largest_mtu(config: &Config) -> Result<u32, LinkError> {
+    let mtus = config.gateway.interfaces.iter().map(|interface| Ok(Link::by_name(&interface.name)?.mtu));
+    mtus.collect::<Result<Vec<_>, _>>().map(|mtus| mtus.into_iter().max().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(directory: &Path, interface: &str) -> Config {
+        let text = format!(
+            r#"
+state_dir = "{0}/state"
+socket = "{0}/qosd.sock"
+[[interface]]
+name = "lo"
+role = "lan"
+capacity = "1Gbit/s"
+[[interface]]
+name = "{interface}"
+role = "wan"
+capacity = "1Gbit/s"
+"#,
+            directory.display()
+        );
+        Config::parse(&text, Path::new("qos.toml")).expect("valid")
+    }
+
+    #[test]
+    fn a_second_daemon_is_told_of_the_first() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let config = config(directory.path(), "eth1");
+        let first = lock(&config).expect("free");
+        let error = lock(&config).expect_err("taken").to_string();
+        let expected = format!("another qosd (pid {}) uses the state directory ", std::process::id());
+        assert!(error.starts_with(&expected), "{error}");
+        drop(first);
+        drop(lock(&config).expect("free again"));
+    }
+
+    #[test]
+    fn a_state_directory_that_cannot_be_made_is_named() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(directory.path().join("state"), "a file").expect("written");
+        let error = lock(&config(directory.path(), "eth1")).expect_err("in the way").to_string();
+        assert!(error.starts_with("cannot make the state directory "), "{error}");
+    }
+
+    #[test]
+    fn a_missing_interface_is_named() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let error = largest_mtu(&config(directory.path(), "no-such-nic")).expect_err("missing").to_string();
+        assert_eq!(error, "interface no-such-nic does not exist");
+    }
+}

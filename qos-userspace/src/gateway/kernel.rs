@@ -1,0 +1,857 @@
+//! The gateway: makes the kernel do what the state says, and tells what it does.
+//!
+//! What must stand in the maps and trees follows from the state alone, so that carrying out a change, taking over at start and repairing drift are one piece of code.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+use nix::time::{ClockId, clock_gettime};
+use qos_common::abi::{self, Line, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question, Settings};
+use qos_common::classify::{Address, Direction, Family, Rule, selector_of};
+use qos_common::clock::Meter;
+use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
+use qos_common::mark::MarkLayout;
+
+use super::Role;
+use super::classifier::{Classifier, ClassifierError};
+use super::link::{Link, LinkError};
+use super::maps::Maps;
+use super::object::{Attachment, Object, ObjectError, remove_pins};
+use super::report::{DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics};
+use super::scheduler::htb::{Htb, LeafQueue};
+use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
+use crate::domain::selector::rules;
+use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
+use crate::manager::{Change, Gateway, State};
+
+/// Repairs that are remembered.
+const REPAIRS_KEPT: usize = 100;
+
+/// Time by which the clock of a shaped maximum may run ahead, in ns: more than any queue at egress
+/// holds, so that the queue is the limit, and the clock only keeps what the queue will drop from
+/// the provider's aggregate.
+const SHAPED_SLACK_NS: u64 = 150_000_000;
+/// Packets by which it may, however slow the class is.
+const SHAPED_SLACK_PACKETS: u64 = 8;
+/// Time that a provider's aggregate may be exceeded at once, in ns.
+const AGGREGATE_BURST_NS: u64 = 25_000_000;
+
+/// What the gateway is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GatewayConfig {
+    /// Its interfaces.
+    pub interfaces: Vec<InterfaceConfig>,
+    /// Where programs, maps and links are pinned.
+    pub bpffs_dir: PathBuf,
+    /// Classify and count only.
+    pub observe: bool,
+    /// Bits of `skb->mark` that are ours: one run of at least 18.
+    pub mark_mask: u32,
+}
+
+/// An interface of the gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceConfig {
+    /// Its name.
+    pub name: String,
+    /// Which side it is on.
+    pub role: Role,
+    /// Its capacity.
+    pub capacity: BitsPerSecond,
+}
+
+/// Why the kernel does not do what was decided.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// The programs or maps could not be used.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
+    /// The rules did not fit.
+    #[error("classifier: {0}")]
+    Classifier(#[from] ClassifierError),
+    /// The tree was refused.
+    #[error(transparent)]
+    Scheduler(#[from] SchedulerError),
+    /// An interface could not be used.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// An interface that is no Ethernet.
+    #[error("interface {0} has no Ethernet header; this version attaches to Ethernet interfaces only")]
+    NotEthernet(String),
+    /// The mark's bits are unusable.
+    #[error("mark_mask {0:#010x} is not one run of at least 18 bits")]
+    MarkMask(u32),
+    /// There are more prefix lengths of lines than the programs try.
+    #[error(
+        "the sessions' {family} addresses have {found} different prefix lengths, more than {MAX_LINE_LENGTHS}"
+    )]
+    LineLengths {
+        /// IPv4 or IPv6.
+        family: &'static str,
+        /// How many.
+        found: usize,
+    },
+    /// A packet to explain is too short or too long to be run.
+    #[error("a packet of {0} bytes can't be run: 14 to 3,520 can")]
+    PacketLength(usize),
+    /// Debugging is asked of programs that have none.
+    #[error("the loaded programs were built without debugging")]
+    NoTrace,
+}
+
+/// The programs, maps and trees of this gateway. Dropping it leaves them enforcing.
+#[derive(Debug)]
+pub struct Kernel {
+    config: GatewayConfig,
+    mark: MarkLayout,
+    object: Object,
+    maps: Maps,
+    classifier: Classifier,
+    interfaces: Vec<Interface>,
+    repairs: VecDeque<RepairReport>,
+    taken_over: bool,
+    allocations: u32,
+}
+
+/// An interface as it is now.
+#[derive(Debug)]
+struct Interface {
+    config: InterfaceConfig,
+    /// None: it has gone.
+    link: Option<Link>,
+    attachment: Option<Attachment>,
+    /// None in observe mode, and while the interface has gone.
+    scheduler: Option<Htb>,
+    tree: Option<Tree>,
+}
+
+impl Interface {
+    /// The direction of what is sent out of it.
+    const fn egress(&self) -> Direction {
+        match self.config.role {
+            Role::Lan => Direction::Downstream,
+            Role::Wan => Direction::Upstream,
+        }
+    }
+}
+
+impl Kernel {
+    /// Loads the programs, or takes over those that are pinned, and makes the kernel do what `state`
+    /// says.
+    ///
+    /// # Errors
+    /// Where an interface is missing or anything is refused.
+    pub fn start(config: &GatewayConfig, state: &State) -> Result<Self, GatewayError> {
+        let mark = MarkLayout::new(config.mark_mask, 0).ok_or(GatewayError::MarkMask(config.mark_mask))?;
+        let links = config.interfaces.iter().map(|interface| usable_link(&interface.name));
+        let links = links.collect::<Result<Vec<_>, _>>()?;
+        let mut object = Object::load(&config.bpffs_dir)?;
+        let maps = Maps::new(&mut object)?;
+        let memory = (object.shared("tables")?, object.shared("rule_index")?, object.shared("rules")?);
+        let classifier = if object.maps_taken_over() {
+            Classifier::take_over(memory.0, memory.1, memory.2, &all_rules(state))?
+        } else {
+            Classifier::new(memory.0, memory.1, memory.2)
+        };
+        let interfaces = config.interfaces.iter().zip(links).map(|(config, link)| Interface {
+            config: config.clone(),
+            link: Some(link),
+            attachment: None,
+            scheduler: None,
+            tree: None,
+        });
+        let mut kernel = Self {
+            config: config.clone(),
+            mark,
+            taken_over: object.maps_taken_over(),
+            object,
+            maps,
+            classifier,
+            interfaces: interfaces.collect(),
+            repairs: VecDeque::new(),
+            allocations: 0,
+        };
+        kernel.establish(state)?;
+        Ok(kernel)
+    }
+
+    /// Compares the kernel with the state and repairs what differs. Returns what was wrong.
+    ///
+    /// # Errors
+    /// Where something could not be repaired.
+    pub fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
+        let mut wrong = Vec::new();
+        for number in 0..self.interfaces.len() {
+            wrong.extend(self.reconcile_interface(number, state)?);
+        }
+        wrong.extend(self.reconcile_maps(state)?);
+        wrong.extend(self.classifier.repair());
+        let now = Timestamp::now();
+        for what in &wrong {
+            if self.repairs.len() == REPAIRS_KEPT {
+                self.repairs.pop_front();
+            }
+            self.repairs.push_back(RepairReport { at: now, what: what.clone() });
+        }
+        Ok(wrong)
+    }
+
+    /// Reads all counters.
+    ///
+    /// # Errors
+    /// Where a map or the scheduler can't be read.
+    pub fn statistics(&mut self, state: &State) -> Result<Statistics, GatewayError> {
+        let mut statistics = Statistics { at_ns: monotonic_ns(), ..Statistics::default() };
+        let mut slots = HashMap::new();
+        for allocation in state.allocations.values() {
+            let counts = DirectedCounts {
+                up: self.maps.allocation_counters(allocation.slot, Direction::Upstream).into(),
+                down: self.maps.allocation_counters(allocation.slot, Direction::Downstream).into(),
+            };
+            slots.insert(AllocationSlot(allocation.slot), allocation.id);
+            statistics.allocations.insert(allocation.id, counts);
+        }
+        for interface in &self.interfaces {
+            let Some(scheduler) = &interface.scheduler else { continue };
+            for (slot, class) in scheduler.statistics()? {
+                let Some(counts) = slots.get(&slot).and_then(|id| statistics.allocations.get_mut(id)) else {
+                    continue;
+                };
+                let counts = match interface.egress() {
+                    Direction::Upstream => &mut counts.up,
+                    Direction::Downstream => &mut counts.down,
+                };
+                counts.queue_dropped.packets += class.drops;
+            }
+        }
+        for provider in state.providers.values() {
+            let counts = DirectedCounts {
+                up: self.maps.provider_counters(provider.slot, Direction::Upstream).into(),
+                down: self.maps.provider_counters(provider.slot, Direction::Downstream).into(),
+            };
+            statistics.providers.insert(provider.name.clone(), counts);
+        }
+        for (outcome, count) in Outcome::ALL.into_iter().zip(self.maps.outcomes()?) {
+            statistics.outcomes.insert(outcome_name(outcome).to_owned(), count);
+        }
+        Ok(statistics)
+    }
+
+    /// Asks the loaded program what it would do with a packet, which is not sent and not charged.
+    /// `layer3`: it begins with its IP header, not with Ethernet.
+    ///
+    /// # Errors
+    /// Where the packet can't be run.
+    pub fn explain(
+        &mut self,
+        direction: Direction,
+        packet: &[u8],
+        layer3: bool,
+    ) -> Result<Explanation, GatewayError> {
+        // linux/net/bpf/test_run.c, 6.1: an Ethernet header at least, a page less headroom at most.
+        if !(14..=3_520).contains(&packet.len()) {
+            return Err(GatewayError::PacketLength(packet.len()));
+        }
+        self.maps.ask(Question { direction: direction as u32, layer3: u32::from(layer3) });
+        self.object.explain(packet)?;
+        Ok(explanation(direction, &self.maps.answer()))
+    }
+
+    /// Tells how the gateway is.
+    #[must_use]
+    pub fn status(&self) -> GatewayStatus {
+        GatewayStatus {
+            mode: if self.config.observe { "observe" } else { "enforce" }.to_owned(),
+            abi: abi::ABI_VERSION,
+            kernel: nix::sys::utsname::uname()
+                .map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned()),
+            taken_over: self.taken_over,
+            interfaces: self.interfaces.iter().map(interface_status).collect(),
+            rules: (self.classifier.count() as u32, MAX_RULES),
+            worst_case_comparisons: self.classifier.worst_case() as u32,
+            allocations: (self.allocations, abi::ALLOCATION_SLOTS - 1),
+            repairs: self.repairs.iter().cloned().collect(),
+        }
+    }
+
+    /// Removes everything from the kernel.
+    ///
+    /// # Errors
+    /// Where something can't be removed; the rest is.
+    pub fn detach(mut self) -> Result<(), GatewayError> {
+        let mut first_error = None;
+        for interface in &mut self.interfaces {
+            if let Some(scheduler) = &mut interface.scheduler
+                && let Err(error) = scheduler.detach()
+            {
+                first_error.get_or_insert(error.into());
+            }
+        }
+        remove_kernel_pins(&self.config)?;
+        first_error.map_or(Ok(()), Err)
+    }
+
+    /// Removes what an instance that no longer runs left in the kernel.
+    ///
+    /// # Errors
+    /// Where something can't be removed.
+    pub fn detach_leftovers(config: &GatewayConfig) -> Result<(), GatewayError> {
+        for interface in &config.interfaces {
+            match Link::by_name(&interface.name) {
+                Ok(link) => Htb::new(&link, LeafQueue::Best)?.detach()?,
+                Err(LinkError::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        remove_kernel_pins(config)
+    }
+
+    /// Brings the kernel from whatever it holds to what the state says. Maps before programs, rules
+    /// last: a packet never meets a rule whose allocation is not there.
+    fn establish(&mut self, state: &State) -> Result<(), GatewayError> {
+        for number in 0..self.interfaces.len() {
+            self.schedule(number, state)?;
+        }
+        self.reconcile_maps(state)?;
+        if self.classifier.count() == 0 {
+            self.classifier.insert(&all_rules(state))?;
+        }
+        for number in 0..self.interfaces.len() {
+            self.attach(number)?;
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, number: usize) -> Result<(), GatewayError> {
+        let interface = &mut self.interfaces[number];
+        if let Some(link) = &interface.link {
+            let attachment = self.object.attach(&interface.config.name, link.index, interface.config.role)?;
+            interface.attachment = Some(attachment);
+        }
+        Ok(())
+    }
+
+    /// Declares the tree of an interface to its scheduler. In observe mode there is none, and one
+    /// that an enforcing instance left is removed.
+    fn schedule(&mut self, number: usize, state: &State) -> Result<(), GatewayError> {
+        let observe = self.config.observe;
+        let interface = &mut self.interfaces[number];
+        let Some(link) = &interface.link else {
+            return Ok(());
+        };
+        if observe {
+            return Ok(Htb::new(link, LeafQueue::Best)?.detach()?);
+        }
+        let tree = tree(state, interface.egress(), interface.config.capacity, link.mtu);
+        let scheduler = match &mut interface.scheduler {
+            Some(scheduler) => scheduler,
+            None => interface.scheduler.insert(Htb::new(link, LeafQueue::Best)?),
+        };
+        scheduler.apply(&tree)?;
+        interface.tree = Some(tree);
+        Ok(())
+    }
+
+    fn reconcile_interface(&mut self, number: usize, state: &State) -> Result<Vec<String>, GatewayError> {
+        let name = self.interfaces[number].config.name.clone();
+        let before = self.interfaces[number].link.as_ref().map(|link| link.index);
+        let link = match usable_link(&name) {
+            Ok(link) => link,
+            Err(GatewayError::Link(LinkError::NotFound { .. })) => {
+                let interface = &mut self.interfaces[number];
+                interface.attachment = None;
+                interface.scheduler = None;
+                let gone = interface.link.take().is_some();
+                return Ok(if gone { vec![format!("interface {name} has gone")] } else { Vec::new() });
+            }
+            Err(error) => return Err(error),
+        };
+        let mut wrong = Vec::new();
+        let returned = before != Some(link.index);
+        let interface = &mut self.interfaces[number];
+        if returned {
+            wrong.push(format!("interface {name} appeared as number {}; attached", link.index));
+            interface.attachment = None;
+            interface.scheduler = None;
+        }
+        interface.link = Some(link.clone());
+        match interface.attachment {
+            Some(attachment) => {
+                let missing = self.object.missing(link.index, attachment);
+                if !missing.is_empty() {
+                    wrong
+                        .push(format!("{name}: {} had lost our program; attached again", missing.join(", ")));
+                    self.attach(number)?;
+                }
+            }
+            None => self.attach(number)?,
+        }
+        match &mut self.interfaces[number].scheduler {
+            Some(scheduler) => {
+                let drift = scheduler.repair()?;
+                wrong.extend(drift.into_iter().map(|drift| format!("{name}: {}", drift.what)));
+            }
+            None if !self.config.observe => self.schedule(number, state)?,
+            None => {}
+        }
+        Ok(wrong)
+    }
+
+    /// Makes every map but the classifier's equal to the state.
+    fn reconcile_maps(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
+        let mut wrong = Vec::new();
+        let settings = self.settings(state)?;
+        if self.maps.put_settings(&settings)? {
+            wrong.push("map settings differed".to_owned());
+        }
+        let lines = self.maps.put_lines(&self.all_lines(state))?;
+        if lines > 0 {
+            wrong.push(format!("map lines differed in {lines} entries"));
+        }
+        let providers: HashMap<u16, _> = state.providers.values().map(|known| (known.slot, known)).collect();
+        for slot in 1..abi::PROVIDER_SLOTS as u16 {
+            let record = providers.get(&slot).map(|known| provider_record(known)).unwrap_or_default();
+            if self.maps.put_provider(slot, record) {
+                wrong.push(format!("map providers[{slot}] differed"));
+            }
+        }
+        let applications: HashMap<u16, _> =
+            state.applications.values().map(|known| (known.slot, known)).collect();
+        for slot in 1..abi::APPLICATION_SLOTS as u16 {
+            let record = applications
+                .get(&slot)
+                .map(|known| application_record(state, &known.provider, &known.name))
+                .unwrap_or_default();
+            if self.maps.put_application(slot, record) {
+                wrong.push(format!("map applications[{slot}] differed"));
+            }
+        }
+        let allocations: HashMap<u16, _> =
+            state.allocations.values().map(|known| (known.slot, known)).collect();
+        for slot in 1..abi::ALLOCATION_SLOTS as u16 {
+            let records = allocations.get(&slot).map(|known| self.records(state, known)).unwrap_or_default();
+            if self.maps.put_allocation(slot, records) {
+                wrong.push(format!("map allocations, slot {slot}, differed"));
+            }
+        }
+        self.allocations = allocations.len() as u32;
+        Ok(wrong)
+    }
+
+    fn settings(&self, state: &State) -> Result<Settings, GatewayError> {
+        let mut settings = Settings {
+            abi: abi::ABI_VERSION,
+            observe: u32::from(self.config.observe),
+            mark: self.mark,
+            ..Settings::default()
+        };
+        for interface in &self.interfaces {
+            if let Some(scheduler) = &interface.scheduler {
+                settings.default_class[interface.egress() as usize] = scheduler.default_class();
+            }
+        }
+        let addresses = || state.sessions.values().flat_map(|session| &session.addresses);
+        let v4 = addresses().filter(|net| matches!(net, IpNet::V4(_))).map(IpNet::prefix_len);
+        let v6 = addresses().filter(|net| matches!(net, IpNet::V6(_))).map(IpNet::prefix_len);
+        settings.line_lengths_v4_used = put_lengths("IPv4", v4, &mut settings.line_lengths_v4)?;
+        settings.line_lengths_v6_used = put_lengths("IPv6", v6, &mut settings.line_lengths_v6)?;
+        Ok(settings)
+    }
+
+    fn all_lines(&self, state: &State) -> HashMap<LineKey, Line> {
+        state
+            .sessions
+            .values()
+            .flat_map(|session| session.addresses.iter().map(|net| (line_key(*net), self.line(session))))
+            .collect()
+    }
+
+    /// Classes of a line's rest.
+    fn line(&self, session: &Session) -> Line {
+        let mut line = Line::default();
+        for interface in &self.interfaces {
+            if let Some(scheduler) = &interface.scheduler {
+                line.rest_class[interface.egress() as usize] = scheduler.rest_class(LineSlot(session.slot));
+            }
+        }
+        line
+    }
+
+    /// Records of an allocation, upstream and downstream.
+    fn records(&self, state: &State, allocation: &Allocation) -> [Option<abi::Allocation>; 2] {
+        Direction::BOTH.map(|direction| self.record(state, allocation, direction))
+    }
+
+    fn record(
+        &self,
+        state: &State,
+        allocation: &Allocation,
+        direction: Direction,
+    ) -> Option<abi::Allocation> {
+        if !allocation.selectors.iter().any(|selector| selector.covers(direction)) {
+            return None;
+        }
+        let session = allocation.session.as_ref().and_then(|name| state.sessions.get(name));
+        let level = &allocation.level;
+        let burst = level.burst.get(direction).unwrap_or_default();
+        let guaranteed = *level.guaranteed.get(direction);
+        let maximum = *level.maximum.get(direction);
+        let enforce = match level.enforcement {
+            Enforcement::Police => abi::POLICE,
+            Enforcement::Shape => abi::SHAPE,
+        };
+        let slack = match level.enforcement {
+            Enforcement::Police => 0,
+            Enforcement::Shape => shaped_slack(maximum.unwrap_or_default(), state.network.mtu),
+        };
+        let name = allocation.application.as_ref();
+        let application =
+            name.and_then(|name| state.applications.get(&(allocation.provider.clone(), name.clone())));
+        Some(abi::Allocation {
+            id: allocation.id.0,
+            expires_ns: allocation.expires_at.map_or(u64::MAX, monotonic_at),
+            guaranteed: guaranteed.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0)),
+            maximum: maximum.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0 + slack)),
+            flags: abi::IN_USE | enforce | if level.dscp.is_some() { abi::MARK_DSCP } else { 0 },
+            class: self.class(allocation, session, direction),
+            provider: state.providers.get(&allocation.provider).map_or(0, |known| u32::from(known.slot)),
+            application: application.map_or(0, |known| u32::from(known.slot)),
+            overhead: session.map_or(ETHERNET_OVERHEAD, |session| session.overhead),
+            link_layer: session.map_or(LinkLayer::Ethernet, |session| session.link_layer) as u8,
+            dscp: level.dscp.unwrap_or_default(),
+            reserved: [0; 11],
+        })
+    }
+
+    /// Class that an allocation's packets queue in: its own, else that of its line's rest; zero
+    /// leaves it to the line of each packet.
+    fn class(&self, allocation: &Allocation, session: Option<&Session>, direction: Direction) -> u32 {
+        let scheduler = self
+            .interfaces
+            .iter()
+            .filter(|interface| interface.egress() == direction)
+            .find_map(|interface| interface.scheduler.as_ref());
+        match (scheduler, session) {
+            (None, _) => 0,
+            (Some(scheduler), _) if allocation.has_class(direction) => {
+                scheduler.leaf_class(AllocationSlot(allocation.slot))
+            }
+            (Some(scheduler), Some(session)) => scheduler.rest_class(LineSlot(session.slot)),
+            (Some(_), None) => 0,
+        }
+    }
+
+    /// Carries out one change, maps only.
+    fn apply_to_maps(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
+        match change {
+            Change::PutProvider(provider) => {
+                self.maps.put_provider(provider.slot, provider_record(provider));
+            }
+            Change::PutApplication(application) => {
+                let record = application_record(state, &application.provider, &application.name);
+                self.maps.put_application(application.slot, record);
+            }
+            Change::PutSession(session) => {
+                let line = self.line(session);
+                for net in &session.addresses {
+                    self.maps.put_line(line_key(*net), line)?;
+                }
+                let settings = self.settings(state)?;
+                self.maps.put_settings(&settings)?;
+            }
+            Change::PutAllocation(allocation) => {
+                self.maps.put_allocation(allocation.slot, self.records(state, allocation));
+                self.classifier.insert(&allocation_rules(allocation))?;
+            }
+            Change::EndAllocation(allocation) => {
+                self.classifier.remove(&allocation_rules(allocation))?;
+                self.maps.put_allocation(allocation.slot, [None, None]);
+            }
+            // What these leave behind is named by the state alone.
+            Change::DeleteProvider(_) | Change::DeleteApplication(..) | Change::DeleteSession(_) => {
+                self.reconcile_maps(state)?;
+            }
+            Change::PutProfile(_) | Change::DeleteProfile(_) => {}
+        }
+        self.allocations = state.allocations.len() as u32;
+        Ok(())
+    }
+
+    fn schedule_all(&mut self, state: &State) -> Result<(), GatewayError> {
+        for number in 0..self.interfaces.len() {
+            if self.interfaces[number].scheduler.is_some() {
+                self.schedule(number, state)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Gateway for Kernel {
+    type Error = GatewayError;
+
+    fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), GatewayError> {
+        let ends = |change: &&Change| matches!(change, Change::EndAllocation(_) | Change::DeleteSession(_));
+        // Packets leave a class before it goes, and find it before they come.
+        for change in changes.iter().filter(ends) {
+            self.apply_to_maps(state, change)?;
+        }
+        self.schedule_all(state)?;
+        for change in changes.iter().filter(|change| !ends(change)) {
+            self.apply_to_maps(state, change)?;
+        }
+        Ok(())
+    }
+
+    fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
+        Self::reconcile(self, state)
+    }
+
+    fn statistics(&mut self, state: &State) -> Result<Statistics, GatewayError> {
+        Self::statistics(self, state)
+    }
+
+    fn explain(
+        &mut self,
+        direction: Direction,
+        packet: &[u8],
+        layer3: bool,
+    ) -> Result<Explanation, GatewayError> {
+        Self::explain(self, direction, packet, layer3)
+    }
+
+    fn status(&self) -> GatewayStatus {
+        Self::status(self)
+    }
+
+    fn trace(&mut self, on: bool) -> Result<(), GatewayError> {
+        if on { Err(GatewayError::NoTrace) } else { Ok(()) }
+    }
+
+    fn traced(&mut self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn detach(self) -> Result<(), GatewayError> {
+        Self::detach(self)
+    }
+}
+
+/// An interface that programs and a tree can be put on.
+fn usable_link(name: &str) -> Result<Link, GatewayError> {
+    let link = Link::by_name(name)?;
+    if link.ethernet { Ok(link) } else { Err(GatewayError::NotEthernet(name.to_owned())) }
+}
+
+fn remove_kernel_pins(config: &GatewayConfig) -> Result<(), GatewayError> {
+    let names: Vec<_> = config.interfaces.iter().map(|interface| interface.name.as_str()).collect();
+    Ok(remove_pins(&config.bpffs_dir, &names)?)
+}
+
+/// The tree of what is sent in one direction.
+fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> Tree {
+    let mut lines: Vec<_> = state
+        .sessions
+        .values()
+        .map(|session| LineClass {
+            slot: LineSlot(session.slot),
+            rate: state.line_rate(&session.name, direction),
+            ceil: state.network.line_speed(session, direction),
+            link_layer: session.link_layer,
+            overhead: session.overhead,
+        })
+        .collect();
+    lines.sort_unstable_by_key(|line| line.slot);
+    let mut leaves: Vec<_> = state
+        .allocations
+        .values()
+        .filter(|allocation| allocation.has_class(direction))
+        .map(|allocation| leaf(state, allocation, direction))
+        .collect();
+    leaves.sort_unstable_by_key(|leaf| leaf.slot);
+    Tree { link, mtu, lines, leaves }
+}
+
+fn leaf(state: &State, allocation: &Allocation, direction: Direction) -> Leaf {
+    let session = allocation.session.as_ref().and_then(|name| state.sessions.get(name));
+    Leaf {
+        slot: AllocationSlot(allocation.slot),
+        line: session.map(|session| LineSlot(session.slot)),
+        guaranteed: *allocation.level.guaranteed.get(direction),
+        maximum: *allocation.level.maximum.get(direction),
+        priority: allocation.level.priority,
+        queue: None,
+    }
+}
+
+/// Bytes by which the clock of a shaped maximum may run ahead.
+fn shaped_slack(maximum: BitsPerSecond, mtu: u32) -> u64 {
+    maximum.bytes_in(SHAPED_SLACK_NS) + SHAPED_SLACK_PACKETS * u64::from(mtu)
+}
+
+fn all_rules(state: &State) -> Vec<Rule> {
+    state.allocations.values().flat_map(allocation_rules).collect()
+}
+
+fn allocation_rules(allocation: &Allocation) -> Vec<Rule> {
+    (0..)
+        .zip(&allocation.selectors)
+        .flat_map(|(index, selector)| {
+            rules(selector, index, allocation.precedence, allocation.id, allocation.slot)
+        })
+        .collect()
+}
+
+fn provider_record(provider: &crate::domain::Provider) -> abi::Provider {
+    let meter = |direction| {
+        provider
+            .aggregate
+            .get(direction)
+            .map_or(Meter::UNSET, |rate| Meter::new(rate.0, rate.bytes_in(AGGREGATE_BURST_NS).max(2 * 1_514)))
+    };
+    abi::Provider {
+        name: padded(&provider.name),
+        aggregate: Direction::BOTH.map(meter),
+        kind: match provider.kind {
+            ProviderKind::Application => 1,
+            ProviderKind::Network => 2,
+        },
+        reserved: 0,
+    }
+}
+
+fn application_record(state: &State, provider: &Name, name: &Name) -> abi::Application {
+    abi::Application {
+        name: padded(name),
+        provider: state.providers.get(provider).map_or(0, |known| u32::from(known.slot)),
+        reserved: 0,
+    }
+}
+
+fn padded(name: &Name) -> [u8; abi::NAME_LENGTH] {
+    let mut bytes = [0; abi::NAME_LENGTH];
+    for (place, byte) in bytes.iter_mut().zip(name.as_str().bytes()) {
+        *place = byte;
+    }
+    bytes
+}
+
+/// Writes the distinct lengths, longest first, and returns how many they are.
+fn put_lengths(
+    family: &'static str,
+    lengths: impl Iterator<Item = u8>,
+    places: &mut [u8; MAX_LINE_LENGTHS],
+) -> Result<u32, GatewayError> {
+    let mut distinct: Vec<u8> = lengths.collect();
+    distinct.sort_unstable_by(|a, b| b.cmp(a));
+    distinct.dedup();
+    if distinct.len() > places.len() {
+        return Err(GatewayError::LineLengths { family, found: distinct.len() });
+    }
+    for (place, length) in places.iter_mut().zip(&distinct) {
+        *place = *length;
+    }
+    Ok(distinct.len() as u32)
+}
+
+fn line_key(net: IpNet) -> LineKey {
+    let (address, family) = match net.network() {
+        IpAddr::V4(address) => (Address::v4(address.octets()), Family::V4),
+        IpAddr::V6(address) => (Address::v6(address.octets()), Family::V6),
+    };
+    LineKey { address, length: u32::from(net.prefix_len()), family: family as u32 }
+}
+
+fn interface_status(interface: &Interface) -> InterfaceStatus {
+    let attachment = interface.attachment.filter(|_| interface.link.is_some());
+    let named = |present: &str, other: &str, choose: fn(&Attachment) -> bool| {
+        attachment.as_ref().map_or("none", |at| if choose(at) { present } else { other }).to_owned()
+    };
+    let tree = interface.tree.as_ref().filter(|_| interface.scheduler.is_some());
+    InterfaceStatus {
+        name: interface.config.name.clone(),
+        role: match interface.config.role {
+            Role::Lan => "lan",
+            Role::Wan => "wan",
+        }
+        .to_owned(),
+        capacity: interface.config.capacity,
+        index: interface.link.as_ref().map(|link| link.index),
+        xdp: named("native", "generic", |at| at.native),
+        tc: named("tcx", "clsact", |at| at.tcx),
+        scheduler: if tree.is_some() { "htb" } else { "none" }.to_owned(),
+        classes: tree.map_or(0, |tree| 2 + 2 * tree.lines.len() + tree.leaves.len()),
+    }
+}
+
+fn explanation(direction: Direction, answer: &abi::Answer) -> Explanation {
+    let key = (answer.parsed != 0).then_some(&answer.key);
+    let matched = answer.allocation != 0;
+    let address = |address: Address, family: u32| {
+        if family == Family::V4 as u32 {
+            IpAddr::V4(Ipv4Addr::from((address.high >> 32) as u32))
+        } else {
+            IpAddr::V6(Ipv6Addr::from(u128::from(address.high) << 64 | u128::from(address.low)))
+        }
+    };
+    Explanation {
+        outcome: Outcome::ALL
+            .into_iter()
+            .find(|outcome| *outcome as u32 == answer.outcome)
+            .map_or("unknown", outcome_name)
+            .to_owned(),
+        allocation: matched.then_some(crate::domain::AllocationId(answer.allocation)),
+        selector: matched.then(|| selector_of(answer.rank)),
+        in_profile: answer.in_profile != 0,
+        charged: answer.charged,
+        class: (answer.class != 0).then(|| format!("{:x}:{:x}", answer.class >> 16, answer.class & 0xffff)),
+        direction: match direction {
+            Direction::Upstream => "up",
+            Direction::Downstream => "down",
+        }
+        .to_owned(),
+        source: key.map(|key| address(key.source, key.family)),
+        destination: key.map(|key| address(key.destination, key.family)),
+        protocol: key.map(|key| key.protocol),
+        source_port: key.map(|key| key.source_port),
+        destination_port: key.map(|key| key.destination_port),
+        dscp: key.map(|key| key.dscp),
+        length: key.map(|key| key.length),
+        fragment: key.is_some_and(|key| key.unknown != 0),
+        tables: answer.tables,
+        rules: answer.rules,
+        expired: answer.expired,
+    }
+}
+
+const fn outcome_name(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Admitted => "admitted",
+        Outcome::Unclassified => "unclassified",
+        Outcome::OverMaximum => "over_maximum",
+        Outcome::OverAggregate => "over_aggregate",
+        Outcome::NotIp => "not_ip",
+        Outcome::Truncated => "truncated",
+        Outcome::TooManyTags => "too_many_tags",
+        Outcome::StaleMark => "stale_mark",
+        Outcome::NoMetadata => "no_metadata",
+        Outcome::MissingEntry => "missing_entry",
+        Outcome::Malformed => "malformed",
+    }
+}
+
+/// Now, in ns of CLOCK_MONOTONIC: the clock of the kernel programs.
+fn monotonic_ns() -> u64 {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
+        .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
+}
+
+/// A moment of the wall clock, in ns of CLOCK_MONOTONIC; 1 for one that has passed since boot.
+fn monotonic_at(moment: Timestamp) -> u64 {
+    let ahead = moment.duration_since(Timestamp::now()).as_nanos();
+    let at = i128::from(monotonic_ns()) + ahead;
+    u64::try_from(at.max(1)).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,130 @@
+//! Network interfaces: what the gateway must know of one before it uses it. Nothing is changed here.
+
+use netlink_packet_core::Parseable as _;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+
+use super::netlink::{NetlinkError, RouteSocket, malformed};
+
+/// A network interface, as it was when it was looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Name.
+    pub name: String,
+    /// Index.
+    pub index: u32,
+    /// Largest IP packet, in bytes.
+    pub mtu: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Kind of a software interface, such as `veth` or `vlan`; none: hardware.
+    pub kind: Option<String>,
+    /// Whether it is the loopback interface.
+    pub loopback: bool,
+    /// Whether packets on it start with an Ethernet header (else with the IP header).
+    pub ethernet: bool,
+    /// Transmit queues.
+    pub tx_queues: u32,
+    /// Ethernet address.
+    pub mac: Option<[u8; 6]>,
+}
+
+/// Why an interface could not be looked up.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// There is none of that name in this network namespace.
+    #[error("interface {name} does not exist")]
+    NotFound {
+        /// The name.
+        name: String,
+    },
+    /// The netlink socket could not be opened or used.
+    #[error("looking up interface {name}: {source}")]
+    Socket {
+        /// The name.
+        name: String,
+        /// What went wrong.
+        source: std::io::Error,
+    },
+    /// The kernel refused, or its answer could not be read.
+    #[error("looking up interface {name}: {reason}")]
+    Answer {
+        /// The name.
+        name: String,
+        /// What was wrong.
+        reason: String,
+    },
+}
+
+impl Link {
+    /// Looks an interface up in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Where there is none of that name, or the kernel can't be asked.
+    pub fn by_name(name: &str) -> Result<Self, LinkError> {
+        Self::ask(name).map_err(|error| match error {
+            NetlinkError::Refused(refusal) if refusal.errno == libc::ENODEV => {
+                LinkError::NotFound { name: name.to_owned() }
+            }
+            NetlinkError::Socket(source) => LinkError::Socket { name: name.to_owned(), source },
+            other => LinkError::Answer { name: name.to_owned(), reason: other.to_string() },
+        })
+    }
+
+    fn ask(name: &str) -> Result<Self, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        let socket = RouteSocket::open()?;
+        let mut answers = socket.request([(RouteNetlinkMessage::GetLink(message), 0)])?;
+        let answer = answers.pop().ok_or_else(|| malformed("no answer"))?;
+        answer.result.map_err(NetlinkError::Refused)?;
+        let payload = answer.payloads.first().ok_or_else(|| malformed("no interface in the answer"))?;
+        Ok(Self::read(LinkMessage::parse(payload).map_err(malformed)?))
+    }
+
+    fn read(message: LinkMessage) -> Self {
+        let layer = message.header.link_layer_type;
+        let mut link = Self {
+            name: String::new(),
+            index: message.header.index,
+            mtu: 0,
+            up: message.header.flags.contains(LinkFlags::Up),
+            kind: None,
+            loopback: layer == LinkLayerType::Loopback,
+            // The loopback interface carries empty Ethernet headers.
+            ethernet: matches!(layer, LinkLayerType::Ether | LinkLayerType::Loopback),
+            tx_queues: 1,
+            mac: None,
+        };
+        for attribute in message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name = name,
+                LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
+                LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
+                LinkAttribute::LinkInfo(infos) => {
+                    link.kind = infos.into_iter().find_map(|info| match info {
+                        LinkInfo::Kind(kind) => Some(kind.to_string()),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        link
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loopback_is_found_and_others_are_not() {
+        let link = Link::by_name("lo").expect("every namespace has one");
+        assert_eq!((link.name.as_str(), link.index, link.loopback, link.ethernet), ("lo", 1, true, true));
+        assert_eq!(link.mac, Some([0; 6]));
+        let error = Link::by_name("no-such-if").expect_err("there is none");
+        assert_eq!(error.to_string(), "interface no-such-if does not exist");
+    }
+}

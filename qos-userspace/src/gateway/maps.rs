@@ -1,0 +1,194 @@
+//! The maps of the object, typed. What must stand in them is decided in [`super::kernel`]; here is
+//! how it gets there so that no packet meets a half-written record.
+
+use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use qos_common::abi::{
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES,
+    PROVIDER_SLOTS, Provider, Question, Settings, directed,
+};
+use qos_common::classify::Direction;
+
+use super::memory::SharedArray;
+use super::object::{Object, ObjectError};
+
+/// Difference of two expiries that is nothing but the jitter of reading two clocks, in ns.
+const EXPIRY_JITTER_NS: u64 = 50_000_000;
+
+/// The maps, but for those of the classifier.
+pub(super) struct Maps {
+    settings: Array<MapData, Settings>,
+    allocations: SharedArray<Allocation>,
+    clocks: SharedArray<Clocks>,
+    providers: SharedArray<Provider>,
+    provider_clocks: SharedArray<Clocks>,
+    applications: SharedArray<Application>,
+    counters: SharedArray<Counters>,
+    provider_counters: SharedArray<Counters>,
+    outcomes: PerCpuArray<MapData, u64>,
+    lines: HashMap<MapData, LineKey, Line>,
+    question: SharedArray<Question>,
+    answer: SharedArray<Answer>,
+}
+
+impl std::fmt::Debug for Maps {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Maps").finish_non_exhaustive()
+    }
+}
+
+impl Maps {
+    pub(super) fn new(object: &mut Object) -> Result<Self, ObjectError> {
+        Ok(Self {
+            settings: object.take("settings")?,
+            allocations: object.shared("allocations")?,
+            clocks: object.shared("clocks")?,
+            providers: object.shared("providers")?,
+            provider_clocks: object.shared("provider_clocks")?,
+            applications: object.shared("applications")?,
+            counters: object.shared("counters")?,
+            provider_counters: object.shared("prov_counters")?,
+            outcomes: object.take("outcomes")?,
+            lines: object.take("lines")?,
+            question: object.shared("question")?,
+            answer: object.shared("answer")?,
+        })
+    }
+
+    /// Writes the settings, unless they stand there already. Tells whether they differed.
+    pub(super) fn put_settings(&mut self, settings: &Settings) -> Result<bool, ObjectError> {
+        let differs =
+            self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))? != *settings;
+        if differs {
+            self.settings.set(0, settings, 0).map_err(|reason| ObjectError::map("settings", reason))?;
+        }
+        Ok(differs)
+    }
+
+    /// Makes a slot hold the records of an allocation's two directions, none where it has no level.
+    /// Clocks and counters begin anew when the slot changes hands. Tells whether anything differed.
+    pub(super) fn put_allocation(&self, slot: u16, records: [Option<Allocation>; 2]) -> bool {
+        let mut differed = false;
+        for (direction, wanted) in Direction::BOTH.into_iter().zip(records) {
+            let index = directed(u32::from(slot), direction);
+            let wanted = wanted.unwrap_or_default();
+            let found = self.allocations.read(index);
+            if same_allocation(&found, &wanted) {
+                continue;
+            }
+            differed = true;
+            // Out of use first, so that no packet is judged by half of each record.
+            self.allocations.write(index, Allocation { flags: 0, ..found });
+            if found.id != wanted.id {
+                self.clocks.write(index, Clocks::default());
+                clear_counters(&self.counters, index, ALLOCATION_SLOTS * 2);
+            }
+            self.allocations.write(index, Allocation { flags: 0, ..wanted });
+            self.allocations.write(index, wanted);
+        }
+        differed
+    }
+
+    /// Likewise for a provider.
+    pub(super) fn put_provider(&self, slot: u16, wanted: Provider) -> bool {
+        let index = u32::from(slot);
+        let found = self.providers.read(index);
+        if found == wanted {
+            return false;
+        }
+        if found.name != wanted.name {
+            for direction in Direction::BOTH {
+                self.provider_clocks.write(directed(index, direction), Clocks::default());
+                clear_counters(&self.provider_counters, directed(index, direction), PROVIDER_SLOTS * 2);
+            }
+        }
+        self.providers.write(index, wanted);
+        true
+    }
+
+    /// Likewise for an application.
+    pub(super) fn put_application(&self, slot: u16, wanted: Application) -> bool {
+        let differs = self.applications.read(u32::from(slot)) != wanted;
+        if differs {
+            self.applications.write(u32::from(slot), wanted);
+        }
+        differs
+    }
+
+    /// Makes the map of lines hold exactly `wanted`. Tells how many entries differed.
+    pub(super) fn put_lines(
+        &mut self,
+        wanted: &std::collections::HashMap<LineKey, Line>,
+    ) -> Result<usize, ObjectError> {
+        let error = |reason| ObjectError::map("lines", reason);
+        let mut found = std::collections::HashMap::new();
+        for entry in &self.lines {
+            let (key, line) = entry.map_err(error)?;
+            found.insert(key, line);
+        }
+        let mut differed = 0;
+        for (key, line) in wanted {
+            if found.get(key) != Some(line) {
+                self.lines.insert(key, line, 0).map_err(error)?;
+                differed += 1;
+            }
+        }
+        for key in found.keys().filter(|key| !wanted.contains_key(*key)) {
+            self.lines.remove(key).map_err(error)?;
+            differed += 1;
+        }
+        Ok(differed)
+    }
+
+    pub(super) fn put_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
+        self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
+    }
+
+    /// Counters of one direction of an allocation's slot, all CPUs together.
+    pub(super) fn allocation_counters(&self, slot: u16, direction: Direction) -> Counters {
+        sum_counters(&self.counters, directed(u32::from(slot), direction), ALLOCATION_SLOTS * 2)
+    }
+
+    /// Counters of one direction of a provider's slot, all CPUs together.
+    pub(super) fn provider_counters(&self, slot: u16, direction: Direction) -> Counters {
+        sum_counters(&self.provider_counters, directed(u32::from(slot), direction), PROVIDER_SLOTS * 2)
+    }
+
+    /// Packets by what became of them, in the order of their numbers.
+    pub(super) fn outcomes(&self) -> Result<Vec<u64>, ObjectError> {
+        (0..OUTCOMES)
+            .map(|index| {
+                let values =
+                    self.outcomes.get(&index, 0).map_err(|reason| ObjectError::map("outcomes", reason))?;
+                Ok(values.iter().sum())
+            })
+            .collect()
+    }
+
+    /// Sets the question that the explaining program answers when it is run.
+    pub(super) fn ask(&self, question: Question) {
+        self.question.write(0, question);
+    }
+
+    /// The answer of its last run.
+    pub(super) fn answer(&self) -> Answer {
+        self.answer.read(0)
+    }
+}
+
+/// Equal but for the jitter of expiries, which are computed anew from the wall clock each time.
+fn same_allocation(found: &Allocation, wanted: &Allocation) -> bool {
+    found.expires_ns.abs_diff(wanted.expires_ns) < EXPIRY_JITTER_NS
+        && Allocation { expires_ns: wanted.expires_ns, ..*found } == *wanted
+}
+
+fn sum_counters(counters: &SharedArray<Counters>, index: u32, stride: u32) -> Counters {
+    (index..counters.length())
+        .step_by(stride as usize)
+        .fold(Counters::default(), |sum, index| sum.plus(&counters.read(index)))
+}
+
+fn clear_counters(counters: &SharedArray<Counters>, index: u32, stride: u32) {
+    for index in (index..counters.length()).step_by(stride as usize) {
+        counters.write(index, Counters::default());
+    }
+}

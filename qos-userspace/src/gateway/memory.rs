@@ -1,0 +1,91 @@
+//! Arrays that userspace and the kernel programs both see: memory-mapped BPF maps.
+//!
+//! Every access is volatile, element by element; what must be seen at once is one aligned word.
+
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::sync::atomic::{Ordering, fence};
+
+use aya::Pod;
+use memmap2::{MmapOptions, MmapRaw};
+
+/// An array of `T`, shared with the kernel.
+///
+/// Elements are rounded up to 8 bytes, as the kernel lays array maps out.
+#[derive(Debug)]
+pub struct SharedArray<T> {
+    memory: MmapRaw,
+    length: u32,
+    element: PhantomData<T>,
+}
+
+impl<T: Pod> SharedArray<T> {
+    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
+
+    /// Maps the memory of an array map of `length` elements made with `BPF_F_MMAPABLE`.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn of_map(fd: BorrowedFd<'_>, length: u32) -> std::io::Result<Self> {
+        let memory = MmapOptions::new().len(length as usize * Self::STRIDE).map_raw(fd.as_raw_fd())?;
+        Ok(Self { memory, length, element: PhantomData })
+    }
+
+    /// Memory of the same shape that no kernel sees, all zero.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn private(length: u32) -> std::io::Result<Self> {
+        let memory = MmapOptions::new().len(length as usize * Self::STRIDE).map_anon()?.into();
+        Ok(Self { memory, length, element: PhantomData })
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub const fn length(&self) -> u32 {
+        self.length
+    }
+
+    /// Copy of the element `index`.
+    ///
+    /// # Panics
+    /// Where there is no such element.
+    #[must_use]
+    pub fn read(&self, index: u32) -> T {
+        // SAFETY: `at` checked the index; T is plain data, valid for any bytes.
+        unsafe { self.at(index).read_volatile() }
+    }
+
+    /// Writes the element `index`. Everything written before is seen before it.
+    ///
+    /// # Panics
+    /// Where there is no such element.
+    pub fn write(&self, index: u32, value: T) {
+        fence(Ordering::Release);
+        // SAFETY: `at` checked the index, and the mapping is writable.
+        unsafe { self.at(index).write_volatile(value) };
+        fence(Ordering::Release);
+    }
+
+    fn at(&self, index: u32) -> *mut T {
+        assert!(index < self.length, "element {index} of {}", self.length);
+        // SAFETY: the index is within the mapping, which is page-aligned, and the stride keeps
+        // every element aligned to 8 bytes.
+        unsafe { self.memory.as_mut_ptr().add(index as usize * Self::STRIDE).cast() }
+    }
+}
+
+/// Waits until every kernel program that runs now has ended, so that nothing any longer reads what
+/// was replaced before the call.
+///
+/// membarrier(2)'s global command waits for an RCU grace period (linux/kernel/sched/membarrier.c,
+/// 6.1), and BPF programs run inside RCU read-side critical sections.
+///
+/// # Errors
+/// Where the kernel was built without membarrier.
+pub fn grace_period() -> std::io::Result<()> {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_long = 1;
+    // SAFETY: a system call that takes two numbers and touches no memory of ours.
+    let answer = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0) };
+    if answer < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}

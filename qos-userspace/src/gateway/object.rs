@@ -1,0 +1,688 @@
+//! The kernel object: loading it, attaching its programs, and keeping both across restarts.
+//!
+//! Maps are pinned in a folder per ABI version, links in one beside it. A daemon that starts finds
+//! them, loads its own programs over the same maps, and replaces the program of each link in one
+//! step; dropping an [`Object`] leaves everything enforcing. Only [`remove_pins`] ends that.
+//!
+//! ```text
+//! BPFFS_DIR/maps_1/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use aya::maps::{MapError, MapInfo};
+use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
+use aya::programs::xdp::XdpLink;
+use aya::programs::{
+    ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
+};
+use aya::{Ebpf, EbpfLoader, Pod};
+use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{FsType, statfs};
+use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
+
+use super::Role;
+use super::memory::SharedArray;
+
+/// The object, built by this crate's build script.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/qos-kernel"));
+
+/// `BPF_FS_MAGIC`, linux/magic.h.
+const BPF_FS: FsType = FsType(0xcafe_4a11);
+
+/// Where bpffs is mounted by convention.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Place of our filters where the kernel has no tcx: behind an operator's own at lower numbers.
+const TC_PRIORITY: u16 = 0x5150;
+const TC_HANDLE: TcHandle = TcHandle::new(0, 1);
+
+/// Why the object is not in the kernel as it should be.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// The BPF file system is not there.
+    #[error("mounting the BPF file system on {path}: {reason}")]
+    Mount {
+        /// Where it should be.
+        path: String,
+        /// What the kernel said.
+        reason: nix::Error,
+    },
+    /// The pin directory lies elsewhere.
+    #[error(
+        "bpffs_dir {0} is not on a BPF file system; choose a directory below /sys/fs/bpf, or mount one there"
+    )]
+    NotBpffs(PathBuf),
+    /// A file operation on a pin failed.
+    #[error("{action} {path}: {reason}")]
+    Pin {
+        /// What was tried.
+        action: &'static str,
+        /// With which pin.
+        path: PathBuf,
+        /// What the kernel said.
+        reason: io::Error,
+    },
+    /// A pinned map has another shape than this version's.
+    #[error(
+        "the pinned map {path} has another shape ({found}) than this version's ({expected}); \
+         `qos detach` removes it, with all enforcement, and the next start makes it anew"
+    )]
+    MapShape {
+        /// The pin.
+        path: PathBuf,
+        /// Key size, value size and length that it has.
+        found: String,
+        /// Key size, value size and length that it should have.
+        expected: String,
+    },
+    /// The kernel did not take the object.
+    #[error("loading the kernel programs: {0}")]
+    Load(#[source] Box<aya::EbpfError>),
+    /// The kernel did not take one program.
+    #[error("loading program {program}: {}", program_error(.reason))]
+    Program {
+        /// Its name.
+        program: String,
+        /// What the kernel said, the end of the verifier's log included.
+        reason: Box<ProgramError>,
+    },
+    /// The object lacks something by that name.
+    #[error("the kernel object has no {kind} `{name}`")]
+    Missing {
+        /// Map or program.
+        kind: &'static str,
+        /// Its name.
+        name: String,
+    },
+    /// A map could not be used.
+    #[error("map {map}: {reason}")]
+    Map {
+        /// Its name.
+        map: &'static str,
+        /// What went wrong.
+        reason: Box<MapError>,
+    },
+    /// A map could not be mapped into memory.
+    #[error("mapping {map} into memory: {reason}")]
+    Memory {
+        /// Its name.
+        map: &'static str,
+        /// What the kernel said.
+        reason: io::Error,
+    },
+    /// A program could not be attached.
+    #[error("attaching {program} to {interface}: {reason}{}", attach_advice(.reason))]
+    Attach {
+        /// Its name.
+        program: &'static str,
+        /// Where.
+        interface: String,
+        /// What the kernel said.
+        reason: String,
+    },
+    /// A program could not be run on a packet.
+    #[error("running {program}: {reason}")]
+    Run {
+        /// Its name.
+        program: &'static str,
+        /// What the kernel said.
+        reason: Box<ProgramError>,
+    },
+}
+
+impl ObjectError {
+    pub(super) fn map(map: &'static str, reason: MapError) -> Self {
+        Self::Map { map, reason: Box::new(reason) }
+    }
+}
+
+fn program_error(error: &ProgramError) -> String {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => {
+            let log = verifier_log.to_string();
+            let tail: Vec<_> = log.lines().rev().take(12).collect();
+            let tail: Vec<_> = tail.into_iter().rev().collect();
+            format!("{io_error}; the verifier's last lines:\n{}", tail.join("\n"))
+        }
+        other => other.to_string(),
+    }
+}
+
+fn attach_advice(reason: &str) -> &'static str {
+    if reason.contains("busy") || reason.contains("os error 16") {
+        "; another program holds the hook: `bpftool net` shows whose it is"
+    } else {
+        ""
+    }
+}
+
+/// How programs are attached to one interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// XDP in the driver; false: generic XDP, in the stack.
+    pub native: bool,
+    /// tcx; false: clsact and netlink.
+    pub tcx: bool,
+    /// Some of it was there before.
+    pub taken_over: bool,
+}
+
+/// The object in the kernel.
+#[derive(Debug)]
+pub struct Object {
+    ebpf: Ebpf,
+    links_dir: PathBuf,
+    /// The maps were there before.
+    maps_taken_over: bool,
+}
+
+impl Object {
+    /// Loads the object over the maps pinned below `bpffs_dir`, which it makes if they are not there.
+    ///
+    /// # Errors
+    /// Where there is no BPF file system, a pinned map has another shape, or the kernel refuses.
+    pub fn load(bpffs_dir: &Path) -> Result<Self, ObjectError> {
+        mount_bpffs(bpffs_dir)?;
+        let maps_dir = maps_dir(bpffs_dir);
+        let links_dir = bpffs_dir.join("links");
+        for path in [&maps_dir, &links_dir] {
+            fs::create_dir_all(path).map_err(|reason| pin_error("creating", path, reason))?;
+        }
+        let cpus = possible_cpus();
+        let shapes = shapes(&[
+            ("counters", ALLOCATION_SLOTS * 2 * cpus),
+            ("prov_counters", PROVIDER_SLOTS * 2 * cpus),
+        ])?;
+        let mut maps_taken_over = false;
+        let mut loader = EbpfLoader::new();
+        for (name, shape) in &shapes {
+            let path = maps_dir.join(name);
+            maps_taken_over |= has_shape(&path, *shape)?;
+            loader.map_max_entries(name, shape.length);
+            loader.map_pin_path(name, path);
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
+        for (name, program) in ebpf.programs_mut() {
+            let loaded = match program {
+                aya::programs::Program::Xdp(program) => program.load(),
+                aya::programs::Program::SchedClassifier(program) => program.load(),
+                other => panic!("program {name} of the embedded object has type {:?}", other.prog_type()),
+            };
+            loaded.map_err(|reason| ObjectError::Program {
+                program: name.to_owned(),
+                reason: Box::new(reason),
+            })?;
+        }
+        Ok(Self { ebpf, links_dir, maps_taken_over })
+    }
+
+    /// Tells whether the maps were there before, with all that they hold.
+    #[must_use]
+    pub const fn maps_taken_over(&self) -> bool {
+        self.maps_taken_over
+    }
+
+    /// The memory of an array map made with `BPF_F_MMAPABLE`.
+    ///
+    /// # Errors
+    /// Where there is no such map, or it can't be mapped.
+    pub fn shared<T: Pod>(&self, map: &'static str) -> Result<SharedArray<T>, ObjectError> {
+        let Some(aya::maps::Map::Array(data)) = self.ebpf.map(map) else {
+            return Err(ObjectError::Missing { kind: "array map", name: map.to_owned() });
+        };
+        let info = data.info().map_err(|reason| ObjectError::map(map, reason))?;
+        assert_eq!(info.value_size() as usize, size_of::<T>(), "value size of map {map}");
+        SharedArray::of_map(data.fd().as_fd(), info.max_entries())
+            .map_err(|reason| ObjectError::Memory { map, reason })
+    }
+
+    /// Takes a map out of the object, as one of aya's types.
+    ///
+    /// # Errors
+    /// Where there is none, or it is of another type.
+    pub fn take<M>(&mut self, map: &'static str) -> Result<M, ObjectError>
+    where
+        M: TryFrom<aya::maps::Map, Error = MapError>,
+    {
+        let missing = || ObjectError::Missing { kind: "map", name: map.to_owned() };
+        let data = self.ebpf.take_map(map).ok_or_else(missing)?;
+        M::try_from(data).map_err(|reason| ObjectError::map(map, reason))
+    }
+
+    /// Attaches the programs of an interface, or takes over the links that are pinned for it. What is
+    /// attached already is left as it is, but for its program, which becomes this object's.
+    ///
+    /// # Errors
+    /// Where the kernel refuses; programs that were attached stay attached.
+    pub fn attach(&mut self, interface: &str, index: u32, role: Role) -> Result<Attachment, ObjectError> {
+        let (xdp, egress) = match role {
+            Role::Lan => ("qos_xdp_lan", "qos_egress_lan"),
+            Role::Wan => ("qos_xdp_wan", "qos_egress_wan"),
+        };
+        let place = Place { interface, index };
+        // Egress first and ingress before XDP: a packet that carries an answer finds its reader.
+        let (tcx, egress_kept) = self.attach_tc(place, "egress", egress, TcAttachType::Egress)?;
+        let (_, ingress_kept) = self.attach_tc(place, "ingress", "qos_ingress", TcAttachType::Ingress)?;
+        let (native, xdp_kept) = self.attach_xdp(place, xdp)?;
+        Ok(Attachment { native, tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
+    }
+
+    /// Names the hooks of an interface that have lost our program.
+    #[must_use]
+    pub fn missing(&self, index: u32, attachment: Attachment) -> Vec<&'static str> {
+        let mut missing = Vec::new();
+        let mode = if attachment.native { "xdp_native" } else { "xdp_generic" };
+        let hooks: &[(&str, &str)] = if attachment.tcx {
+            &[(mode, "xdp"), ("ingress", "tc ingress"), ("egress", "tc egress")]
+        } else {
+            &[(mode, "xdp")]
+        };
+        for (hook, name) in hooks {
+            if pinned_target(&self.pin(index, hook)).ok().flatten() != Some(index) {
+                missing.push(*name);
+            }
+        }
+        missing
+    }
+
+    /// Runs a program on a packet that is not sent (`BPF_PROG_TEST_RUN`), `repeat` times. Returns its
+    /// verdict and the time of one run in ns. Maps are used as by any packet.
+    ///
+    /// # Errors
+    /// Where the kernel refuses the packet: it takes those of 14 bytes to about a page.
+    pub fn run(
+        &mut self,
+        program: &'static str,
+        packet: &[u8],
+        repeat: u32,
+    ) -> Result<(u32, u64), ObjectError> {
+        let run_error = |reason| ObjectError::Run { program, reason: Box::new(reason) };
+        let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
+        let result = match self.ebpf.program_mut(program) {
+            Some(aya::programs::Program::Xdp(program)) => program.test_run(options),
+            Some(aya::programs::Program::SchedClassifier(program)) => program.test_run(options),
+            _ => return Err(ObjectError::Missing { kind: "program", name: program.to_owned() }),
+        }
+        .map_err(run_error)?;
+        Ok((result.return_value, u64::from(result.duration.subsec_nanos())))
+    }
+
+    /// Runs the program that explains on a packet. It writes its answer into a map.
+    ///
+    /// # Errors
+    /// As [`Object::run`].
+    pub fn explain(&mut self, packet: &[u8]) -> Result<(), ObjectError> {
+        self.run("qos_explain", packet, 1).map(|_| ())
+    }
+
+    fn attach_xdp(&mut self, place: Place<'_>, program: &'static str) -> Result<(bool, bool), ObjectError> {
+        for (hook, native) in [("xdp_native", true), ("xdp_generic", false)] {
+            let pin = self.pin(place.index, hook);
+            if let Some(link) = take_pinned(&pin, place.index)? {
+                let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
+                let xdp: &mut Xdp = self.program(program)?;
+                let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
+                std::mem::forget(xdp.take_link(id).map_err(|reason| place.error(program, &reason))?);
+                return Ok((native, true));
+            }
+        }
+        let (index, links) = (place.index, self.links_dir.clone());
+        let xdp: &mut Xdp = self.program(program)?;
+        let (id, native) = match xdp.attach_to_if_index(index, XdpMode::Driver) {
+            Ok(id) => (id, true),
+            Err(native_error) => match xdp.attach_to_if_index(index, XdpMode::Skb) {
+                Ok(id) => (id, false),
+                // The first reason is the one that matters: EBUSY is the same in both modes.
+                Err(_) => return Err(place.error(program, &native_error)),
+            },
+        };
+        let link = xdp.take_link(id).map_err(|reason| place.error(program, &reason))?;
+        let link = FdLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
+        let hook = if native { "xdp_native" } else { "xdp_generic" };
+        link.pin(links.join(format!("{index}_{hook}"))).map_err(|reason| place.error(program, &reason))?;
+        Ok((native, false))
+    }
+
+    fn attach_tc(
+        &mut self,
+        place: Place<'_>,
+        hook: &str,
+        program: &'static str,
+        side: TcAttachType,
+    ) -> Result<(bool, bool), ObjectError> {
+        let pin = self.pin(place.index, hook);
+        let old = take_pinned(&pin, place.index)?;
+        let classifier: &mut SchedClassifier = self.program(program)?;
+        if let Some(link) = old {
+            let link = SchedClassifierLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
+            let id = classifier.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
+            std::mem::forget(classifier.take_link(id).map_err(|reason| place.error(program, &reason))?);
+            return Ok((true, true));
+        }
+        let options = TcAttachOptions::TcxOrder(LinkOrder::default());
+        match classifier.attach_with_options(place.interface, side, options) {
+            Ok(id) => {
+                let link = classifier.take_link(id).map_err(|reason| place.error(program, &reason))?;
+                let link = FdLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
+                link.pin(pin).map_err(|reason| place.error(program, &reason))?;
+                Ok((true, false))
+            }
+            Err(reason) if lacks_tcx(&reason) => {
+                let kept = attach_clsact(classifier, place.interface, side)
+                    .map_err(|reason| place.error(program, &reason))?;
+                Ok((false, kept))
+            }
+            Err(reason) => Err(place.error(program, &reason)),
+        }
+    }
+
+    fn program<'a, P>(&'a mut self, name: &'static str) -> Result<P, ObjectError>
+    where
+        P: TryFrom<&'a mut aya::programs::Program>,
+    {
+        self.ebpf
+            .program_mut(name)
+            .and_then(|program| P::try_from(program).ok())
+            .ok_or_else(|| ObjectError::Missing { kind: "program", name: name.to_owned() })
+    }
+
+    fn pin(&self, index: u32, hook: &str) -> PathBuf {
+        self.links_dir.join(format!("{index}_{hook}"))
+    }
+}
+
+/// An interface, for messages.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    interface: &'a str,
+    index: u32,
+}
+
+impl Place<'_> {
+    fn error(self, program: &'static str, reason: &dyn std::error::Error) -> ObjectError {
+        // The library's errors name the call; the kernel's word stands in their source.
+        let mut text = reason.to_string();
+        let mut source = reason.source();
+        while let Some(cause) = source {
+            if !text.contains(&cause.to_string()) {
+                text = format!("{text}: {cause}");
+            }
+            source = cause.source();
+        }
+        ObjectError::Attach { program, interface: self.interface.to_owned(), reason: text }
+    }
+}
+
+/// Removes every pin below `bpffs_dir`. The kernel ends what nothing else holds: programs leave their
+/// hooks, maps and clocks are gone. Filters on clsact are removed from `interfaces`.
+///
+/// # Errors
+/// Where a pin can't be removed.
+pub fn remove_pins(bpffs_dir: &Path, interfaces: &[&str]) -> Result<(), ObjectError> {
+    for interface in interfaces {
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            if let Ok(link) = SchedClassifierLink::attached(interface, side, TC_PRIORITY, TC_HANDLE, None) {
+                // Detached when dropped; it fails where the filter is not there, as with tcx.
+                drop(link);
+            }
+        }
+    }
+    if !bpffs_dir.exists() {
+        return Ok(());
+    }
+    for folder in ["links", &format!("maps_{ABI_VERSION}")] {
+        let folder = bpffs_dir.join(folder);
+        let Ok(entries) = fs::read_dir(&folder) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
+        }
+        fs::remove_dir(&folder).map_err(|reason| pin_error("removing", &folder, reason))?;
+    }
+    // The directory itself may be shared, or the mount point.
+    if bpffs_dir != Path::new(BPFFS) {
+        let _ = fs::remove_dir(bpffs_dir);
+    }
+    Ok(())
+}
+
+/// Folder of this version's maps.
+fn maps_dir(bpffs_dir: &Path) -> PathBuf {
+    bpffs_dir.join(format!("maps_{ABI_VERSION}"))
+}
+
+/// Makes sure that `bpffs_dir` lies on a BPF file system, mounting the conventional one if need be.
+fn mount_bpffs(bpffs_dir: &Path) -> Result<(), ObjectError> {
+    let is_bpffs = |path: &Path| statfs(path).is_ok_and(|stat| stat.filesystem_type() == BPF_FS);
+    let existing = |path: &Path| path.ancestors().find(|path| path.exists()).map(Path::to_path_buf);
+    if existing(bpffs_dir).is_some_and(|path| is_bpffs(&path)) {
+        return Ok(());
+    }
+    if !bpffs_dir.starts_with(BPFFS) {
+        return Err(ObjectError::NotBpffs(bpffs_dir.to_path_buf()));
+    }
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .map_err(|reason| ObjectError::Mount { path: BPFFS.to_owned(), reason })
+}
+
+/// Key size, value size and length of a map.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    key: u32,
+    value: u32,
+    length: u32,
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "keys of {} bytes, values of {}, {} of them", self.key, self.value, self.length)
+    }
+}
+
+/// Shapes of the object's maps that are kept across restarts, some of a length of their own.
+fn shapes(lengths: &[(&str, u32)]) -> Result<BTreeMap<String, Shape>, ObjectError> {
+    let object = aya_obj::Object::parse(OBJECT)
+        .map_err(|reason| ObjectError::Load(Box::new(aya::EbpfError::ParseError(reason))))?;
+    // Sections of the compiler, and the log of a trace, begin with a dot or in capitals.
+    let kept = |name: &str| name.starts_with(|c: char| c.is_ascii_lowercase());
+    Ok(object
+        .maps
+        .into_iter()
+        .filter(|(name, _)| kept(name))
+        .map(|(name, map)| {
+            let own = lengths.iter().find(|(other, _)| *other == name);
+            let length = own.map_or(map.max_entries(), |(_, length)| *length);
+            (name, Shape { key: map.key_size(), value: map.value_size(), length })
+        })
+        .collect())
+}
+
+/// Tells whether a map is pinned at `path`, and refuses one of another shape: it would be read
+/// beyond its end.
+fn has_shape(path: &Path, expected: Shape) -> Result<bool, ObjectError> {
+    if !path.exists() {
+        return Ok(false);
+    }
+    let info = MapInfo::from_pin(path)
+        .map_err(|reason| pin_error("opening", path, io::Error::other(reason.to_string())))?;
+    let found = Shape { key: info.key_size(), value: info.value_size(), length: info.max_entries() };
+    if found == expected {
+        return Ok(true);
+    }
+    Err(ObjectError::MapShape {
+        path: path.to_path_buf(),
+        found: found.to_string(),
+        expected: expected.to_string(),
+    })
+}
+
+/// Takes a pinned link, if it is one of this interface. A link of a device that has gone is removed.
+fn take_pinned(pin: &Path, index: u32) -> Result<Option<FdLink>, ObjectError> {
+    match pinned_target(pin).map_err(|reason| pin_error("opening", pin, reason))? {
+        None => return Ok(None),
+        Some(target) if target == index => {}
+        Some(_) => {
+            fs::remove_file(pin).map_err(|reason| pin_error("removing", pin, reason))?;
+            return Ok(None);
+        }
+    }
+    match PinnedLink::from_pin(pin) {
+        Ok(link) => Ok(Some(FdLink::from(link))),
+        Err(LinkError::SyscallError(error)) => Err(pin_error("opening", pin, error.io_error)),
+        Err(other) => Err(pin_error("opening", pin, io::Error::other(other.to_string()))),
+    }
+}
+
+/// Interface index that a pinned link is attached to; zero if it was detached, none if there is no
+/// such pin. The kernel tells in the descriptor's fdinfo.
+fn pinned_target(pin: &Path) -> io::Result<Option<u32>> {
+    let fd = match open_pin(pin) {
+        Ok(fd) => fd,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+    let field = |line: &str| line.strip_prefix("ifindex:").and_then(|value| value.trim().parse().ok());
+    Ok(Some(text.lines().find_map(field).unwrap_or(0)))
+}
+
+/// `BPF_OBJ_GET` of bpf(2): aya's own opens a link, but does not lend its descriptor.
+fn open_pin(pin: &Path) -> io::Result<OwnedFd> {
+    const BPF_OBJ_GET: libc::c_long = 7;
+    #[repr(C)]
+    struct Attributes {
+        pathname: u64,
+        bpf_fd: u32,
+        file_flags: u32,
+    }
+    let path = std::ffi::CString::new(pin.as_os_str().as_bytes()).map_err(io::Error::other)?;
+    let attributes = Attributes { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: the attributes and the path they point to outlive the call, which only reads them.
+    let fd =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attributes, size_of::<Attributes>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call returned a descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Tells whether the kernel is too old for tcx (before 6.6).
+fn lacks_tcx(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::EINVAL))
+}
+
+/// Attaches by netlink to clsact, over our own filter if an earlier instance left it.
+fn attach_clsact(
+    classifier: &mut SchedClassifier,
+    interface: &str,
+    side: TcAttachType,
+) -> Result<bool, ProgramError> {
+    // An error tells that the qdisc is there already, or is told again by the attachment.
+    let _ = qdisc_add_clsact(interface);
+    let options =
+        TcAttachOptions::Netlink(NlOptions { priority: TC_PRIORITY, handle: TC_HANDLE, classid: None });
+    let (id, kept) = match classifier.attach_with_options(interface, side, options) {
+        Ok(id) => (id, false),
+        Err(_) => {
+            let link = SchedClassifierLink::attached(interface, side, TC_PRIORITY, TC_HANDLE, None)
+                .map_err(ProgramError::IOError)?;
+            (classifier.attach_to_link(link)?, true)
+        }
+    };
+    // Dropping it would detach the filter.
+    std::mem::forget(classifier.take_link(id)?);
+    Ok(kept)
+}
+
+/// CPUs that the kernel may ever use: it numbers them from zero.
+fn possible_cpus() -> u32 {
+    aya::util::nr_cpus().map_or(1, |cpus| cpus as u32)
+}
+
+fn pin_error(action: &'static str, path: &Path, reason: io::Error) -> ObjectError {
+    ObjectError::Pin { action, path: path.to_path_buf(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A pin directory of this test's own, removed when dropped.
+    struct Pins(PathBuf);
+
+    impl Pins {
+        fn new(name: &str) -> Self {
+            Self(PathBuf::from(BPFFS).join(format!("qos-test-{}-{name}", std::process::id())))
+        }
+    }
+
+    impl Drop for Pins {
+        fn drop(&mut self) {
+            remove_pins(&self.0, &[]).expect("pins are removed");
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn every_program_passes_the_verifier() {
+        let pins = Pins::new("load");
+        let object = Object::load(&pins.0).expect("loads");
+        let names: Vec<_> = object.ebpf.programs().map(|(name, _)| name.to_owned()).collect();
+        for name in
+            ["qos_xdp_lan", "qos_xdp_wan", "qos_ingress", "qos_egress_lan", "qos_egress_wan", "qos_explain"]
+        {
+            assert!(names.iter().any(|other| other == name), "{name} is in the object: {names:?}");
+        }
+        for (name, program) in object.ebpf.programs() {
+            let info = match program {
+                aya::programs::Program::Xdp(program) => program.info(),
+                aya::programs::Program::SchedClassifier(program) => program.info(),
+                other => panic!("{name} has type {:?}", other.prog_type()),
+            }
+            .expect("info");
+            println!("{name}: {:?} instructions verified", info.verified_instruction_count());
+        }
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn maps_are_taken_over_and_another_shape_is_refused() {
+        let pins = Pins::new("maps");
+        let first = Object::load(&pins.0).expect("loads");
+        assert!(!first.maps_taken_over());
+        first
+            .shared::<qos_common::abi::Clocks>("clocks")
+            .expect("maps")
+            .write(5, qos_common::abi::Clocks { guaranteed: 77, ..Default::default() });
+        drop(first);
+        let second = Object::load(&pins.0).expect("loads again");
+        assert!(second.maps_taken_over());
+        assert_eq!(second.shared::<qos_common::abi::Clocks>("clocks").expect("maps").read(5).guaranteed, 77);
+        drop(second);
+        let settings = maps_dir(&pins.0).join("settings");
+        fs::remove_file(&settings).expect("removes");
+        aya::maps::Array::<_, u64>::create(3, 0)
+            .expect("creates")
+            .pin(&settings)
+            .expect("pins a map of another shape");
+        let error = Object::load(&pins.0).expect_err("another shape").to_string();
+        assert!(error.contains("values of 8, 3 of them") && error.contains("qos detach"), "{error}");
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_directory_off_bpffs_is_refused() {
+        let error = Object::load(Path::new("/tmp/qos-not-bpffs")).expect_err("not a bpffs").to_string();
+        assert!(error.contains("is not on a BPF file system"), "{error}");
+    }
+}

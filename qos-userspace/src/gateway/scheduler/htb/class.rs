@@ -1,0 +1,665 @@
+//! The HTB classes that a [`Tree`] comes to: numbers, rates, bursts, priorities, queues. Pure.
+//!
+//! ```text
+//! 5150:         root qdisc, default 5150:2
+//! └ 5150:1      link: rate = ceil = capacity
+//!   ├ 5150:2    default: what is on no line
+//!   ├ inner     line n, 0x10 + 2n: rate = guarantees + rest's minimum, ceil = its speed
+//!   │ ├ leaf    its rest, 0x11 + 2n
+//!   │ └ leaf    allocation m, 0x4000 + m: rate = guaranteed, ceil = maximum
+//!   └ leaf      allocation on no line
+//! ```
+//!
+//! **Priority.** HTB serves classes within their rate before those that borrow, and at either by one
+//! of 8 priorities, equal ones in turn. The rest takes the last for itself, so that all excess of
+//! allocations comes before it; that leaves 7 for 8 levels, and priorities 6 and 7 share one.
+//!
+//! **Length.** HTB charges the packet's length on the interface, which starts with the Ethernet
+//! header where there is one, plus an overhead that can't be negative. So a line's overhead less that
+//! header is what HTB adds; a line whose overhead is smaller is charged the difference too much. ATM
+//! cells HTB rounds itself. PTM it does not know: rates are scaled by 64/65.
+
+use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
+
+use crate::domain::units::BitsPerSecond;
+use crate::gateway::scheduler::{AllocationSlot, LineClass, LineSlot, Tree};
+use crate::manager::capacity::{REST_RATE, UNGUARANTEED_RATE, class_burst};
+
+/// Major number of our root, of all its classes, and by which it is known as ours.
+pub(super) const ROOT: u16 = 0x5150;
+pub(super) const LINK: u16 = 1;
+pub(super) const DEFAULT: u16 = 2;
+const FIRST_LINE: u16 = 0x10;
+const FIRST_LEAF: u16 = 0x4000;
+const LAST_LINE_SLOT: u16 = 8_000;
+const LAST_LEAF_SLOT: u16 = 0x3fff;
+
+/// Bytes that equal classes send in turn. Not below the largest super-packet (64 KiB and the headers
+/// of its segments): HTB takes a packet's length from the class's deficit, adds one quantum and never
+/// looks at the deficit before it sends, so smaller quanta let it fall to −2 GiB, wrap, and give one
+/// class 2 GiB in a row (seen on 6.18; `htb_dequeue_tree` in net/sched/sch_htb.c).
+const QUANTUM: u32 = 70_000;
+
+/// Priority of rest and default, HTB's last (`TC_HTB_NUMPRIO` is 8).
+const LAST_PRIORITY: u32 = 7;
+
+/// HTB's levels: leaves, then from the root downwards (`TC_HTB_MAXDEPTH` is 8).
+const LEAF_LEVEL: u8 = 0;
+const LINE_LEVEL: u8 = 6;
+const LINK_LEVEL: u8 = 7;
+
+/// What may wait in a byte-bounded FIFO, as time at the class's ceiling.
+const FIFO_NS: u64 = 10_000_000;
+/// A TCP sender's initial window (RFC 6928): a FIFO takes so many full packets …
+const INITIAL_WINDOW: u64 = 10;
+/// … unless they take longer than this …
+const INITIAL_WINDOW_NS: u64 = 100_000_000;
+/// … but so many in any case, or fast retransmit never sees its three duplicates.
+const FEWEST_PACKETS: u64 = 4;
+
+/// CoDel's target and interval where packets are short in time (RFC 8289, section 4.2).
+const CODEL_TARGET_US: u64 = 5_000;
+const CODEL_INTERVAL_US: u64 = 100_000;
+/// fq_codel's hard limit, as time at the ceiling; CoDel keeps responsive traffic far below.
+const FQ_CODEL_NS: u64 = 50_000_000;
+/// Flow queues of a leaf, some 70 bytes each, whether used or not, in thousands of leaves; the
+/// default class is one and has many subscribers' flows.
+const FQ_CODEL_FLOWS: u32 = 128;
+const FQ_CODEL_DEFAULT_FLOWS: u32 = 1_024;
+/// The most that fq_codel takes as its memory limit.
+const FQ_CODEL_MEMORY: u64 = 1 << 31;
+/// Memory of a packet buffer over the packet's length, at worst some two for full packets.
+const MEMORY_PER_BYTE: u64 = 2;
+
+/// Discipline of the leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Fifo,
+    FqCodel,
+}
+
+/// One class as HTB has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Class {
+    pub(super) minor: u16,
+    /// Minor of the parent; 0: the root.
+    pub(super) parent: u16,
+    /// 0 for leaves. Follows from the children that a class has.
+    pub(super) level: u8,
+    /// Bytes a second.
+    pub(super) rate: u64,
+    /// Bytes a second.
+    pub(super) ceil: u64,
+    pub(super) atm: bool,
+    pub(super) overhead: u16,
+    /// Smallest length that is charged.
+    pub(super) mpu: u16,
+    /// Burst at `rate`, in ticks of 64 ns.
+    pub(super) buffer: u32,
+    /// Burst at `ceil`, in ticks of 64 ns.
+    pub(super) cbuffer: u32,
+    pub(super) quantum: u32,
+    pub(super) priority: u32,
+    /// Queue of a leaf; none: an inner class, or a leaf with the kernel's own queue.
+    pub(super) queue: Option<Queue>,
+}
+
+/// Queue of a leaf.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Queue {
+    /// Major number.
+    pub(super) handle: u16,
+    pub(super) discipline: Discipline,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Discipline {
+    /// Limit in bytes.
+    Fifo { limit: u32 },
+    /// Limits in packets and bytes of memory, times in µs as the kernel gives them back.
+    FqCodel { limit: u32, memory: u32, target: u32, interval: u32, flows: u32 },
+    /// Not ours, by its name.
+    Foreign(Box<str>),
+}
+
+impl Class {
+    pub(super) fn is_leaf(&self) -> bool {
+        self.level == LEAF_LEVEL
+    }
+
+    /// Whether it is the class of an allocation.
+    pub(super) fn allocation(&self) -> Option<AllocationSlot> {
+        (self.minor > FIRST_LEAF && self.minor <= FIRST_LEAF + LAST_LEAF_SLOT)
+            .then(|| AllocationSlot(self.minor - FIRST_LEAF))
+    }
+
+    /// The same class without its guarantee, so that another may have it while this one empties.
+    pub(super) fn without_guarantee(&self) -> Self {
+        let rate = bytes_per_second(UNGUARANTEED_RATE).min(self.rate);
+        let scale =
+            |ticks: u32| (u64::from(ticks) * self.rate.div_ceil(rate)).min(u64::from(u32::MAX)) as u32;
+        Self { rate, buffer: scale(self.buffer), ..self.clone() }
+    }
+
+    /// Whether the kernel's class `other` has our parameters, as far as the kernel keeps them: an
+    /// inner class has no quantum and no priority, and its level and queue follow from its children.
+    pub(super) fn same_parameters(&self, other: &Self) -> bool {
+        let leaves = self.is_leaf() && other.is_leaf();
+        (self.rate, self.ceil, self.atm, self.overhead, self.mpu, self.buffer, self.cbuffer)
+            == (other.rate, other.ceil, other.atm, other.overhead, other.mpu, other.buffer, other.cbuffer)
+            && (!leaves || (self.quantum, self.priority) == (other.quantum, other.priority))
+    }
+}
+
+/// Class number of a line's inner class.
+pub(super) fn line_minor(slot: LineSlot) -> u16 {
+    FIRST_LINE.wrapping_add(slot.0.wrapping_mul(2))
+}
+
+/// Class number of a line's rest.
+pub(super) fn rest_minor(slot: LineSlot) -> u16 {
+    line_minor(slot).wrapping_add(1)
+}
+
+/// Class number of an allocation.
+pub(super) fn leaf_minor(slot: AllocationSlot) -> u16 {
+    FIRST_LEAF.wrapping_add(slot.0)
+}
+
+/// The handle as a number: `skb->priority` of the class.
+pub(super) fn handle(minor: u16) -> u32 {
+    u32::from(ROOT) << 16 | u32::from(minor)
+}
+
+/// The class as `tc` prints it.
+pub(super) fn name(minor: u16) -> String {
+    format!("{ROOT:x}:{minor:x}")
+}
+
+/// Major number of a leaf's queue: its class's minor, which no two share. Only the root's own number
+/// is taken; 0x3fff lies between the numbers of lines and allocations.
+fn queue_handle(minor: u16) -> u16 {
+    if minor == ROOT { 0x3fff } else { minor }
+}
+
+/// The classes of a tree in ascending order of their numbers, parents before children, or what is
+/// wrong with the tree. `header` is the interface's link-layer header in bytes.
+pub(super) fn classes(tree: &Tree, header: u16, kind: Kind) -> Result<Vec<Class>, String> {
+    check(tree)?;
+    let link = Framing::new(LinkLayer::Ethernet, ETHERNET_OVERHEAD, header, tree.mtu);
+    let rest = |minor, parent, rate: BitsPerSecond, ceil: BitsPerSecond, framing| Class {
+        priority: LAST_PRIORITY,
+        queue: Some(queue(minor, kind, ceil, None, framing)),
+        ..class(minor, parent, LEAF_LEVEL, rate.min(ceil), ceil, framing)
+    };
+
+    let mut classes = Vec::with_capacity(2 + 2 * tree.lines.len() + tree.leaves.len());
+    classes.push(class(LINK, 0, LINK_LEVEL, tree.link, tree.link, link));
+    classes.push(rest(DEFAULT, LINK, REST_RATE, tree.link, link));
+    let rates = line_rates(tree)?;
+    for (line, rate) in tree.lines.iter().zip(rates) {
+        let framing = Framing::of(line, header, tree.mtu);
+        let minor = line_minor(line.slot);
+        classes.push(class(minor, LINK, LINE_LEVEL, rate, line.ceil, framing));
+        classes.push(rest(rest_minor(line.slot), minor, REST_RATE, line.ceil, framing));
+    }
+    for leaf in &tree.leaves {
+        let line = leaf.line.and_then(|slot| find(tree, slot));
+        let (parent, speed, framing) = line.map_or((LINK, tree.link, link), |line| {
+            (line_minor(line.slot), line.ceil, Framing::of(line, header, tree.mtu))
+        });
+        let minor = leaf_minor(leaf.slot);
+        let ceil = leaf.maximum.unwrap_or(speed).min(speed);
+        let rate = guarantee(leaf.guaranteed).unwrap_or(UNGUARANTEED_RATE).min(ceil);
+        classes.push(Class {
+            priority: u32::from(leaf.priority).min(LAST_PRIORITY - 1),
+            queue: Some(queue(minor, kind, ceil, leaf.queue.map(|bytes| bytes.0), framing)),
+            ..class(minor, parent, LEAF_LEVEL, rate, ceil, framing)
+        });
+    }
+    Ok(classes)
+}
+
+/// How HTB is told to count a packet.
+#[derive(Clone, Copy)]
+struct Framing {
+    layer: LinkLayer,
+    /// What HTB adds to the length on the interface.
+    added: u16,
+    /// Charge of the largest packet.
+    largest: u32,
+}
+
+impl Framing {
+    fn new(layer: LinkLayer, overhead: i16, header: u16, mtu: u32) -> Self {
+        let added = (i32::from(overhead) - i32::from(header)).max(0) as u16;
+        // What HTB will charge it, which is more than the line's own where `added` was cut off at 0.
+        let counted = i32::from(header) + i32::from(added);
+        Self { layer, added, largest: charged(mtu, counted.min(i16::MAX.into()) as i16, layer) }
+    }
+
+    fn of(line: &LineClass, header: u16, mtu: u32) -> Self {
+        Self::new(line.link_layer, line.overhead, header, mtu)
+    }
+}
+
+fn class(
+    minor: u16,
+    parent: u16,
+    level: u8,
+    rate: BitsPerSecond,
+    ceil: BitsPerSecond,
+    framing: Framing,
+) -> Class {
+    let bytes = |rate: BitsPerSecond| {
+        let bytes = bytes_per_second(rate);
+        // 64 bytes of payload take 65 on the line; the largest rates stay below 2^56.
+        if framing.layer == LinkLayer::Ptm { (bytes * 64 / 65).max(1) } else { bytes }
+    };
+    let ticks = |rate| {
+        let nanoseconds = u128::from(class_burst(rate, framing.largest)) * 1_000_000_000
+            / u128::from(bytes_per_second(rate));
+        nanoseconds.div_ceil(64).min(u128::from(u32::MAX)) as u32
+    };
+    Class {
+        minor,
+        parent,
+        level,
+        rate: bytes(rate),
+        ceil: bytes(ceil),
+        atm: framing.layer == LinkLayer::Atm,
+        overhead: framing.added,
+        mpu: 0,
+        buffer: ticks(rate),
+        cbuffer: ticks(ceil),
+        quantum: QUANTUM.max(framing.largest),
+        priority: 0,
+        queue: None,
+    }
+}
+
+/// The queue of a leaf whose ceiling is `ceil`; `bytes` overrides how much may wait.
+fn queue(minor: u16, kind: Kind, ceil: BitsPerSecond, bytes: Option<u64>, framing: Framing) -> Queue {
+    let packet = u64::from(framing.largest);
+    let limit = |ns| {
+        bytes.unwrap_or_else(|| {
+            let window = (INITIAL_WINDOW * packet).min(ceil.bytes_in(INITIAL_WINDOW_NS));
+            ceil.bytes_in(ns).max(window).max(FEWEST_PACKETS * packet)
+        })
+    };
+    let discipline = match kind {
+        Kind::Fifo => Discipline::Fifo { limit: saturate(limit(FIFO_NS).max(packet)) },
+        Kind::FqCodel => {
+            let limit = limit(FQ_CODEL_NS).max(packet);
+            // A target below the time of one packet and a half would drop from a queue of one.
+            let target = CODEL_TARGET_US.max(ceil.time_of(packet * 3 / 2) / 1_000);
+            let interval = CODEL_INTERVAL_US.max(target * (CODEL_INTERVAL_US / CODEL_TARGET_US));
+            Discipline::FqCodel {
+                limit: saturate(limit.div_ceil(packet)),
+                memory: saturate((limit * MEMORY_PER_BYTE).min(FQ_CODEL_MEMORY)),
+                target: codel_time(target),
+                interval: codel_time(interval),
+                flows: if minor == DEFAULT { FQ_CODEL_DEFAULT_FLOWS } else { FQ_CODEL_FLOWS },
+            }
+        }
+    };
+    Queue { handle: queue_handle(minor), discipline }
+}
+
+/// The µs that the kernel gives back when it was told so many: CoDel keeps units of 1,024 ns.
+fn codel_time(microseconds: u64) -> u32 {
+    let kept = saturate(microseconds.saturating_mul(1_000) >> 10);
+    // Half the range: the kernel compares these times as signed numbers.
+    saturate((u64::from(kept.min(u32::MAX / 2)) << 10) / 1_000)
+}
+
+fn saturate(value: u64) -> u32 {
+    value.min(u64::from(u32::MAX)) as u32
+}
+
+fn bytes_per_second(rate: BitsPerSecond) -> u64 {
+    (rate.0 / 8).max(1)
+}
+
+fn guarantee(guaranteed: Option<BitsPerSecond>) -> Option<BitsPerSecond> {
+    guaranteed.filter(|rate| rate.0 > 0)
+}
+
+fn find(tree: &Tree, slot: LineSlot) -> Option<&LineClass> {
+    tree.lines.binary_search_by_key(&slot, |line| line.slot).ok().map(|index| &tree.lines[index])
+}
+
+/// What each line is sure of: as declared, but not less than its leaves' guarantees and its rest.
+fn line_rates(tree: &Tree) -> Result<Vec<BitsPerSecond>, String> {
+    let mut guarantees = vec![0_u64; tree.lines.len()];
+    let mut total = 0_u64;
+    for leaf in &tree.leaves {
+        let guaranteed = guarantee(leaf.guaranteed).unwrap_or_default().0;
+        match leaf.line {
+            None => total = total.saturating_add(guaranteed),
+            Some(slot) => {
+                if let Ok(index) = tree.lines.binary_search_by_key(&slot, |line| line.slot) {
+                    guarantees[index] = guarantees[index].saturating_add(guaranteed);
+                }
+            }
+        }
+    }
+    let mut rates = Vec::with_capacity(tree.lines.len());
+    for (line, guaranteed) in tree.lines.iter().zip(guarantees) {
+        if guaranteed > line.ceil.0 {
+            let guaranteed = BitsPerSecond(guaranteed);
+            return Err(format!(
+                "line slot {}: guarantees of {guaranteed} exceed its ceiling of {}",
+                line.slot.0, line.ceil
+            ));
+        }
+        let rate = line.rate.0.max(guaranteed.saturating_add(REST_RATE.0)).min(line.ceil.0);
+        total = total.saturating_add(rate);
+        rates.push(BitsPerSecond(rate));
+    }
+    if total > tree.link.0 {
+        let total = BitsPerSecond(total);
+        return Err(format!("guarantees and lines' rests of {total} exceed the link's {}", tree.link));
+    }
+    Ok(rates)
+}
+
+/// What can be said of each field alone.
+fn check(tree: &Tree) -> Result<(), String> {
+    let too_slow = |rate: BitsPerSecond| rate.0 < 8;
+    if too_slow(tree.link) {
+        return Err(format!("link capacity {} is below 8 bit/s", tree.link));
+    }
+    if tree.mtu == 0 {
+        return Err("largest packet is 0 bytes".to_owned());
+    }
+    for (index, line) in tree.lines.iter().enumerate() {
+        let slot = line.slot.0;
+        if slot == 0 || slot > LAST_LINE_SLOT {
+            return Err(format!("line slot {slot} is not within 1 and {LAST_LINE_SLOT}"));
+        }
+        if index > 0 && tree.lines[index - 1].slot >= line.slot {
+            return Err(format!("line slot {slot} is out of order or there twice"));
+        }
+        if too_slow(line.ceil) {
+            return Err(format!("line slot {slot}: ceiling {} is below 8 bit/s", line.ceil));
+        }
+        if line.rate > line.ceil {
+            return Err(format!("line slot {slot}: rate {} exceeds its ceiling of {}", line.rate, line.ceil));
+        }
+    }
+    for (index, leaf) in tree.leaves.iter().enumerate() {
+        let slot = leaf.slot.0;
+        if slot == 0 || slot > LAST_LEAF_SLOT {
+            return Err(format!("allocation slot {slot} is not within 1 and {LAST_LEAF_SLOT}"));
+        }
+        if index > 0 && tree.leaves[index - 1].slot >= leaf.slot {
+            return Err(format!("allocation slot {slot} is out of order or there twice"));
+        }
+        if let Some(line) = leaf.line
+            && find(tree, line).is_none()
+        {
+            return Err(format!("allocation slot {slot}: there is no line slot {}", line.0));
+        }
+        if leaf.priority > 7 {
+            return Err(format!("allocation slot {slot}: priority {} is above 7", leaf.priority));
+        }
+        if let Some(maximum) = leaf.maximum {
+            if too_slow(maximum) {
+                return Err(format!("allocation slot {slot}: maximum {maximum} is below 8 bit/s"));
+            }
+            if let Some(guaranteed) = leaf.guaranteed
+                && guaranteed > maximum
+            {
+                return Err(format!(
+                    "allocation slot {slot}: guaranteed {guaranteed} exceeds maximum {maximum}"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::units::ByteCount;
+    use crate::gateway::scheduler::Leaf;
+
+    const MEGABIT: u64 = 1_000_000;
+
+    fn line(slot: u16) -> LineClass {
+        LineClass {
+            slot: LineSlot(slot),
+            rate: BitsPerSecond(6 * MEGABIT),
+            ceil: BitsPerSecond(20 * MEGABIT),
+            link_layer: LinkLayer::Ethernet,
+            overhead: ETHERNET_OVERHEAD,
+        }
+    }
+
+    fn leaf(slot: u16, line: Option<u16>) -> Leaf {
+        Leaf {
+            slot: AllocationSlot(slot),
+            line: line.map(LineSlot),
+            guaranteed: Some(BitsPerSecond(5 * MEGABIT)),
+            maximum: Some(BitsPerSecond(10 * MEGABIT)),
+            priority: 0,
+            queue: None,
+        }
+    }
+
+    fn tree() -> Tree {
+        Tree {
+            link: BitsPerSecond(1_000 * MEGABIT),
+            mtu: 1_500,
+            lines: vec![line(1), line(8_000)],
+            leaves: vec![leaf(1, Some(1)), leaf(2, None), leaf(16_383, Some(8_000))],
+        }
+    }
+
+    fn fifo_limit(class: &Class) -> u32 {
+        match class.queue.as_ref().expect("a leaf has a queue").discipline {
+            Discipline::Fifo { limit } => limit,
+            ref other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn numbers_and_parents() {
+        let classes = classes(&tree(), 14, Kind::Fifo).expect("valid");
+        let found: Vec<_> = classes.iter().map(|class| (class.minor, class.parent, class.level)).collect();
+        let expected = [
+            (1, 0, 7),
+            (2, 1, 0),
+            (0x12, 1, 6),
+            (0x13, 0x12, 0),
+            (0x3e90, 1, 6),
+            (0x3e91, 0x3e90, 0),
+            (0x4001, 0x12, 0),
+            (0x4002, 1, 0),
+            (0x7fff, 0x3e90, 0),
+        ];
+        assert_eq!(found, expected);
+        assert_eq!((handle(0x4001), name(0x4001).as_str()), (0x5150_4001, "5150:4001"));
+        assert_eq!(queue_handle(leaf_minor(AllocationSlot(0x1150))), 0x3fff, "the root has 5150:");
+        let highest = rest_minor(LineSlot(LAST_LINE_SLOT));
+        assert!(highest < 0x3fff && leaf_minor(AllocationSlot(LAST_LEAF_SLOT)) < 0x8000);
+    }
+
+    #[test]
+    fn rates_ceilings_and_bursts() {
+        let classes = classes(&tree(), 14, Kind::Fifo).expect("valid");
+        let by = |minor| classes.iter().find(|class| class.minor == minor).expect("is there");
+        for (minor, rate, ceil) in [
+            (1, 125_000_000, 125_000_000),
+            (2, 1_000, 125_000_000),
+            (0x12, 750_000, 2_500_000),
+            (0x13, 1_000, 2_500_000),
+            (0x4001, 625_000, 1_250_000),
+        ] {
+            assert_eq!((by(minor).rate, by(minor).ceil), (rate, ceil), "{}", name(minor));
+        }
+        // 1 ms where that is more than a packet of 1,514 bytes, else the packet.
+        assert_eq!(by(1).buffer, 1_000_000 / 64);
+        assert_eq!(by(0x4001).buffer, (1_514_u32 * 1_600).div_ceil(64));
+        assert_eq!(by(0x13).buffer, 1_514_000_000 / 64);
+        assert_eq!(class_burst(BitsPerSecond(20 * MEGABIT), 1_514), 2_500);
+    }
+
+    #[test]
+    fn a_line_has_what_its_leaves_were_promised() {
+        let mut tree = tree();
+        tree.lines[0].rate = BitsPerSecond(0);
+        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        assert_eq!(classes[2].rate, 625_000 + 1_000, "5 Mbit/s and the rest");
+    }
+
+    #[test]
+    fn the_rest_is_last_and_six_and_seven_share() {
+        for (priority, expected) in [(0, 0), (5, 5), (6, 6), (7, 6)] {
+            let mut tree = tree();
+            tree.leaves[0].priority = priority;
+            let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+            assert_eq!(classes[6].priority, expected, "priority {priority}");
+            assert_eq!((classes[1].priority, classes[3].priority), (7, 7), "default and rest");
+        }
+    }
+
+    #[test]
+    fn without_guarantee_or_maximum() {
+        let mut tree = tree();
+        tree.leaves[0].guaranteed = None;
+        tree.leaves[0].maximum = None;
+        tree.leaves[1].maximum = None;
+        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        assert_eq!((classes[6].rate, classes[6].ceil), (64, 2_500_000), "the line's");
+        assert_eq!(classes[7].ceil, 125_000_000, "the link's");
+        let lowered = classes[7].without_guarantee();
+        assert_eq!((lowered.rate, lowered.ceil), (64, 125_000_000));
+        assert_eq!(lowered.without_guarantee(), lowered);
+    }
+
+    /// HTB charges (length on the interface + overhead), in cells where the line is ATM
+    /// (`psched_l2t_ns`), at the class's rate. That must take as long as the line takes.
+    #[test]
+    fn htb_charges_what_the_line_takes() {
+        let atm = LinkLayer::Atm;
+        for (header, layer, overhead, allowed) in [
+            (14, LinkLayer::Ethernet, 14, 0.0),
+            (14, LinkLayer::Ethernet, 38, 0.0),
+            (14, atm, 32, 0.0),
+            (14, atm, 40, 0.0),
+            (0, atm, 10, 0.0),
+            (0, LinkLayer::Ethernet, 14, 0.0),
+            // One byte in 65 is rounded up for each packet.
+            (14, LinkLayer::Ptm, 22, 0.025),
+        ] {
+            let mut tree = tree();
+            tree.lines[0] = LineClass { link_layer: layer, overhead, ..line(1) };
+            let classes = classes(&tree, header, Kind::Fifo).expect("valid");
+            for class in [&classes[2], &classes[3], &classes[6]] {
+                for ip in [28, 40, 64, 65, 576, 1_492, 1_500] {
+                    let length = ip + u32::from(header) + u32::from(class.overhead);
+                    let counted = if class.atm { length.div_ceil(48) * 53 } else { length };
+                    let takes = f64::from(counted) / class.ceil as f64;
+                    let speed = if class.minor == 0x4001 { 10 } else { 20 } * MEGABIT / 8;
+                    let line = f64::from(charged(ip, overhead, layer)) / speed as f64;
+                    let off = (takes - line).abs() / line;
+                    assert!(off <= allowed + 1e-6, "{ip} on {layer:?} + {overhead}: off by {off}");
+                }
+            }
+        }
+        let mut tree = tree();
+        tree.lines[0].overhead = 0;
+        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        assert_eq!(classes[2].overhead, 0, "less than the header can't be told");
+    }
+
+    #[test]
+    fn queues_fit_the_rate() {
+        for (megabits, ms, bytes) in [
+            // Packets of 1,514: four, 100 ms, ten, 10 ms.
+            (0.064, None, 6_056),
+            (1.0, None, 12_500),
+            (10.0, None, 15_140),
+            (100.0, None, 125_000),
+            (10.0, Some(40_000), 40_000),
+            (10.0, Some(1), 1_514),
+        ] {
+            let mut tree = tree();
+            let maximum = BitsPerSecond((megabits * 1e6) as u64);
+            tree.leaves[1] =
+                Leaf { guaranteed: None, maximum: Some(maximum), queue: ms.map(ByteCount), ..leaf(2, None) };
+            let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+            assert_eq!(fifo_limit(&classes[7]), bytes, "{megabits} Mbit/s");
+        }
+    }
+
+    #[test]
+    fn fq_codel_waits_for_a_packet_and_a_half_at_least() {
+        for (megabits, packets, target) in [(100, 413, 5_000), (1, 9, 18_168)] {
+            let mut tree = tree();
+            tree.leaves[1] =
+                Leaf { guaranteed: None, maximum: Some(BitsPerSecond(megabits * MEGABIT)), ..leaf(2, None) };
+            let classes = classes(&tree, 14, Kind::FqCodel).expect("valid");
+            let Some(Queue { discipline: Discipline::FqCodel { limit, target: kept, flows, .. }, .. }) =
+                classes[7].queue
+            else {
+                panic!("{:?}", classes[7])
+            };
+            assert_eq!((limit, flows), (packets, 128), "{megabits} Mbit/s");
+            assert!((target - 2..=target).contains(&kept), "{megabits} Mbit/s: {kept}");
+            assert_eq!(codel_time(u64::from(kept) + 1), kept, "as the kernel gives it back");
+        }
+    }
+
+    #[test]
+    fn the_largest_rates() {
+        let mut tree = tree();
+        tree.link = BitsPerSecond(400_000 * MEGABIT);
+        tree.leaves[1].guaranteed = Some(BitsPerSecond(100_000 * MEGABIT));
+        tree.leaves[1].maximum = None;
+        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        assert_eq!((classes[7].rate, classes[7].ceil), (12_500_000_000, 50_000_000_000));
+        assert_eq!((classes[0].buffer, fifo_limit(&classes[7])), (15_625, 500_000_000));
+    }
+
+    type Spoil = fn(&mut Tree);
+
+    #[test]
+    fn trees_that_contradict_themselves() {
+        let cases: [(&str, Spoil); 15] = [
+            ("link capacity 0 bit/s is below 8 bit/s", |tree| tree.link = BitsPerSecond(0)),
+            ("largest packet is 0 bytes", |tree| tree.mtu = 0),
+            ("line slot 0 is not within 1 and 8000", |tree| tree.lines[0].slot = LineSlot(0)),
+            ("line slot 8001 is not within 1 and 8000", |tree| tree.lines[1].slot = LineSlot(8_001)),
+            ("line slot 1 is out of order or there twice", |tree| tree.lines[1].slot = LineSlot(1)),
+            ("line slot 1: ceiling 0 bit/s is below", |tree| tree.lines[0].ceil = BitsPerSecond(0)),
+            ("line slot 1: rate 6 Mbit/s exceeds its ceiling of 5 Mbit/s", |tree| {
+                tree.lines[0].ceil = BitsPerSecond(5 * MEGABIT);
+            }),
+            ("allocation slot 0 is not within 1 and 16383", |tree| tree.leaves[0].slot = AllocationSlot(0)),
+            ("allocation slot 16384 is not within", |tree| tree.leaves[2].slot = AllocationSlot(16_384)),
+            ("allocation slot 1 is out of order", |tree| tree.leaves[1].slot = AllocationSlot(1)),
+            ("allocation slot 1: there is no line slot 7", |tree| tree.leaves[0].line = Some(LineSlot(7))),
+            ("allocation slot 1: priority 8 is above 7", |tree| tree.leaves[0].priority = 8),
+            ("allocation slot 1: guaranteed 5 Mbit/s exceeds maximum 4 Mbit/s", |tree| {
+                tree.leaves[0].maximum = Some(BitsPerSecond(4 * MEGABIT));
+            }),
+            ("line slot 1: guarantees of 21 Mbit/s exceed its ceiling of 20 Mbit/s", |tree| {
+                tree.leaves[0].guaranteed = Some(BitsPerSecond(21 * MEGABIT));
+                tree.leaves[0].maximum = None;
+            }),
+            ("guarantees and lines' rests of 17 Mbit/s exceed the link's 16 Mbit/s", |tree| {
+                tree.link = BitsPerSecond(16 * MEGABIT);
+            }),
+        ];
+        for (expected, spoil) in cases {
+            let mut tree = tree();
+            spoil(&mut tree);
+            let error = classes(&tree, 14, Kind::Fifo).expect_err(expected);
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+}

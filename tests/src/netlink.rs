@@ -1,0 +1,466 @@
+//! Links, addresses and routes of one namespace, over rtnetlink; offloads by ethtool's ioctl.
+//!
+//! One request at a time, each acknowledged. Qdiscs and classes are only read here, since making
+//! them is the product's work; a test that interferes with them uses [`Netlink::request`].
+
+use std::ffi::c_char;
+use std::net::IpAddr;
+use std::os::fd::{AsFd as _, AsRawFd as _};
+
+use anyhow::{Context as _, Result, bail};
+use ipnet::IpNet;
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::tc::{TcAttribute, TcMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use crate::netns::Namespace;
+
+/// A hardware address.
+pub type Mac = [u8; 6];
+
+/// A rtnetlink socket of one namespace.
+#[derive(Debug)]
+pub struct Netlink {
+    socket: Socket,
+    namespace: String,
+    sequence: u32,
+}
+
+/// What a namespace says of one of its links.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Name, such as `lan0`.
+    pub name: String,
+    /// Hardware address; zeros where it has none.
+    pub mac: Mac,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Whether it is administratively up.
+    pub up: bool,
+    /// Id of the XDP program attached, if any.
+    pub xdp: Option<u32>,
+    /// Since the link was made, as the device counts them: Ethernet frames without checksum, so
+    /// the bytes are those that the limiting contract charges on plain Ethernet.
+    pub counters: Counters,
+}
+
+/// Packets and bytes of a link.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Packets received.
+    pub rx_packets: u64,
+    /// Bytes received.
+    pub rx_bytes: u64,
+    /// Packets sent.
+    pub tx_packets: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+}
+
+/// A qdisc or class as the kernel lists it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TrafficControl {
+    /// Interface index.
+    pub index: i32,
+    /// `htb`, `clsact`, `noqueue`, …
+    pub kind: String,
+    /// Major number in the upper 16 bits, minor in the lower.
+    pub handle: u32,
+    /// Handle of the parent; `0xffff_ffff` at the root.
+    pub parent: u32,
+}
+
+impl Netlink {
+    /// Opens a socket inside `namespace`.
+    ///
+    /// # Errors
+    /// When the kernel refuses one.
+    pub fn open(namespace: &Namespace) -> Result<Self> {
+        let socket = namespace
+            .run(|| -> std::io::Result<Socket> {
+                let mut socket = Socket::new(NETLINK_ROUTE)?;
+                socket.bind_auto()?;
+                socket.connect(&SocketAddr::new(0, 0))?;
+                socket.set_ext_ack(true)?;
+                Ok(socket)
+            })
+            .with_context(|| format!("rtnetlink in namespace {}", namespace.name()))?;
+        Ok(Self { socket, namespace: namespace.name().to_owned(), sequence: 0 })
+    }
+
+    /// Makes a veth pair: `name` here, `peer` in `peer_namespace`. Both are down.
+    ///
+    /// # Errors
+    /// When a name is taken.
+    pub fn add_veth(&mut self, name: &str, peer: &str, peer_namespace: &Namespace, mtu: u32) -> Result<()> {
+        let mut other = LinkMessage::default();
+        other.attributes = vec![
+            LinkAttribute::IfName(peer.to_owned()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::NetNsFd(peer_namespace.as_fd().as_raw_fd()),
+        ];
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Veth),
+                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(other))),
+            ]),
+        ];
+        self.create(RouteNetlinkMessage::NewLink(link))
+            .with_context(|| format!("veth {}/{name} to {}/{peer}", self.namespace, peer_namespace.name()))
+    }
+
+    /// Makes a bridge. It is down.
+    ///
+    /// # Errors
+    /// When the kernel has no bridge or the name is taken.
+    pub fn add_bridge(&mut self, name: &str) -> Result<()> {
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
+        ];
+        self.create(RouteNetlinkMessage::NewLink(link))
+            .with_context(|| format!("bridge {}/{name} (CONFIG_BRIDGE)", self.namespace))
+    }
+
+    /// The link of that name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn link(&mut self, name: &str) -> Result<Link> {
+        self.links()?
+            .into_iter()
+            .find(|link| link.name == name)
+            .with_context(|| format!("no link {name} in namespace {}", self.namespace))
+    }
+
+    /// All links, by index.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn links(&mut self) -> Result<Vec<Link>> {
+        let answers = self.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        Ok(answers
+            .into_iter()
+            .filter_map(|answer| match answer {
+                RouteNetlinkMessage::NewLink(link) => Some(read_link(&link)),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Sets a link up.
+    ///
+    /// # Errors
+    /// When there is no such link.
+    pub fn set_up(&mut self, index: u32) -> Result<()> {
+        self.set_flag(index, LinkFlags::Up)
+    }
+
+    /// Sets a link down.
+    ///
+    /// # Errors
+    /// When there is no such link.
+    pub fn set_down(&mut self, index: u32) -> Result<()> {
+        self.set_flag(index, LinkFlags::empty())
+    }
+
+    fn set_flag(&mut self, index: u32, up: LinkFlags) -> Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        link.header.flags = up;
+        link.header.change_mask = LinkFlags::Up;
+        self.change(RouteNetlinkMessage::SetLink(link)).with_context(|| format!("link {index} {up:?}"))
+    }
+
+    /// Sets a link's hardware address.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn set_mac(&mut self, index: u32, mac: Mac) -> Result<()> {
+        self.set_attribute(index, LinkAttribute::Address(mac.to_vec()))
+    }
+
+    /// Sets a link's MTU in bytes.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn set_mtu(&mut self, index: u32, mtu: u32) -> Result<()> {
+        self.set_attribute(index, LinkAttribute::Mtu(mtu))
+    }
+
+    /// Makes a link a port of the bridge `bridge`.
+    ///
+    /// # Errors
+    /// When either doesn't exist.
+    pub fn set_bridge(&mut self, index: u32, bridge: u32) -> Result<()> {
+        self.set_attribute(index, LinkAttribute::Controller(bridge))
+    }
+
+    fn set_attribute(&mut self, index: u32, attribute: LinkAttribute) -> Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        let what = format!("link {}/{index}: {attribute:?}", self.namespace);
+        link.attributes = vec![attribute];
+        self.change(RouteNetlinkMessage::SetLink(link)).context(what)
+    }
+
+    /// Deletes a link; a veth's other end goes with it.
+    ///
+    /// # Errors
+    /// When there is no such link.
+    pub fn delete_link(&mut self, index: u32) -> Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        self.change(RouteNetlinkMessage::DelLink(link))
+            .with_context(|| format!("deleting link {}/{index}", self.namespace))
+    }
+
+    /// Adds an address, usable at once.
+    ///
+    /// # Errors
+    /// When the link has it already.
+    pub fn add_address(&mut self, index: u32, address: IpNet) -> Result<()> {
+        let mut message = AddressMessage::default();
+        message.header.family = family(address.addr());
+        message.header.prefix_len = address.prefix_len();
+        message.header.index = index;
+        if address.addr().is_ipv6() {
+            message.header.flags = AddressHeaderFlags::Nodad;
+        }
+        message.attributes =
+            vec![AddressAttribute::Address(address.addr()), AddressAttribute::Local(address.addr())];
+        self.create(RouteNetlinkMessage::NewAddress(message))
+            .with_context(|| format!("address {address} on {}/{index}", self.namespace))
+    }
+
+    /// Adds a route out of link `index`, by `gateway` or, without one, to neighbours. The gateway
+    /// is taken to be on the link whatever its address.
+    ///
+    /// # Errors
+    /// When the route exists already.
+    pub fn add_route(&mut self, destination: IpNet, gateway: Option<IpAddr>, index: u32) -> Result<()> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(destination.addr());
+        message.header.destination_prefix_length = destination.prefix_len();
+        message.header.table = RouteHeader::RT_TABLE_MAIN;
+        message.header.protocol = RouteProtocol::Static;
+        message.header.kind = RouteType::Unicast;
+        message.header.scope = RouteScope::Link;
+        message.attributes = vec![
+            RouteAttribute::Destination(route_address(destination.network())),
+            RouteAttribute::Oif(index),
+        ];
+        if let Some(gateway) = gateway {
+            message.header.scope = RouteScope::Universe;
+            message.header.flags = RouteFlags::Onlink;
+            message.attributes.push(RouteAttribute::Gateway(route_address(gateway)));
+        }
+        self.create(RouteNetlinkMessage::NewRoute(message))
+            .with_context(|| format!("route to {destination} in {}", self.namespace))
+    }
+
+    /// All qdiscs of the namespace, sorted.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn qdiscs(&mut self) -> Result<Vec<TrafficControl>> {
+        let answers = self.dump(RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()))?;
+        Ok(traffic_control(answers))
+    }
+
+    /// All classes of link `index`, sorted.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn classes(&mut self, index: u32) -> Result<Vec<TrafficControl>> {
+        let mut message = TcMessage::default();
+        message.header.index = index.cast_signed();
+        let answers = self.dump(RouteNetlinkMessage::GetTrafficClass(message))?;
+        Ok(traffic_control(answers))
+    }
+
+    fn create(&mut self, message: RouteNetlinkMessage) -> Result<()> {
+        self.request(message, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
+    }
+
+    fn change(&mut self, message: RouteNetlinkMessage) -> Result<()> {
+        self.request(message, NLM_F_ACK).map(drop)
+    }
+
+    fn dump(&mut self, message: RouteNetlinkMessage) -> Result<Vec<RouteNetlinkMessage>> {
+        self.request(message, NLM_F_DUMP)
+    }
+
+    /// Sends one request and collects the answers up to the acknowledgement or the end of the dump;
+    /// `flags` besides `NLM_F_REQUEST` has `NLM_F_ACK` or `NLM_F_DUMP`.
+    ///
+    /// # Errors
+    /// What the kernel refuses, as the [`std::io::Error`] of its number.
+    pub fn request(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<Vec<RouteNetlinkMessage>> {
+        self.sequence += 1;
+        let mut request = NetlinkMessage::from(message);
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        self.socket.send(&bytes, 0).context("sending to rtnetlink")?;
+
+        let mut answers = Vec::new();
+        loop {
+            let (datagram, _) = self.socket.recv_from_full().context("receiving from rtnetlink")?;
+            let mut rest = datagram.as_slice();
+            while !rest.is_empty() {
+                let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest)
+                    .context("reading rtnetlink's answer")?;
+                let length = (answer.header.length as usize).next_multiple_of(4).min(rest.len());
+                rest = &rest[length..];
+                if answer.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(inner) => answers.push(inner),
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io().into()),
+                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::Noop => {}
+                    other => bail!("rtnetlink answered {other:?}"),
+                }
+            }
+        }
+    }
+}
+
+/// Switches segmentation, receive aggregation and transmit checksums of a link on or off.
+///
+/// Off at the ends of the traffic, what crosses the links are real wire packets.
+///
+/// # Errors
+/// When there is no such link.
+pub fn set_offloads(namespace: &Namespace, link: &str, on: bool) -> Result<()> {
+    /// `struct ethtool_value` of linux/ethtool.h.
+    #[repr(C)]
+    struct EthtoolValue {
+        command: u32,
+        data: u32,
+    }
+    // linux/ethtool.h. Without transmit checksums the kernel itself clears TSO, whose order here is
+    // therefore free.
+    const SET: [(&str, u32); 4] = [
+        ("receive aggregation (GRO)", 0x2c),
+        ("segmentation (GSO)", 0x24),
+        ("TCP segmentation (TSO)", 0x1f),
+        ("transmit checksums", 0x17),
+    ];
+
+    let mut name = [0 as c_char; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(link.as_bytes()) {
+        *to = from.cast_signed();
+    }
+    let socket =
+        namespace.run(|| std::net::UdpSocket::bind("127.0.0.1:0")).context("a socket to call ethtool on")?;
+    let order: Box<dyn Iterator<Item = &(&str, u32)>> =
+        if on { Box::new(SET.iter().rev()) } else { Box::new(SET.iter()) };
+    for &(what, command) in order {
+        let mut value = EthtoolValue { command, data: u32::from(on) };
+        let mut request = libc::ifreq {
+            ifr_name: name,
+            ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: (&raw mut value).cast() },
+        };
+        // SAFETY: SIOCETHTOOL reads the name and an `ethtool_value` behind the pointer; both live
+        // until the call returns.
+        let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+        if result != 0 {
+            return Err(std::io::Error::last_os_error())
+                .with_context(|| format!("setting {what} of {}/{link} to {on}", namespace.name()));
+        }
+    }
+    Ok(())
+}
+
+fn read_link(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        mac: Mac::default(),
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        xdp: None,
+        counters: Counters::default(),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().unwrap_or_default(),
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::Stats64(stats) => {
+                link.counters = Counters {
+                    rx_packets: stats.rx_packets,
+                    rx_bytes: stats.rx_bytes,
+                    tx_packets: stats.tx_packets,
+                    tx_bytes: stats.tx_bytes,
+                };
+            }
+            LinkAttribute::Xdp(xdp) => {
+                link.xdp = xdp.iter().find_map(|part| match part {
+                    LinkXdp::ProgId(id) => Some(*id),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+fn traffic_control(answers: Vec<RouteNetlinkMessage>) -> Vec<TrafficControl> {
+    let mut found: Vec<_> = answers
+        .into_iter()
+        .filter_map(|answer| match answer {
+            RouteNetlinkMessage::NewQueueDiscipline(message)
+            | RouteNetlinkMessage::NewTrafficClass(message) => Some(message),
+            _ => None,
+        })
+        .map(|message| TrafficControl {
+            index: message.header.index,
+            kind: message
+                .attributes
+                .iter()
+                .find_map(|attribute| match attribute {
+                    TcAttribute::Kind(kind) => Some(kind.clone()),
+                    _ => None,
+                })
+                .unwrap_or_default(),
+            handle: message.header.handle.into(),
+            parent: message.header.parent.into(),
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+fn route_address(address: IpAddr) -> RouteAddress {
+    match address {
+        IpAddr::V4(v4) => RouteAddress::Inet(v4),
+        IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+    }
+}

@@ -1,0 +1,304 @@
+//! The standard test network: subscribers, one gateway that routes, providers.
+//!
+//! ```text
+//! subscriber ─eth0┐                                 ┌eth0─ provider
+//! subscriber ─eth0┤ segment ─ lan0 gateway wan0 ─ segment ┤
+//! subscriber ─eth0┘ (bridge)                 (bridge)└eth0─ provider
+//! ```
+//!
+//! Each host is a namespace with as many addresses as wanted. A side with one host has no bridge:
+//! `eth0` and `lan0` (or `wan0`) are the two ends of one veth pair. IPv4 and IPv6 are routed
+//! between the sides, without NAT and without netfilter rules. Neighbours are learnt as usual (ARP,
+//! neighbour discovery) and then kept.
+//!
+//! Addresses come from the documentation prefixes: subscribers in `192.0.2.0/24` and
+//! `2001:db8:1::/48`, providers in `198.51.100.0/24`, `203.0.113.0/24` and `2001:db8:2::/48`. Any
+//! other address works too; the gateway gets a route to it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Context as _, Result, bail};
+use ipnet::IpNet;
+
+use crate::netlink::{Mac, Netlink, set_offloads};
+use crate::netns::Namespace;
+
+/// The gateway's interface to the subscribers.
+pub const LAN: &str = "lan0";
+/// The gateway's interface to the providers.
+pub const WAN: &str = "wan0";
+/// Every host's only interface.
+pub const HOST_LINK: &str = "eth0";
+
+const LAN_NETWORKS: [&str; 2] = ["192.0.2.1/24", "2001:db8:1::1/48"];
+const WAN_NETWORKS: [&str; 3] = ["198.51.100.1/24", "203.0.113.1/24", "2001:db8:2::1/48"];
+const BRIDGE: &str = "br0";
+
+/// A running test network. Dropping it removes everything.
+#[derive(Debug)]
+pub struct Topology {
+    /// The namespace where `qosd` runs, with [`LAN`] and [`WAN`].
+    pub gateway: Namespace,
+    subscribers: Vec<Host>,
+    providers: Vec<Host>,
+    /// Held for their bridges.
+    _segments: Vec<Namespace>,
+}
+
+/// A subscriber's or provider's machine.
+#[derive(Debug)]
+pub struct Host {
+    /// Its namespace, named as the host.
+    pub namespace: Namespace,
+    /// Its addresses, as they were given.
+    pub addresses: Vec<IpAddr>,
+    /// Hardware address of its [`HOST_LINK`].
+    pub mac: Mac,
+    /// Hardware address of the gateway's interface on its side.
+    pub gateway_mac: Mac,
+}
+
+/// What a [`Topology`] is to be.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    subscribers: Vec<(String, Vec<String>)>,
+    providers: Vec<(String, Vec<String>)>,
+    mtu: u32,
+    offloads: bool,
+}
+
+impl Topology {
+    /// A network without hosts yet, MTU 1500, offloads off at the hosts.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder { subscribers: Vec::new(), providers: Vec::new(), mtu: 1_500, offloads: false }
+    }
+
+    /// One subscriber `home` (192.0.2.10, 2001:db8:1::10) and one provider `video` (203.0.113.10,
+    /// 2001:db8:2::10).
+    ///
+    /// # Errors
+    /// Without root.
+    pub fn pair() -> Result<Self> {
+        Self::builder()
+            .subscriber("home", &["192.0.2.10", "2001:db8:1::10"])
+            .provider("video", &["203.0.113.10", "2001:db8:2::10"])
+            .build()
+    }
+
+    /// The subscriber of that name.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn subscriber(&self, name: &str) -> &Host {
+        find(&self.subscribers, name)
+    }
+
+    /// The provider of that name.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn provider(&self, name: &str) -> &Host {
+        find(&self.providers, name)
+    }
+}
+
+impl Host {
+    /// The `n`th IPv4 address, from 0.
+    ///
+    /// # Panics
+    /// When it has fewer.
+    #[must_use]
+    pub fn v4(&self, n: usize) -> Ipv4Addr {
+        let v4 = self.addresses.iter().filter_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        });
+        v4.clone()
+            .nth(n)
+            .unwrap_or_else(|| panic!("{} has {} IPv4 addresses", self.namespace.name(), v4.count()))
+    }
+
+    /// The `n`th IPv6 address, from 0.
+    ///
+    /// # Panics
+    /// When it has fewer.
+    #[must_use]
+    pub fn v6(&self, n: usize) -> Ipv6Addr {
+        let v6 = self.addresses.iter().filter_map(|address| match address {
+            IpAddr::V6(v6) => Some(*v6),
+            IpAddr::V4(_) => None,
+        });
+        v6.clone()
+            .nth(n)
+            .unwrap_or_else(|| panic!("{} has {} IPv6 addresses", self.namespace.name(), v6.count()))
+    }
+}
+
+impl Builder {
+    /// Adds a subscriber's machine.
+    #[must_use]
+    pub fn subscriber(mut self, name: &str, addresses: &[&str]) -> Self {
+        self.subscribers.push((name.to_owned(), addresses.iter().map(ToString::to_string).collect()));
+        self
+    }
+
+    /// Adds a provider's machine.
+    #[must_use]
+    pub fn provider(mut self, name: &str, addresses: &[&str]) -> Self {
+        self.providers.push((name.to_owned(), addresses.iter().map(ToString::to_string).collect()));
+        self
+    }
+
+    /// Sets the MTU of every link, in bytes.
+    #[must_use]
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.mtu = mtu;
+        self
+    }
+
+    /// Leaves the hosts' offloads on, so that the gateway meets GSO super-packets and checksums yet
+    /// to be computed. They are off otherwise, and what crosses the links are wire packets.
+    #[must_use]
+    pub fn offloads(mut self, on: bool) -> Self {
+        self.offloads = on;
+        self
+    }
+
+    /// Makes the network.
+    ///
+    /// # Errors
+    /// Without root, when an address can't be read, or when several hosts share a side and the
+    /// kernel has no bridge.
+    pub fn build(self) -> Result<Topology> {
+        let gateway = Namespace::new("gateway")?;
+        let mut segments = Vec::new();
+        let subscribers = self.build_side(&gateway, LAN, &LAN_NETWORKS, &self.subscribers, &mut segments)?;
+        let providers = self.build_side(&gateway, WAN, &WAN_NETWORKS, &self.providers, &mut segments)?;
+        // Last, since it resets what `conf/all` copies to the interfaces.
+        gateway.set_sysctl("ipv4/ip_forward", "1")?;
+        gateway.set_sysctl("ipv6/conf/all/forwarding", "1")?;
+        Ok(Topology { gateway, subscribers, providers, _segments: segments })
+    }
+
+    fn build_side(
+        &self,
+        gateway: &Namespace,
+        link: &str,
+        networks: &[&str],
+        hosts: &[(String, Vec<String>)],
+        segments: &mut Vec<Namespace>,
+    ) -> Result<Vec<Host>> {
+        let made = hosts
+            .iter()
+            .map(|(name, addresses)| Ok((Namespace::new(name)?, parse_all(name, addresses)?)))
+            .collect::<Result<Vec<_>>>()?;
+
+        let mut netlink = Netlink::open(gateway)?;
+        match made.as_slice() {
+            [] => bail!("no host behind {link}"),
+            [(only, _)] => netlink.add_veth(link, HOST_LINK, only, self.mtu)?,
+            _ => {
+                let segment = Namespace::new(&format!("segment of {link}"))?;
+                let mut bridge = Bridge::new(&segment)?;
+                netlink.add_veth(link, "uplink", &segment, self.mtu)?;
+                bridge.take("uplink")?;
+                for (index, (host, _)) in made.iter().enumerate() {
+                    let port = format!("port{index}");
+                    Netlink::open(host)?.add_veth(HOST_LINK, &port, &segment, self.mtu)?;
+                    bridge.take(&port)?;
+                }
+                segments.push(segment);
+            }
+        }
+
+        let inside = netlink.link(link)?;
+        keep_neighbours(gateway, link)?;
+        netlink.set_up(inside.index)?;
+        let networks = networks
+            .iter()
+            .map(|network| network.parse::<IpNet>().context("a network of this file"))
+            .collect::<Result<Vec<_>>>()?;
+        for network in &networks {
+            netlink.add_address(inside.index, *network)?;
+        }
+
+        made.into_iter()
+            .map(|(namespace, addresses)| {
+                for &address in &addresses {
+                    if !networks.iter().any(|network| network.contains(&address)) {
+                        netlink.add_route(address.into(), None, inside.index)?;
+                    }
+                }
+                let mac = self.set_up_host(&namespace, &addresses, &networks)?;
+                Ok(Host { namespace, addresses, mac, gateway_mac: inside.mac })
+            })
+            .collect()
+    }
+
+    fn set_up_host(&self, namespace: &Namespace, addresses: &[IpAddr], networks: &[IpNet]) -> Result<Mac> {
+        let mut netlink = Netlink::open(namespace)?;
+        let link = netlink.link(HOST_LINK)?;
+        keep_neighbours(namespace, HOST_LINK)?;
+        if !self.offloads {
+            set_offloads(namespace, HOST_LINK, false)?;
+        }
+        netlink.set_up(link.index)?;
+        for &address in addresses {
+            // Host prefixes: everything else, neighbours too, is reached by the gateway.
+            netlink.add_address(link.index, address.into())?;
+        }
+        for (any, is_v4) in [("0.0.0.0/0", true), ("::/0", false)] {
+            let gateway = networks.iter().map(IpNet::addr).find(|address| address.is_ipv4() == is_v4);
+            if addresses.iter().any(|address| address.is_ipv4() == is_v4) {
+                netlink.add_route(any.parse().context("a network of this file")?, gateway, link.index)?;
+            }
+        }
+        Ok(link.mac)
+    }
+}
+
+struct Bridge {
+    netlink: Netlink,
+    index: u32,
+}
+
+impl Bridge {
+    fn new(segment: &Namespace) -> Result<Self> {
+        let mut netlink = Netlink::open(segment)?;
+        netlink.add_bridge(BRIDGE)?;
+        let index = netlink.link(BRIDGE)?.index;
+        netlink.set_up(index)?;
+        Ok(Self { netlink, index })
+    }
+
+    fn take(&mut self, port: &str) -> Result<()> {
+        let port = self.netlink.link(port)?.index;
+        self.netlink.set_bridge(port, self.index)?;
+        self.netlink.set_up(port)
+    }
+}
+
+/// A neighbour that was reached once isn't probed again while a test floods its link.
+fn keep_neighbours(namespace: &Namespace, link: &str) -> Result<()> {
+    for family in ["ipv4", "ipv6"] {
+        namespace.set_sysctl(&format!("{family}/neigh/{link}/base_reachable_time_ms"), "86400000")?;
+    }
+    Ok(())
+}
+
+fn parse_all(host: &str, addresses: &[String]) -> Result<Vec<IpAddr>> {
+    addresses
+        .iter()
+        .map(|address| address.parse().with_context(|| format!("address `{address}` of host {host}")))
+        .collect()
+}
+
+fn find<'a>(hosts: &'a [Host], name: &str) -> &'a Host {
+    hosts
+        .iter()
+        .find(|host| host.namespace.name() == name)
+        .unwrap_or_else(|| panic!("the test network has no host {name}"))
+}

@@ -1,0 +1,199 @@
+//! Traffic with plain sockets, and what of it arrived.
+//!
+//! A flow runs from `start` until it is dropped: [`UdpFlow`] is paced, [`TcpFlow`] sends what the
+//! path takes. [`measure`] watches any number of running flows over one window.
+//!
+//! Rates are in the limiting contract's length on plain Ethernet: IP length of each wire packet
+//! plus 14 bytes.
+
+mod socket;
+mod tcp;
+mod udp;
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Result;
+use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
+use qos_userspace::domain::units::BitsPerSecond;
+
+pub use tcp::{RunningTcp, TcpFlow};
+pub use udp::{RunningUdp, UdpFlow};
+
+/// A running flow that can be watched. [`measure`] calls the three in order.
+pub trait Flow {
+    /// Opens the window.
+    fn begin(&self);
+    /// Closes the window; the flow runs on.
+    fn end(&self);
+    /// Waits for what was still on its way, up to a second, and gives the result.
+    ///
+    /// # Errors
+    /// When the flow's sockets failed.
+    fn collect(&self) -> Result<Measured>;
+}
+
+/// What became of a flow within one window.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Length of the window.
+    pub window: Duration,
+    /// Rate that was sent.
+    pub offered: BitsPerSecond,
+    /// Rate that arrived within the window.
+    pub achieved: BitsPerSecond,
+    /// Payload rate that arrived within the window, without headers and, for TCP, duplicates.
+    pub goodput: BitsPerSecond,
+    /// Packets sent within the window; for TCP, segments with data.
+    pub sent: u64,
+    /// How many of those arrived, whenever; for TCP, segments that arrived within the window.
+    pub received: u64,
+    /// How many of those didn't arrive; for TCP, retransmissions.
+    pub lost: u64,
+    /// UDP packets that arrived behind a later one.
+    pub reordered: u64,
+    /// UDP packets that reached the receiving host and overran its socket. They are not in `lost`.
+    /// Not zero means that the machine was too busy to measure.
+    pub receiver_dropped: u64,
+    /// One-way latency of the UDP packets sent within the window that arrived.
+    pub latency: Option<Latency>,
+    /// When the window began, in ns of the clock that `arrivals` uses.
+    began: u64,
+    /// Time in ns and charged bytes.
+    arrivals: Vec<(u64, u32)>,
+}
+
+impl Measured {
+    /// The rate that arrived in each `bin` of the window; a last bin that isn't whole is left out.
+    /// TCP's arrivals are accurate to a few milliseconds.
+    #[must_use]
+    pub fn series(&self, bin: Duration) -> Vec<BitsPerSecond> {
+        let bins = (self.window.as_nanos() / bin.as_nanos()) as usize;
+        let mut bytes = vec![0_u64; bins];
+        for &(at, length) in &self.arrivals {
+            if let Some(bytes) = bytes.get_mut((u128::from(at - self.began) / bin.as_nanos()) as usize) {
+                *bytes += u64::from(length);
+            }
+        }
+        bytes.into_iter().map(|bytes| rate(bytes, bin)).collect()
+    }
+
+    /// `achieved` divided by `expected`; 1 is as expected.
+    #[must_use]
+    pub fn ratio_to(&self, expected: BitsPerSecond) -> f64 {
+        self.achieved.0 as f64 / expected.0 as f64
+    }
+}
+
+/// One-way latencies, exact: every packet counts.
+///
+/// From just before the system call that sends a packet (or its burst of a few) to its arrival in
+/// the receiving host's stack, as the kernel stamps it; the receiving program's own delay is not in
+/// it. Both ends read this machine's `CLOCK_REALTIME`, the clock of those stamps.
+#[derive(Clone, Debug)]
+pub struct Latency {
+    /// In ns, sorted, not empty.
+    sorted: Vec<u64>,
+}
+
+impl Latency {
+    fn new(mut nanoseconds: Vec<u64>) -> Option<Self> {
+        nanoseconds.sort_unstable();
+        (!nanoseconds.is_empty()).then_some(Self { sorted: nanoseconds })
+    }
+
+    /// The smallest latency that at least `share` (0 to 1) of the packets kept to.
+    #[must_use]
+    pub fn percentile(&self, share: f64) -> Duration {
+        let rank = (share * self.sorted.len() as f64).ceil() as usize;
+        Duration::from_nanos(self.sorted[rank.clamp(1, self.sorted.len()) - 1])
+    }
+
+    /// The median.
+    #[must_use]
+    pub fn p50(&self) -> Duration {
+        self.percentile(0.50)
+    }
+
+    /// The 99th percentile.
+    #[must_use]
+    pub fn p99(&self) -> Duration {
+        self.percentile(0.99)
+    }
+
+    /// The largest.
+    #[must_use]
+    pub fn max(&self) -> Duration {
+        self.percentile(1.0)
+    }
+
+    /// How many packets there were.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.sorted.len()
+    }
+}
+
+/// Lets `warm_up` pass, then watches all `flows` over the same `window`. Results are in the order
+/// of the flows.
+///
+/// # Errors
+/// When a flow's sockets failed.
+pub fn measure(flows: &[&dyn Flow], warm_up: Duration, window: Duration) -> Result<Vec<Measured>> {
+    thread::sleep(warm_up);
+    for flow in flows {
+        flow.begin();
+    }
+    thread::sleep(window);
+    for flow in flows {
+        flow.end();
+    }
+    flows.iter().map(|flow| flow.collect()).collect()
+}
+
+/// What an IP packet of `ip_length` bytes is charged, in bytes.
+#[must_use]
+pub fn charged_length(ip_length: u32) -> u32 {
+    charged(ip_length, ETHERNET_OVERHEAD, LinkLayer::Ethernet)
+}
+
+fn rate(bytes: u64, time: Duration) -> BitsPerSecond {
+    BitsPerSecond((bytes as f64 * 8.0 / time.as_secs_f64()).round() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_exact() {
+        let latency = Latency::new((1..=200).rev().collect()).expect("200 samples");
+        assert_eq!(latency.p50(), Duration::from_nanos(100));
+        assert_eq!(latency.p99(), Duration::from_nanos(198));
+        assert_eq!(latency.max(), Duration::from_nanos(200));
+        assert_eq!(latency.percentile(0.0), Duration::from_nanos(1));
+        assert!(Latency::new(Vec::new()).is_none());
+    }
+
+    #[test]
+    fn a_series_counts_each_arrival_in_its_bin() {
+        let measured = Measured {
+            window: Duration::from_millis(25),
+            offered: BitsPerSecond(0),
+            achieved: BitsPerSecond(0),
+            goodput: BitsPerSecond(0),
+            sent: 0,
+            received: 0,
+            lost: 0,
+            reordered: 0,
+            receiver_dropped: 0,
+            latency: None,
+            began: 1_000,
+            arrivals: vec![(1_000, 100), (10_000_999, 50), (10_001_000, 25), (24_000_000, 999)],
+        };
+        assert_eq!(
+            measured.series(Duration::from_millis(10)),
+            [BitsPerSecond(120_000), BitsPerSecond(20_000)]
+        );
+    }
+}
