@@ -45,8 +45,8 @@ pub const fn charged(ip_length: u32, overhead: i16, link_layer: LinkLayer) -> u3
     let framed = if framed < 0 { 0 } else { framed as u32 };
     match link_layer {
         LinkLayer::Ethernet => framed,
-        LinkLayer::Atm => (framed + CELL_PAYLOAD - 1) / CELL_PAYLOAD * CELL,
-        LinkLayer::Ptm => framed + (framed + 63) / 64,
+        LinkLayer::Atm => framed.div_ceil(CELL_PAYLOAD) * CELL,
+        LinkLayer::Ptm => framed + framed.div_ceil(64),
     }
 }
 

@@ -1,8 +1,6 @@
 //! Random frames and rules over a small world, so that they meet. The same seed gives the same ones.
 
-use qos_common::classify::{
-    Address, CHECK_DSCP, CHECK_PORTS, CHECK_PROTOCOL, Family, Rule, rank,
-};
+use qos_common::classify::{Address, CHECK_DSCP, CHECK_PORTS, CHECK_PROTOCOL, Family, Rule, rank};
 
 /// Splitmix64 (Steele, Lea and Flood 2014): a few lines that every seed suits.
 #[derive(Clone, Debug)]
@@ -119,8 +117,7 @@ pub fn frame(random: &mut Random) -> Vec<u8> {
         frame.extend(random.choose(&[0x8100u16, 0x88a8, 0x9100]).to_be_bytes());
         frame.extend((random.next() as u16).to_be_bytes());
     }
-    let (ether_type, ppp) =
-        if family == Family::V4 { (0x0800u16, 0x0021u16) } else { (0x86dd, 0x0057) };
+    let (ether_type, ppp) = if family == Family::V4 { (0x0800u16, 0x0021u16) } else { (0x86dd, 0x0057) };
     match random.below(12) {
         0 => {
             frame.extend(0x8864u16.to_be_bytes());

@@ -33,7 +33,9 @@ impl Bench {
         let mut object = Object::load(&pins).expect("the object loads");
         let mut settings: aya::maps::Array<_, abi::Settings> = object.take("settings").expect("settings");
         let mark = MarkLayout::new(0x0007_ffff, 0).expect("19 bits");
-        settings.set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0).expect("sets");
+        settings
+            .set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)
+            .expect("sets");
         let classifier = Classifier::new(
             object.shared("tables").expect("tables"),
             object.shared("rule_index").expect("index"),
@@ -106,7 +108,8 @@ fn classifier_agrees_with_linear_search() {
             for packet in 0..packets / 2 {
                 let frame = random::frame(&mut random);
                 let answer = bench.explain(&frame);
-                let context = || format!("seed {seed}, set {set}, packet {packet} {direction:?}: {frame:02x?}");
+                let context =
+                    || format!("seed {seed}, set {set}, packet {packet} {direction:?}: {frame:02x?}");
                 match reference::parse(&frame, direction as u32) {
                     Err(outcome) => {
                         assert_eq!(answer.parsed, 0, "{}", context());
@@ -128,8 +131,13 @@ fn classifier_agrees_with_linear_search() {
             }
         }
     }
-    println!("{sets} rule sets × {packets} packets: {matched} matched, {unread} could not be read, {passed_over} expired rules passed over");
-    assert!(matched > sets * packets / 10 && unread > sets * packets / 20 && passed_over > 0, "the world is too thin");
+    println!(
+        "{sets} rule sets × {packets} packets: {matched} matched, {unread} could not be read, {passed_over} expired rules passed over"
+    );
+    assert!(
+        matched > sets * packets / 10 && unread > sets * packets / 20 && passed_over > 0,
+        "the world is too thin"
+    );
 }
 
 /// Destination 198.51.100.`host`, upstream.
@@ -183,7 +191,9 @@ fn flood(object: &mut Object, ip_length: u16) -> u64 {
 fn clocks_hold_both_ends_of_the_range() {
     // (bit/s, IP length): the announced length is what is charged, so that few packets exceed any
     // rate. A tenth of a second of burst bridges the pauses between runs.
-    for (rate, ip_length) in [(1_000, 28), (1_000_000, 1_500), (10_000_000_000, 65_000), (400_000_000_000, 65_000)] {
+    for (rate, ip_length) in
+        [(1_000, 28), (1_000_000, 1_500), (10_000_000_000, 65_000), (400_000_000_000, 65_000)]
+    {
         let mut bench = Bench::new(&format!("rate-{rate}"));
         let burst = (rate / 80).max(100);
         bench.classifier.insert(&[rule_to(1, 1)]).expect("fits");
@@ -220,7 +230,11 @@ fn two_threads_on_one_clock_conserve_the_rate() {
     println!("two threads: {} bytes passed, {due:.0} due", counted.excess_bytes);
     assert!(counted.dropped_packets > 0, "more was offered");
     assert!(counted.excess_bytes as f64 <= most, "{} bytes passed, {most} may", counted.excess_bytes);
-    assert!(counted.excess_bytes as f64 >= due * 0.97, "{} bytes passed, {due} were due", counted.excess_bytes);
+    assert!(
+        counted.excess_bytes as f64 >= due * 0.97,
+        "{} bytes passed, {due} were due",
+        counted.excess_bytes
+    );
 }
 
 #[test]
@@ -255,9 +269,8 @@ fn each_outcome_has_its_verdict() {
         ("ARP", arp, XDP_PASS, Outcome::NotIp),
     ];
     let outcomes: aya::maps::PerCpuArray<_, u64> = bench.object().take("outcomes").expect("outcomes");
-    let count = |outcome: Outcome| -> u64 {
-        outcomes.get(&(outcome as u32), 0).expect("counter").iter().sum()
-    };
+    let count =
+        |outcome: Outcome| -> u64 { outcomes.get(&(outcome as u32), 0).expect("counter").iter().sum() };
     for (name, frame, verdict, outcome) in cases {
         let before = count(outcome);
         let (found, _) = bench.object().run("qos_xdp_lan", &frame, 1).expect("runs");
@@ -279,7 +292,9 @@ fn later_fragments_follow_their_first() {
     (other.checks, other.protocol, other.destination_ports) = (3, 17, [90, 90]);
     bench.classifier.insert(&[web, other]).expect("fits");
     for slot in [1, 2] {
-        bench.allocations.write(directed(slot, Direction::Upstream), policed(u64::from(slot), 1_000_000_000, 1_000_000));
+        bench
+            .allocations
+            .write(directed(slot, Direction::Upstream), policed(u64::from(slot), 1_000_000_000, 1_000_000));
     }
     let piece = |port: u16, id: u8, fragment: u16| {
         let mut frame = datagram(1, 500, port);
@@ -292,9 +307,17 @@ fn later_fragments_follow_their_first() {
         [1, 2].map(|slot| bench.counted(slot, Direction::Upstream).excess_packets)
     };
     assert_eq!(passed(&piece(90, 5, 0x2000)), [0, 1], "the first has ports");
-    assert_eq!(passed(&piece(80, 5, 0x2040)), [0, 2], "a later one follows it, whatever stands where ports would");
+    assert_eq!(
+        passed(&piece(80, 5, 0x2040)),
+        [0, 2],
+        "a later one follows it, whatever stands where ports would"
+    );
     assert_eq!(passed(&piece(80, 5, 0x0080)), [0, 3], "so does the last");
-    assert_eq!(passed(&piece(90, 6, 0x2040)), [1, 3], "without its first it is held to what it may belong to");
+    assert_eq!(
+        passed(&piece(90, 6, 0x2040)),
+        [1, 3],
+        "without its first it is held to what it may belong to"
+    );
     assert_eq!(passed(&piece(70, 7, 0x2000)), [1, 3], "a first that nothing matches");
     assert_eq!(passed(&piece(80, 7, 0x2040)), [1, 3], "is followed too");
     // The allocation has gone: the later fragments are anybody's again.

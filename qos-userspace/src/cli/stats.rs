@@ -91,8 +91,8 @@ fn allocations(client: &Client) -> Result<BTreeMap<AllocationId, Allocation>, Cl
 
 /// A direction of something that is counted.
 struct Row<'s> {
-    /// Allocation (if it is one) and provider.
-    names: [String; 2],
+    /// Number of the allocation, if it is one, and provider.
+    names: Vec<String>,
     direction: &'static str,
     counts: &'s Counts,
     before: Counts,
@@ -105,7 +105,7 @@ fn rows<'s>(
     now: &'s Statistics,
     allocations: &BTreeMap<AllocationId, Allocation>,
 ) -> [Vec<Row<'s>>; 2] {
-    let directions = |names: [String; 2],
+    let directions = |names: Vec<String>,
                       now: &'s DirectedCounts,
                       before: Option<&DirectedCounts>,
                       covers: &dyn Fn(Direction) -> bool| {
@@ -122,12 +122,12 @@ fn rows<'s>(
     let of_allocations = now.allocations.iter().flat_map(|(id, counts)| {
         let allocation = allocations.get(id);
         let provider = allocation.map_or_else(|| "(ended)".to_owned(), |known| known.provider.to_string());
-        directions([id.to_string(), provider], counts, before.allocations.get(id), &|direction| {
+        directions(vec![id.to_string(), provider], counts, before.allocations.get(id), &|direction| {
             allocation.is_some_and(|allocation| allocation.covers(direction))
         })
     });
     let of_providers = now.providers.iter().flat_map(|(name, counts)| {
-        directions([String::new(), name.to_string()], counts, before.providers.get(name), &|_| false)
+        directions(vec![name.to_string()], counts, before.providers.get(name), &|_| false)
     });
     [of_allocations.collect(), of_providers.collect()]
 }
@@ -186,9 +186,11 @@ fn tables(
     columns: [&str; 7],
     values: impl Fn(&Row<'_>) -> [String; 7],
 ) -> [Table; 2] {
-    let right: Vec<_> = [0].into_iter().chain(3..10).collect();
-    let table = |rows: Vec<Row<'_>>, first: &str| {
-        let header: Vec<_> = [first, "PROVIDER", ""].into_iter().chain(columns).collect();
+    let table = |rows: Vec<Row<'_>>, names: &[&str]| {
+        let header: Vec<_> = names.iter().copied().chain([""]).chain(columns).collect();
+        // All but the provider and the direction are numbers.
+        let right: Vec<_> =
+            (0..header.len()).filter(|index| !matches!(header[*index], "PROVIDER" | "")).collect();
         let mut table = output.table(&header, &right);
         for row in rows {
             let names = row.names.iter().cloned().chain([row.direction.to_owned()]);
@@ -197,7 +199,7 @@ fn tables(
         table
     };
     let [of_allocations, of_providers] = rows;
-    [table(of_allocations, "ID"), table(of_providers, "")]
+    [table(of_allocations, &["ID", "PROVIDER"]), table(of_providers, &["PROVIDER"])]
 }
 
 fn size(count: Count) -> String {

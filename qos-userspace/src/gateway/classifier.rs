@@ -296,10 +296,10 @@ impl Classifier {
                 (number, slot, length, bits)
             })
             .min_by_key(|&(_, _, length, bits)| (length / SHORT_LIST, u32::MAX - bits));
-        if let Some((number, slot, length, _)) = best {
-            if length < SHORT_LIST {
-                return (number, slot);
-            }
+        if let Some((number, slot, length, _)) = best
+            && length < SHORT_LIST
+        {
+            return (number, slot);
         }
         let family = if rule.family == Family::V6 as u8 { Family::V6 } else { Family::V4 };
         let stepped = (step(family, rule.source_length), step(family, rule.destination_length));
@@ -490,12 +490,12 @@ impl Room {
     }
 
     fn release(&mut self, mut start: u32, mut length: u32) {
-        if let Some((&before, &free)) = self.free.range(..start).next_back() {
-            if before + free == start {
-                self.free.remove(&before);
-                start = before;
-                length += free;
-            }
+        if let Some((&before, &free)) = self.free.range(..start).next_back()
+            && before + free == start
+        {
+            self.free.remove(&before);
+            start = before;
+            length += free;
         }
         if let Some(free) = self.free.remove(&(start + length)) {
             length += free;

@@ -284,10 +284,10 @@ impl Kernel {
     pub fn detach(mut self) -> Result<(), GatewayError> {
         let mut first_error = None;
         for interface in &mut self.interfaces {
-            if let Some(scheduler) = &mut interface.scheduler {
-                if let Err(error) = scheduler.detach() {
-                    first_error.get_or_insert(error.into());
-                }
+            if let Some(scheduler) = &mut interface.scheduler
+                && let Err(error) = scheduler.detach()
+            {
+                first_error.get_or_insert(error.into());
             }
         }
         remove_kernel_pins(&self.config)?;
@@ -454,8 +454,8 @@ impl Kernel {
             }
         }
         let addresses = || state.sessions.values().flat_map(|session| &session.addresses);
-        let v4 = addresses().filter(|net| matches!(net, IpNet::V4(_))).map(|net| net.prefix_len());
-        let v6 = addresses().filter(|net| matches!(net, IpNet::V6(_))).map(|net| net.prefix_len());
+        let v4 = addresses().filter(|net| matches!(net, IpNet::V4(_))).map(IpNet::prefix_len);
+        let v6 = addresses().filter(|net| matches!(net, IpNet::V6(_))).map(IpNet::prefix_len);
         settings.line_lengths_v4_used = put_lengths("IPv4", v4, &mut settings.line_lengths_v4)?;
         settings.line_lengths_v6_used = put_lengths("IPv6", v6, &mut settings.line_lengths_v6)?;
         Ok(settings)

@@ -3,8 +3,8 @@
 
 use aya::maps::{Array, HashMap, MapData, PerCpuArray};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES, PROVIDER_SLOTS,
-    Provider, Question, Settings, directed,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES,
+    PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
 
@@ -56,7 +56,8 @@ impl Maps {
 
     /// Writes the settings, unless they stand there already. Tells whether they differed.
     pub(super) fn put_settings(&mut self, settings: &Settings) -> Result<bool, ObjectError> {
-        let differs = self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))? != *settings;
+        let differs =
+            self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))? != *settings;
         if differs {
             self.settings.set(0, settings, 0).map_err(|reason| ObjectError::map("settings", reason))?;
         }
@@ -120,7 +121,7 @@ impl Maps {
     ) -> Result<usize, ObjectError> {
         let error = |reason| ObjectError::map("lines", reason);
         let mut found = std::collections::HashMap::new();
-        for entry in self.lines.iter() {
+        for entry in &self.lines {
             let (key, line) = entry.map_err(error)?;
             found.insert(key, line);
         }
@@ -140,11 +141,6 @@ impl Maps {
 
     pub(super) fn put_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
         self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
-    }
-
-    /// Removes a subscriber's prefix; one that is not there is no error.
-    pub(super) fn remove_line(&mut self, key: &LineKey) {
-        let _ = self.lines.remove(key);
     }
 
     /// Counters of one direction of an allocation's slot, all CPUs together.

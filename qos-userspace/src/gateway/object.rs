@@ -234,9 +234,8 @@ impl Object {
     /// # Errors
     /// Where there is no such map, or it can't be mapped.
     pub fn shared<T: Pod>(&self, map: &'static str) -> Result<SharedArray<T>, ObjectError> {
-        let data = match self.ebpf.map(map) {
-            Some(aya::maps::Map::Array(data)) => data,
-            _ => return Err(ObjectError::Missing { kind: "array map", name: map.to_owned() }),
+        let Some(aya::maps::Map::Array(data)) = self.ebpf.map(map) else {
+            return Err(ObjectError::Missing { kind: "array map", name: map.to_owned() });
         };
         let info = data.info().map_err(|reason| ObjectError::map(map, reason))?;
         assert_eq!(info.value_size() as usize, size_of::<T>(), "value size of map {map}");

@@ -9,29 +9,29 @@ use super::{LineSide, Network};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::{Allocation, BitsPerSecond, Direction, Session};
 
-/// Rate of a class that has no guarantee: a byte a second, the smallest that HTB takes.
-pub const SMALLEST_RATE: BitsPerSecond = BitsPerSecond(8);
+/// What a line's rest and the default class are sure of: one full packet in 1.5 s, so that a
+/// connection survives (and can report) any overload, while 100 lines cost less than 1 Mbit/s.
+pub const REST_RATE: BitsPerSecond = BitsPerSecond(8_000);
 
-/// Longest time that HTB saves up for a class, in ns. Its burst is one packet, or what the class's
-/// rate gives in this time where that is more.
-pub const CLASS_BURST_NS: u64 = 1_000_000;
+/// Slowest line: eight times what its rest is sure of, whatever share of it is used.
+pub const SLOWEST_LINE: BitsPerSecond = BitsPerSecond(64_000);
+
+/// Rate of an allocation without a guarantee: HTB takes no class without a rate. One full packet in
+/// 24 s, so that thousands of them don't eat into what others are guaranteed, and below the 60 s in
+/// tokens after which HTB forgets what a class owes.
+pub const UNGUARANTEED_RATE: BitsPerSecond = BitsPerSecond(512);
+
+/// Time that a class may run ahead of its rate, in ns. HTB's watchdog is a high-resolution timer
+/// whose softirq comes up to some 100 µs late on a busy CPU; what it is late beyond the burst is lost.
+const CLASS_BURST_NS: u64 = 1_000_000;
 
 /// Time by which the scheduler's timer may come late, in ns.
 pub const TIMER_SLACK_NS: u64 = 1_000_000;
 
-/// Most that the rest of a line or link is sure of.
-const REST_MINIMUM: BitsPerSecond = BitsPerSecond(8_000);
-
 /// Priorities there are.
 pub(super) const PRIORITIES: usize = LAST_PRIORITY as usize + 1;
 
-/// What the rest of a line or link of `speed` is sure of: 8 kbit/s, or a tenth of a slower line.
-#[must_use]
-pub fn rest_minimum(speed: BitsPerSecond) -> BitsPerSecond {
-    REST_MINIMUM.min(BitsPerSecond(speed.0 / 10)).max(SMALLEST_RATE)
-}
-
-/// HTB's burst of a class of `rate`, in bytes, `packet` being its largest packet.
+/// HTB's burst of a class of `rate`, in bytes, `packet` being its largest packet as it is charged.
 #[must_use]
 pub fn class_burst(rate: BitsPerSecond, packet: u32) -> u64 {
     rate.bytes_in(CLASS_BURST_NS).max(u64::from(packet))
@@ -89,7 +89,7 @@ impl Share {
         }
         let level = &allocation.level;
         let guaranteed = *level.guaranteed.get(direction);
-        let rate = guaranteed.unwrap_or(SMALLEST_RATE);
+        let rate = guaranteed.unwrap_or(UNGUARANTEED_RATE);
         let burst = level.burst.get(direction).map_or(0, |burst| burst.0);
         Some(Self {
             rate: rate.0,
@@ -99,15 +99,15 @@ impl Share {
     }
 
     /// What the rest of `session`'s line takes, of the line or of the link.
-    pub(super) fn of_rest(network: &Network, session: &Session, direction: Direction, on_line: bool) -> Self {
-        let rate = rest_minimum(network.line_speed(session, direction));
+    pub(super) fn of_rest(network: &Network, session: &Session, on_line: bool) -> Self {
+        let rate = REST_RATE;
         let packet = network.largest_packet(on_line.then_some(session));
         Self { rate: rate.0, burst: None, at_once: at_once(rate, packet) }
     }
 
     /// What the link's default class takes, for traffic on no known line.
-    pub(super) fn of_default(network: &Network, direction: Direction) -> Self {
-        let rate = rest_minimum(*network.link.get(direction));
+    pub(super) fn of_default(network: &Network) -> Self {
+        let rate = REST_RATE;
         Self { rate: rate.0, burst: None, at_once: at_once(rate, network.largest_packet(None)) }
     }
 }

@@ -9,7 +9,7 @@ use qos_common::abi::{MAX_LINE_LENGTHS, MAX_LINE_PREFIXES};
 use qos_common::clock::{MAX_RATE, MIN_RATE};
 use qos_common::length::ETHERNET_OVERHEAD;
 
-use super::capacity::{PRIORITIES, Share, rest_minimum};
+use super::capacity::{PRIORITIES, REST_RATE, SLOWEST_LINE, Share};
 use super::grant::{check_profile, grant};
 use super::state::{link_delay_ns, span};
 use super::{
@@ -138,7 +138,12 @@ fn add_session(state: &State, new: &NewSession) -> Result<Decision, Refusal> {
 
 fn check_session_values(new: &NewSession) -> Result<(), Refusal> {
     for direction in Direction::BOTH {
-        check_rate(&format!("rate.{}", direction_field(direction)), *new.rate.get(direction))?;
+        let (field, rate) = (format!("rate.{}", direction_field(direction)), *new.rate.get(direction));
+        check_rate(&field, rate)?;
+        if rate < SLOWEST_LINE {
+            let why = format!("is too slow for a line: at least {SLOWEST_LINE}");
+            return Err(Refusal::invalid(field, rate, &why));
+        }
     }
     if let Some(overhead) = new.overhead.filter(|overhead| !(-64..=256).contains(overhead)) {
         return Err(Refusal::invalid("overhead", overhead, "is out of range: -64 to 256 bytes"));
@@ -194,10 +199,10 @@ fn check_addresses(state: &State, addresses: &[IpNet]) -> Result<(), Refusal> {
 fn admit_rest(state: &State, session: &Session, direction: Direction) -> Result<(), Refusal> {
     let field = format!("rate.{}", direction_field(direction));
     let rate = *session.rate.get(direction);
-    let share = Share::of_rest(&state.network, session, direction, false);
+    let share = Share::of_rest(&state.network, session, false);
     let left = state.left_on_link(direction);
     if share.rate > left.0 {
-        let asked = rest_minimum(state.network.line_speed(session, direction));
+        let asked = REST_RATE;
         let message = format!(
             "link {}: asked {asked} for the rest of line {}, left {left}",
             direction_word(direction),

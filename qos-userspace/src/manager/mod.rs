@@ -21,6 +21,8 @@ mod overlap;
 mod refusal;
 mod slots;
 mod state;
+#[cfg(test)]
+pub(crate) mod tests;
 
 pub use decide::decide;
 pub use refusal::{Refusal, RefusalCode};

@@ -11,6 +11,7 @@ use crate::domain::AllocationId;
 /// Rules by direction, family and the subscriber's side, by which they differ most.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct RuleIndex {
+    /// Each list is in the order of ranks, which no two rules of one place share.
     rules: BTreeMap<Place, Vec<Rule>>,
     /// How many rules there are of each direction, family and prefix length.
     lengths: BTreeMap<(u32, u8), usize>,
@@ -39,7 +40,8 @@ impl RuleIndex {
 
     pub(super) fn add(&mut self, rule: Rule) {
         let place = place(&rule);
-        self.rules.entry(place).or_default().push(rule);
+        let list = self.rules.entry(place).or_default();
+        list.insert(list.partition_point(|known| known.rank < rule.rank), rule);
         *self.lengths.entry((place.0, place.2)).or_default() += 1;
         self.count += 1;
     }
@@ -47,7 +49,7 @@ impl RuleIndex {
     pub(super) fn remove(&mut self, rule: &Rule) {
         let place = place(rule);
         let Some(list) = self.rules.get_mut(&place) else { return };
-        let Some(at) = list.iter().position(|known| known == rule) else { return };
+        let Ok(at) = list.binary_search_by_key(&rule.rank, |known| known.rank) else { return };
         list.remove(at);
         if list.is_empty() {
             self.rules.remove(&place);
@@ -224,7 +226,7 @@ mod tests {
         ) {
             // Few addresses and lengths, so that pairs meet in every way.
             let text = |&(a, length, b, way): &(u8, u8, u8, u8)| {
-                let net = format!("10.0.{}.0/24", a).parse::<ipnet::Ipv4Net>().unwrap();
+                let net = format!("10.0.{a}.0/24").parse::<ipnet::Ipv4Net>().unwrap();
                 let net = ipnet::Ipv4Net::new(net.addr(), [0, 8, 23, 24][usize::from(length)]).unwrap().trunc();
                 let far = ["any", "192.0.2.0/24:80", "192.0.2.7", ":80-90"][usize::from(b)];
                 match way {

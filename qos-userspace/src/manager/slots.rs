@@ -5,7 +5,7 @@
 //! never used go first, in ascending order; then those that were freed, in the order in which they
 //! were. The store keeps the freed ones in that order, so a restart changes nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use qos_common::abi::{ALLOCATION_SLOTS, APPLICATION_SLOTS, PROVIDER_SLOTS};
 
@@ -56,35 +56,50 @@ impl SlotKind {
 /// The free slots of one kind.
 #[derive(Clone, Debug)]
 pub(super) struct FreeSlots {
-    /// By when they were freed (0: never used) and number.
-    queue: BTreeSet<(u64, u16)>,
-    /// When those that were used were freed.
+    last: u16,
+    /// A bit for each slot that is or was in use, slot zero among them.
+    touched: Vec<u64>,
+    /// Those that were in use and are free, by the count of releases.
+    queue: BTreeMap<u64, u16>,
+    /// The same, the other way round.
     freed: BTreeMap<u16, u64>,
-    /// Counts releases.
     releases: u64,
 }
 
 /// Two are equal that give out the same slots in the same order.
 impl PartialEq for FreeSlots {
     fn eq(&self, other: &Self) -> bool {
-        self.queue.iter().map(|(_, slot)| slot).eq(other.queue.iter().map(|(_, slot)| slot))
+        self.last == other.last
+            && self.touched == other.touched
+            && self.queue.values().eq(other.queue.values())
     }
 }
 
 impl FreeSlots {
     pub(super) fn new(kind: SlotKind) -> Self {
-        Self { queue: (1..=kind.last()).map(|slot| (0, slot)).collect(), freed: BTreeMap::new(), releases: 0 }
+        let last = kind.last();
+        let mut touched = vec![0; usize::from(last) / 64 + 1];
+        touched[0] = 1;
+        Self { last, touched, queue: BTreeMap::new(), freed: BTreeMap::new(), releases: 0 }
     }
 
     /// The slot that has been free for the longest; none: all are in use.
     pub(super) fn first(&self) -> Option<u16> {
-        self.queue.first().map(|(_, slot)| *slot)
+        let fresh = (0u16..).zip(&self.touched).find(|(_, word)| **word != u64::MAX);
+        fresh
+            .map(|(index, word)| index * 64 + word.trailing_ones() as u16)
+            .filter(|slot| *slot <= self.last)
+            .or_else(|| self.queue.values().next().copied())
     }
 
     /// Takes a slot out; one that is not free stays as it is.
     pub(super) fn take(&mut self, slot: u16) {
-        let freed = self.freed.remove(&slot).unwrap_or(0);
-        self.queue.remove(&(freed, slot));
+        if let Some(release) = self.freed.remove(&slot) {
+            self.queue.remove(&release);
+        }
+        if let Some(word) = self.touched.get_mut(usize::from(slot / 64)) {
+            *word |= 1 << (slot % 64);
+        }
     }
 
     /// Puts a slot behind all others.
@@ -92,12 +107,15 @@ impl FreeSlots {
         self.take(slot);
         self.releases += 1;
         self.freed.insert(slot, self.releases);
-        self.queue.insert((self.releases, slot));
+        self.queue.insert(self.releases, slot);
     }
 
     #[cfg(test)]
-    pub(super) fn numbers(&self) -> BTreeSet<u16> {
-        self.queue.iter().map(|(_, slot)| *slot).collect()
+    pub(super) fn taken(&self) -> std::collections::BTreeSet<u16> {
+        (1..=self.last)
+            .filter(|slot| self.touched[usize::from(slot / 64)] >> (slot % 64) & 1 == 1)
+            .filter(|slot| !self.freed.contains_key(slot))
+            .collect()
     }
 }
 

@@ -312,7 +312,7 @@ impl Index {
     fn new(network: &Network) -> Self {
         let mut link = Directed::<Load>::default();
         for direction in Direction::BOTH {
-            link.get_mut(direction).add(&Share::of_default(network, direction));
+            link.get_mut(direction).add(&Share::of_default(network));
         }
         Self {
             link,
@@ -356,8 +356,8 @@ impl Index {
     fn add_session(&mut self, network: &Network, session: &Session) {
         let line = self.lines.entry(session.name.clone()).or_default();
         for direction in Direction::BOTH {
-            line.load.get_mut(direction).add(&Share::of_rest(network, session, direction, true));
-            self.link.get_mut(direction).add(&Share::of_rest(network, session, direction, false));
+            line.load.get_mut(direction).add(&Share::of_rest(network, session, true));
+            self.link.get_mut(direction).add(&Share::of_rest(network, session, false));
         }
         for prefix in &session.addresses {
             let (v4, first, last) = span(prefix);
@@ -369,7 +369,7 @@ impl Index {
     fn remove_session(&mut self, network: &Network, session: &Session) {
         self.lines.remove(&session.name);
         for direction in Direction::BOTH {
-            self.link.get_mut(direction).remove(&Share::of_rest(network, session, direction, false));
+            self.link.get_mut(direction).remove(&Share::of_rest(network, session, false));
         }
         for prefix in &session.addresses {
             let (v4, first, _) = span(prefix);

@@ -25,8 +25,6 @@ use std::time::{Duration, Instant};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 
-pub use self::class::{REST_RATE, UNGUARANTEED_RATE, burst_bytes};
-
 use self::change::{Change, changes};
 use self::class::{Class, DEFAULT, Discipline, Kind, Queue, ROOT};
 use self::message::{Found, Qdisc};
@@ -61,7 +59,7 @@ pub enum LeafQueue {
 /// HTB on one interface.
 ///
 /// Of the 8 priorities of allocations the last two, 6 and 7, are served alike: HTB has 8, and one of
-/// them is the rest's. What a tree needs beyond the guarantees is [`REST_RATE`] for each line.
+/// them is the rest's. What a tree needs beyond the guarantees is [`crate::manager::capacity::REST_RATE`] for each line.
 #[derive(Debug)]
 pub struct Htb {
     interface: String,

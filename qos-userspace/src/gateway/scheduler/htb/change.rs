@@ -224,9 +224,10 @@ mod tests {
     use proptest::prelude::*;
     use qos_common::length::LinkLayer;
 
-    use super::super::class::{Kind, REST_RATE, UNGUARANTEED_RATE, classes};
+    use super::super::class::{Kind, classes};
     use super::*;
     use crate::gateway::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Tree};
+    use crate::manager::capacity::{REST_RATE, UNGUARANTEED_RATE};
 
     /// A valid tree: each line's guarantees and rest within its rate, all within the link.
     fn tree() -> impl Strategy<Value = Tree> {

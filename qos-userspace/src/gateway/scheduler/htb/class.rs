@@ -23,6 +23,7 @@ use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
 
 use crate::domain::units::BitsPerSecond;
 use crate::gateway::scheduler::{AllocationSlot, LineClass, LineSlot, Tree};
+use crate::manager::capacity::{REST_RATE, UNGUARANTEED_RATE, class_burst};
 
 /// Major number of our root, of all its classes, and by which it is known as ours.
 pub(super) const ROOT: u16 = 0x5150;
@@ -32,19 +33,6 @@ const FIRST_LINE: u16 = 0x10;
 const FIRST_LEAF: u16 = 0x4000;
 const LAST_LINE_SLOT: u16 = 8_000;
 const LAST_LEAF_SLOT: u16 = 0x3fff;
-
-/// What a line's rest and the default class are sure of: one full packet in 1.5 s, so that a
-/// connection survives (and can report) any overload, while 100 lines cost less than 1 Mbit/s.
-pub const REST_RATE: BitsPerSecond = BitsPerSecond(8_000);
-
-/// Rate of an allocation without a guarantee: HTB takes no class without a rate. One full packet in
-/// 24 s, so that thousands of them don't eat into what others are guaranteed, and below the 60 s in
-/// tokens after which HTB forgets what a class owes.
-pub const UNGUARANTEED_RATE: BitsPerSecond = BitsPerSecond(512);
-
-/// Time that a class may run ahead of its rate. HTB's watchdog is a high-resolution timer whose
-/// softirq comes up to some 100 µs late on a busy CPU; what it is late beyond the burst is lost.
-const BURST_NS: u64 = 1_000_000;
 
 /// Bytes that equal classes send in turn. Not below the largest super-packet (64 KiB and the headers
 /// of its segments): HTB takes a packet's length from the class's deficit, adds one quantum and never
@@ -163,14 +151,6 @@ impl Class {
     }
 }
 
-/// Bytes that HTB may send ahead of `rate`: one largest packet or 1 ms, whichever is more.
-///
-/// `largest` is the length of the largest packet as the class charges it.
-#[must_use]
-pub fn burst_bytes(rate: BitsPerSecond, largest: u32) -> u64 {
-    rate.bytes_in(BURST_NS).max(u64::from(largest))
-}
-
 /// Class number of a line's inner class.
 pub(super) fn line_minor(slot: LineSlot) -> u16 {
     FIRST_LINE.wrapping_add(slot.0.wrapping_mul(2))
@@ -277,7 +257,7 @@ fn class(
         if framing.layer == LinkLayer::Ptm { (bytes * 64 / 65).max(1) } else { bytes }
     };
     let ticks = |rate| {
-        let nanoseconds = u128::from(burst_bytes(rate, framing.largest)) * 1_000_000_000
+        let nanoseconds = u128::from(class_burst(rate, framing.largest)) * 1_000_000_000
             / u128::from(bytes_per_second(rate));
         nanoseconds.div_ceil(64).min(u128::from(u32::MAX)) as u32
     };
@@ -524,7 +504,7 @@ mod tests {
         assert_eq!(by(1).buffer, 1_000_000 / 64);
         assert_eq!(by(0x4001).buffer, (1_514_u32 * 1_600).div_ceil(64));
         assert_eq!(by(0x13).buffer, 1_514_000_000 / 64);
-        assert_eq!(burst_bytes(BitsPerSecond(20 * MEGABIT), 1_514), 2_500);
+        assert_eq!(class_burst(BitsPerSecond(20 * MEGABIT), 1_514), 2_500);
     }
 
     #[test]

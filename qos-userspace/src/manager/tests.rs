@@ -1,0 +1,1213 @@
+//! What is decided: case by case, and over generated histories.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use jiff::{SignedDuration, Timestamp};
+use proptest::prelude::*;
+
+use super::state::rules;
+use super::{
+    Change, Command, Decision, GrantRequest, LevelRequest, LineSide, Network, NewProvider, NewSession,
+    Refusal, RefusalCode, SlotKind, State, capacity, decide,
+};
+use crate::domain::{
+    Allocation, AllocationId, BitsPerSecond, ByteCount, Directed, Direction, Enforcement, Level, LinkLayer,
+    Name, Profile, ProviderKind, Status, selector,
+};
+
+pub(crate) fn network() -> Network {
+    Network {
+        link: Directed { up: rate("1gbit"), down: rate("1gbit") },
+        line_side: LineSide::Lan,
+        soft_share: 0.95,
+        mtu: 1_500,
+        require_session: false,
+    }
+}
+
+fn name(text: &str) -> Name {
+    text.parse().unwrap()
+}
+
+fn rate(text: &str) -> BitsPerSecond {
+    text.parse().unwrap()
+}
+
+fn now() -> Timestamp {
+    "2026-01-01T00:00:00Z".parse().unwrap()
+}
+
+fn provider(text: &str, kind: ProviderKind, networks: &[&str]) -> NewProvider {
+    NewProvider {
+        name: name(text),
+        kind,
+        networks: networks.iter().map(|network| network.parse().unwrap()).collect(),
+        aggregate: Directed::default(),
+    }
+}
+
+fn session(text: &str, addresses: &[&str], down: &str, up: &str) -> NewSession {
+    NewSession {
+        name: name(text),
+        addresses: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        rate: Directed { up: rate(up), down: rate(down) },
+        link_layer: LinkLayer::Ethernet,
+        overhead: None,
+        delay_us: 0,
+        loss_ppm: 0,
+    }
+}
+
+fn request(provider: &str, flows: &str) -> GrantRequest {
+    GrantRequest {
+        provider: name(provider),
+        application: None,
+        selectors: selector::parse_flows(flows).unwrap(),
+        profile: None,
+        level: LevelRequest { priority: Some(2), ..LevelRequest::default() },
+        precedence: 0,
+        duration: None,
+    }
+}
+
+fn guaranteed(down: &str) -> LevelRequest {
+    LevelRequest { guaranteed: Directed { up: None, down: Some(rate(down)) }, ..LevelRequest::default() }
+}
+
+fn carry_out(state: &mut State, command: Command) -> Decision {
+    let decision = decide(state, &command, now()).unwrap_or_else(|refusal| panic!("{command:?}: {refusal}"));
+    for change in &decision.changes {
+        state.apply(change);
+    }
+    decision
+}
+
+fn grant(state: &mut State, request: GrantRequest) -> Allocation {
+    let decision = carry_out(state, Command::Grant(Box::new(request)));
+    let [Change::PutAllocation(allocation)] = &decision.changes[..] else { panic!("{decision:?}") };
+    allocation.clone()
+}
+
+fn warnings(state: &State, request: GrantRequest) -> Vec<String> {
+    decide(state, &Command::Grant(Box::new(request)), now()).unwrap().warnings
+}
+
+fn refused(state: &State, command: Command) -> Refusal {
+    match decide(state, &command, now()) {
+        Ok(decision) => panic!("{command:?} was granted: {decision:?}"),
+        Err(refusal) => refusal,
+    }
+}
+
+fn refused_grant(state: &State, request: GrantRequest) -> Refusal {
+    refused(state, Command::Grant(Box::new(request)))
+}
+
+/// Providers of both kinds, a 20/5 Mbit/s line and a slower one that loses packets, a profile; and
+/// the changes that made it.
+pub(crate) fn town() -> (State, Vec<Change>) {
+    let slow = NewSession {
+        loss_ppm: 2_000,
+        delay_us: 8_000,
+        ..session("dsl-2", &["192.0.2.2/32"], "2mbit", "500kbit")
+    };
+    let guaranteed = Directed { up: None, down: Some(rate("1mbit")) };
+    let voice = Profile {
+        name: name("voice"),
+        level: Level { guaranteed, loss: Some(0.1 + 0.2), priority: 1, ..Level::default() },
+    };
+    let acme = provider("acme", ProviderKind::Application, &["198.51.100.0/24", "2001:db8:a::/48"]);
+    let isp = provider("isp", ProviderKind::Network, &["192.0.2.0/24", "2001:db8:b::/48"]);
+    let line = session("dsl-1", &["192.0.2.1/32", "2001:db8:b:1::/64"], "20mbit", "5mbit");
+    let mut state = State::new(network());
+    let changes = [
+        Command::AddProvider(acme),
+        Command::AddProvider(isp),
+        Command::AddApplication { provider: name("acme"), name: name("video") },
+        Command::AddSession(line),
+        Command::AddSession(slow),
+        Command::PutProfile(voice),
+    ]
+    .into_iter()
+    .flat_map(|command| carry_out(&mut state, command).changes)
+    .collect();
+    (state, changes)
+}
+
+/// A small grant on line dsl-1, another one for each `number`.
+pub(crate) fn grant_on_line(number: u32) -> Command {
+    Command::Grant(Box::new(GrantRequest {
+        level: guaranteed("2kbit"),
+        duration: Some(SignedDuration::from_hours(1)),
+        application: (number % 2 == 0).then(|| name("video")),
+        ..request("acme", &format!("down udp from 198.51.100.0/24:{} to 192.0.2.1", number + 1))
+    }))
+}
+
+const TO_DSL_1: &str = "down udp from 198.51.100.0/24 to 192.0.2.1";
+
+#[test]
+fn a_grant_has_its_defaults_filled_in() {
+    let mut state = town().0;
+    let level = LevelRequest {
+        guaranteed: Directed { up: Some(rate("1mbit")), down: Some(rate("8mbit")) },
+        maximum: Directed { up: None, down: Some(rate("10mbit")) },
+        ..LevelRequest::default()
+    };
+    let duration = Some(SignedDuration::from_hours(1));
+    let flows = "between 192.0.2.1 and 198.51.100.0/24 udp";
+    let asked = GrantRequest { level, duration, application: Some(name("video")), ..request("acme", flows) };
+    let granted = grant(&mut state, asked);
+    assert_eq!(granted.id, AllocationId(1));
+    assert_eq!(granted.session, Some(name("dsl-1")));
+    assert_eq!(granted.status, Status::Available);
+    assert_eq!(granted.expires_at, Some("2026-01-01T01:00:00Z".parse().unwrap()));
+    // 25 ms at 8 Mbit/s; two packets where that is more.
+    assert_eq!(granted.level.burst, Directed { up: Some(ByteCount(3_125)), down: Some(ByteCount(25_000)) });
+    assert_eq!(granted.level.maximum.up, None);
+    assert_eq!(granted.level.enforcement, Enforcement::Shape);
+    assert_eq!(granted.level.priority, 4);
+    assert!(granted.delay_bound_us.down.is_some() && granted.delay_bound_us.up.is_none());
+    assert_eq!(state.delay_bound_us(&granted), granted.delay_bound_us);
+    assert_eq!(state.allocations.len(), 1);
+}
+
+#[test]
+fn what_is_said_goes_before_the_profile() {
+    let mut state = town().0;
+    let profile = Some(name("voice"));
+    let plain = GrantRequest {
+        profile: profile.clone(),
+        level: LevelRequest::default(),
+        ..request("acme", TO_DSL_1)
+    };
+    let granted = grant(&mut state, plain);
+    assert_eq!((granted.level.guaranteed.down, granted.level.priority), (Some(rate("1mbit")), 1));
+    let level = LevelRequest { priority: Some(3), ..guaranteed("2mbit") };
+    let changed = GrantRequest { profile, level, precedence: 1, ..request("acme", TO_DSL_1) };
+    let granted = grant(&mut state, changed);
+    assert_eq!((granted.level.guaranteed.down, granted.level.priority), (Some(rate("2mbit")), 3));
+    // A profile that is removed or changed leaves what was granted alone.
+    carry_out(&mut state, Command::RemoveProfile { name: name("voice") });
+    assert_eq!(state.allocations.len(), 2);
+}
+
+#[test]
+fn bad_requests_are_refused_with_field_and_value() {
+    use RefusalCode::{Forbidden, InsufficientCapacity, Invalid, NotFound};
+    let state = town().0;
+    let base = || request("acme", TO_DSL_1);
+    let level = |level: LevelRequest| GrantRequest { level, ..base() };
+    let lasting = |seconds| GrantRequest { duration: Some(SignedDuration::from_secs(seconds)), ..base() };
+    let flows = |text: &str| GrantRequest { selectors: selector::parse_flows(text).unwrap(), ..base() };
+    let maximum = |down: &str| LevelRequest {
+        maximum: Directed { up: None, down: Some(rate(down)) },
+        ..LevelRequest::default()
+    };
+    let burst = |bytes| LevelRequest {
+        burst: Directed { up: None, down: Some(ByteCount(bytes)) },
+        ..guaranteed("1mbit")
+    };
+    let by_hand = |selector| GrantRequest { selectors: vec![selector], ..base() };
+    let selector: selector::Selector = TO_DSL_1.parse().unwrap();
+    let cases: Vec<(GrantRequest, RefusalCode, &str, &str, &str)> = vec![
+        (request("acne", TO_DSL_1), NotFound, "provider", "acne", "did you mean acme?"),
+        (
+            GrantRequest { application: Some(name("vidoe")), ..base() },
+            NotFound,
+            "application",
+            "vidoe",
+            "did you mean video?",
+        ),
+        (
+            GrantRequest { profile: Some(name("gold")), ..base() },
+            NotFound,
+            "profile",
+            "gold",
+            "there is no profile gold",
+        ),
+        (GrantRequest { selectors: vec![], ..base() }, Invalid, "selectors", "nothing", "name a selector"),
+        (
+            GrantRequest { selectors: vec![selector.clone(); 2], ..base() },
+            Invalid,
+            "selectors[1]",
+            "`down udp from 198.51.100.0/24 to 192.0.2.1`",
+            "repeats selectors[0]",
+        ),
+        (
+            GrantRequest { selectors: vec![selector.clone(); 5_000], ..base() },
+            Invalid,
+            "selectors",
+            "5000",
+            "4096 at most",
+        ),
+        (
+            by_hand(selector::Selector {
+                source: Some("198.51.100.1/24".parse().unwrap()),
+                ..selector.clone()
+            }),
+            Invalid,
+            "selectors[0].source",
+            "198.51.100.1/24",
+            "did you mean 198.51.100.0/24?",
+        ),
+        (
+            by_hand(selector::Selector { dscp: Some(64), ..selector.clone() }),
+            Invalid,
+            "selectors[0].dscp",
+            "64",
+            "0 to 63",
+        ),
+        (
+            flows("down from 203.0.113.0/24 to 192.0.2.1"),
+            Forbidden,
+            "selectors[0].source",
+            "203.0.113.0/24",
+            "networks of provider acme: 198.51.100.0/24",
+        ),
+        (flows("down to 192.0.2.1"), Forbidden, "selectors[0].source", "any address", "is not within"),
+        (
+            flows("down from 198.51.0.0/16 to 192.0.2.1"),
+            Forbidden,
+            "selectors[0].source",
+            "198.51.0.0/16",
+            "is not within",
+        ),
+        (
+            flows("from 198.51.100.0/24"),
+            Forbidden,
+            "selectors[0].destination",
+            "any address",
+            "say up or down, or between",
+        ),
+        (
+            request("isp", "down from 198.51.100.0/24 to 203.0.113.9"),
+            Forbidden,
+            "selectors[0].destination",
+            "203.0.113.9/32",
+            "provider isp",
+        ),
+        (level(LevelRequest::default()), Invalid, "level", "nothing", "name a guaranteed"),
+        (
+            level(LevelRequest { loss: Some(0.1), ..LevelRequest::default() }),
+            Invalid,
+            "level",
+            "nothing",
+            "name a guaranteed",
+        ),
+        (level(guaranteed("0")), Invalid, "level.guaranteed.down", "0 bit/s", "is zero"),
+        (level(maximum("0")), Invalid, "level.maximum.down", "0 bit/s", "is zero"),
+        (level(guaranteed("999")), Invalid, "level.guaranteed.down", "999 bit/s", "1 kbit/s to 400 Gbit/s"),
+        (level(maximum("401gbit")), Invalid, "level.maximum.down", "401 Gbit/s", "1 kbit/s to 400 Gbit/s"),
+        (
+            level(guaranteed("2gbit")),
+            InsufficientCapacity,
+            "level.guaranteed.down",
+            "2 Gbit/s",
+            "line dsl-1 downstream: asked 2 Gbit/s, left 19.992 Mbit/s",
+        ),
+        (
+            level(LevelRequest {
+                maximum: Directed { up: None, down: Some(rate("1mbit")) },
+                ..guaranteed("2mbit")
+            }),
+            Invalid,
+            "level.guaranteed.down",
+            "2 Mbit/s",
+            "above the maximum of 1 Mbit/s",
+        ),
+        (
+            level(LevelRequest {
+                guaranteed: Directed { up: Some(rate("1mbit")), down: None },
+                ..LevelRequest::default()
+            }),
+            Invalid,
+            "level.guaranteed.up",
+            "1 Mbit/s",
+            "no selector matches",
+        ),
+        (
+            level(LevelRequest { priority: Some(8), ..LevelRequest::default() }),
+            Invalid,
+            "level.priority",
+            "8",
+            "0 (first) to 7",
+        ),
+        (
+            level(LevelRequest { dscp: Some(64), ..LevelRequest::default() }),
+            Invalid,
+            "level.dscp",
+            "64",
+            "0 to 63",
+        ),
+        (level(burst(0)), Invalid, "level.burst.down", "0 B", "less than one packet"),
+        (level(burst(1 << 50)), Invalid, "level.burst.down", "1125.9 TB", "the largest at"),
+        (
+            level(LevelRequest {
+                burst: Directed { up: None, down: Some(ByteCount(9_000)) },
+                priority: Some(1),
+                ..LevelRequest::default()
+            }),
+            Invalid,
+            "level.burst.down",
+            "9 kB",
+            "no guaranteed or maximum rate",
+        ),
+        (
+            level(LevelRequest { delay_us: Some(0), ..guaranteed("1mbit") }),
+            Invalid,
+            "level.delay_us",
+            "0",
+            "is zero",
+        ),
+        (
+            level(LevelRequest { delay_us: Some(9_000), ..maximum("1mbit") }),
+            Invalid,
+            "level.delay_us",
+            "9000",
+            "guaranteed traffic only",
+        ),
+        (
+            level(LevelRequest { delay_us: Some(900), ..guaranteed("1mbit") }),
+            InsufficientCapacity,
+            "level.delay_us",
+            "900",
+            "line dsl-1 downstream: asked a delay of 900 µs",
+        ),
+        (
+            level(LevelRequest { loss: Some(1.5), ..guaranteed("1mbit") }),
+            Invalid,
+            "level.loss",
+            "1.5",
+            "0 to 1",
+        ),
+        (
+            level(LevelRequest { loss: Some(f64::NAN), ..guaranteed("1mbit") }),
+            Invalid,
+            "level.loss",
+            "NaN",
+            "0 to 1",
+        ),
+        (
+            GrantRequest {
+                level: LevelRequest { loss: Some(0.001), ..guaranteed("1mbit") },
+                ..flows("down from 198.51.100.7 to 192.0.2.2")
+            },
+            InsufficientCapacity,
+            "level.loss",
+            "0.001",
+            "line dsl-2: asked a loss of at most 0.001, the line loses 0.002",
+        ),
+        (lasting(0), Invalid, "duration", "0s", "ends before it begins"),
+        (lasting(-3_600), Invalid, "duration", "1h ago", "ends before it begins"),
+        (lasting(101 * 366 * 86_400), Invalid, "duration", "887184h", "longer than 100 years"),
+        (lasting(i64::MAX), Invalid, "duration", "2562047788015215h 30m 7s", "longer than 100 years"),
+    ];
+    for (asked, code, field, value, said) in cases {
+        let refusal = refused_grant(&state, asked);
+        let found = (refusal.code, refusal.field.as_deref(), refusal.value.as_deref());
+        assert_eq!(found, (code, Some(field), Some(value)), "{refusal}");
+        assert!(refusal.message.contains(said), "{refusal}");
+    }
+}
+
+#[test]
+fn an_allocation_is_for_one_line_or_for_the_link() {
+    let mut state = town().0;
+    let flows = |texts: &[&str]| GrantRequest {
+        selectors: texts.iter().flat_map(|text| selector::parse_flows(text).unwrap()).collect(),
+        ..request("acme", TO_DSL_1)
+    };
+    let both = flows(&["down from 198.51.100.7 to 192.0.2.1", "down from 198.51.100.7 to 192.0.2.2"]);
+    let refusal = refused_grant(&state, both);
+    assert_eq!(refusal.field.as_deref(), Some("selectors[1].destination"));
+    assert!(refusal.message.contains("is on line dsl-2, selectors before it are on line dsl-1"), "{refusal}");
+    let mixed = flows(&["down from 198.51.100.7", "down from 198.51.100.7 to 192.0.2.2"]);
+    assert!(refused_grant(&state, mixed).message.contains("no single line"));
+
+    // Both families of one line.
+    let one = grant(
+        &mut state,
+        flows(&["down from 198.51.100.7 to 192.0.2.1", "down from 2001:db8:a::/48 to 2001:db8:b:1::7"]),
+    );
+    assert_eq!(one.session, Some(name("dsl-1")));
+    let wide = flows(&["down from 198.51.100.7 to 192.0.2.0/24"]);
+    assert!(warnings(&state, wide.clone()).iter().any(|text| text.contains("held on the link only")));
+    assert_eq!(grant(&mut state, wide).session, None);
+
+    state.network.require_session = true;
+    for (text, value) in [
+        ("down from 198.51.100.8", "any address"),
+        ("down from 198.51.100.8 to 192.0.2.9", "192.0.2.9/32"),
+        ("down from 198.51.100.8 to 192.0.2.0/24", "192.0.2.0/24"),
+    ] {
+        let refusal = refused_grant(&state, flows(&[text]));
+        assert_eq!(
+            (refusal.code, refusal.value.as_deref()),
+            (RefusalCode::NotFound, Some(value)),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
+fn capacity_is_given_out_once() {
+    let mut state = town().0;
+    let asked = |flows: &str, down: &str| GrantRequest { level: guaranteed(down), ..request("acme", flows) };
+    grant(&mut state, asked("down from 198.51.100.1 to 192.0.2.1", "7.492mbit"));
+    let refusal = refused_grant(&state, asked("down from 198.51.100.2 to 192.0.2.1", "20mbit"));
+    assert_eq!(refusal.message, "line dsl-1 downstream: asked 20 Mbit/s, left 12.5 Mbit/s");
+    assert_eq!(refusal.value.as_deref(), Some("20 Mbit/s"));
+    let all = grant(&mut state, asked("down from 198.51.100.2 to 192.0.2.1", "12.5mbit"));
+    assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream), rate("0"));
+    assert_eq!(state.line_rate(&name("dsl-1"), Direction::Downstream), rate("20mbit"));
+    assert_eq!(
+        refused_grant(&state, request("acme", "down from 198.51.100.3 to 192.0.2.1")).message,
+        "line dsl-1 downstream: asked 512 bit/s, left 0 bit/s"
+    );
+    carry_out(&mut state, Command::Revoke { id: all.id });
+    assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream), rate("12.5mbit"));
+    grant(&mut state, request("acme", "down from 198.51.100.3 to 192.0.2.1"));
+    assert!(state.broken_promises().is_empty());
+
+    // The link: what is left of 1 Gbit/s after 7.492 Mbit/s, three rests and a class without a guarantee.
+    let refusal = refused_grant(&state, asked("down from 198.51.100.9", "1gbit"));
+    assert_eq!(refusal.message, "link downstream: asked 1 Gbit/s, left 992.483 Mbit/s");
+}
+
+#[test]
+fn a_provider_stays_within_its_aggregate() {
+    let mut state = town().0;
+    let aggregate = Directed { up: None, down: Some(rate("10mbit")) };
+    let new = NewProvider { aggregate, ..provider("tiny", ProviderKind::Application, &["203.0.113.0/24"]) };
+    carry_out(&mut state, Command::AddProvider(new));
+    let asked = |flows: &str, down: &str| GrantRequest { level: guaranteed(down), ..request("tiny", flows) };
+    grant(&mut state, asked("down from 203.0.113.1 to 192.0.2.1", "6mbit"));
+    assert_eq!(
+        refused_grant(&state, asked("down from 203.0.113.2 to 192.0.2.1", "5mbit")).message,
+        "aggregate of provider tiny downstream: asked 5 Mbit/s, left 4 Mbit/s"
+    );
+    let level =
+        LevelRequest { maximum: Directed { up: None, down: Some(rate("15mbit")) }, ..guaranteed("1mbit") };
+    let found =
+        warnings(&state, GrantRequest { level, ..request("tiny", "down from 203.0.113.3 to 192.0.2.1") });
+    assert_eq!(
+        found,
+        ["downstream: the maximum of 15 Mbit/s can't be reached, the provider's aggregate has 10 Mbit/s"]
+    );
+}
+
+#[test]
+fn out_of_the_line_a_guarantee_is_soft() {
+    let state = town().0;
+    let level = LevelRequest {
+        guaranteed: Directed { up: Some(rate("1mbit")), down: None },
+        ..LevelRequest::default()
+    };
+    let up = |level| GrantRequest { level, ..request("acme", "up from 192.0.2.1 to 198.51.100.7") };
+    assert_eq!(
+        warnings(&state, up(level.clone())),
+        ["upstream: the guarantee is soft, the gateway does not send into the line"]
+    );
+    let refusal = refused_grant(&state, up(LevelRequest { hard: Some(true), ..level.clone() }));
+    assert_eq!(
+        (refusal.code, refusal.field.as_deref()),
+        (RefusalCode::InsufficientCapacity, Some("level.hard"))
+    );
+    let refusal = refused_grant(&state, up(LevelRequest { delay_us: Some(50_000), ..level.clone() }));
+    assert_eq!(refusal.field.as_deref(), Some("level.delay_us"));
+    // 95 % of 5 Mbit/s, less 8 kbit/s for the rest.
+    let level = LevelRequest {
+        guaranteed: Directed { up: Some(rate("4.8mbit")), down: None },
+        ..LevelRequest::default()
+    };
+    assert_eq!(
+        refused_grant(&state, up(level)).message,
+        "line dsl-1 upstream: asked 4.8 Mbit/s, left 4.742 Mbit/s"
+    );
+
+    // At the subscriber's end it is the other way round.
+    let mut state = State::new(Network { line_side: LineSide::Wan, ..network() });
+    carry_out(
+        &mut state,
+        Command::AddProvider(provider("acme", ProviderKind::Application, &["198.51.100.0/24"])),
+    );
+    carry_out(&mut state, Command::AddSession(session("dsl-1", &["192.0.2.1/32"], "20mbit", "5mbit")));
+    let level = LevelRequest {
+        guaranteed: Directed { up: Some(rate("4.9mbit")), down: None },
+        hard: Some(true),
+        delay_us: Some(50_000),
+        ..LevelRequest::default()
+    };
+    let granted = grant(&mut state, up(level));
+    assert!(granted.delay_bound_us.up.is_some_and(|bound| bound <= 50_000));
+}
+
+#[test]
+fn a_granted_delay_budget_is_not_broken_by_later_grants() {
+    let mut state = town().0;
+    let asked = |host: u8, level| GrantRequest {
+        level,
+        ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"))
+    };
+    let urgent = LevelRequest { delay_us: Some(10_000), priority: Some(0), ..guaranteed("2mbit") };
+    let first = grant(&mut state, asked(1, urgent));
+    assert!(first.delay_bound_us.down.unwrap() <= 10_000);
+
+    // A lower priority's burst is not waited for, one of the same is.
+    let bursty = |priority| LevelRequest {
+        burst: Directed { up: None, down: Some(ByteCount(100_000)) },
+        priority: Some(priority),
+        ..guaranteed("2mbit")
+    };
+    let refusal = refused_grant(&state, asked(2, bursty(0)));
+    assert_eq!(
+        (refusal.code, refusal.field.as_deref()),
+        (RefusalCode::InsufficientCapacity, Some("level.burst.down"))
+    );
+    assert!(
+        refusal.message.contains("would break the delay budget of allocation 1: 10000 µs were promised"),
+        "{refusal}"
+    );
+    grant(&mut state, asked(2, bursty(1)));
+
+    // Every class may have a packet and HTB's burst under way: some day one is too many.
+    let mut refusal = None;
+    for host in 3..50 {
+        let asked = asked(host, LevelRequest { priority: Some(7), ..LevelRequest::default() });
+        match decide(&state, &Command::Grant(Box::new(asked)), now()) {
+            Ok(decision) => decision.changes.iter().for_each(|change| state.apply(change)),
+            Err(refused) => {
+                refusal = Some(refused);
+                break;
+            }
+        }
+        let bound = state.delay_bound_us(&first).down.unwrap();
+        assert!(bound <= 10_000, "{bound}");
+    }
+    let refusal = refusal.expect("a refusal");
+    assert!(refusal.message.contains("would break the delay budget of allocation 1"), "{refusal}");
+    assert!(state.broken_promises().is_empty());
+
+    // Policed traffic without a guarantee has no class, and so adds no delay.
+    let policed = LevelRequest {
+        maximum: Directed { up: None, down: Some(rate("1mbit")) },
+        enforcement: Some(Enforcement::Police),
+        ..LevelRequest::default()
+    };
+    grant(&mut state, asked(99, policed));
+}
+
+#[test]
+fn a_delay_budget_holds_against_the_whole_link() {
+    // A slow link, so that other lines' classes are felt.
+    let mut state =
+        State::new(Network { link: Directed { up: rate("50mbit"), down: rate("50mbit") }, ..network() });
+    carry_out(
+        &mut state,
+        Command::AddProvider(provider("acme", ProviderKind::Application, &["198.51.100.0/24"])),
+    );
+    for line in 1..=4 {
+        carry_out(
+            &mut state,
+            Command::AddSession(session(
+                &format!("dsl-{line}"),
+                &[&format!("192.0.2.{line}/32")],
+                "40mbit",
+                "5mbit",
+            )),
+        );
+    }
+    let asked = |line: u8, host: u8, level| GrantRequest {
+        level,
+        ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.{line}"))
+    };
+    let urgent = LevelRequest { delay_us: Some(15_000), priority: Some(0), ..guaranteed("2mbit") };
+    let first = grant(&mut state, asked(1, 1, urgent));
+    let bursty = LevelRequest {
+        burst: Directed { up: None, down: Some(ByteCount(60_000)) },
+        priority: Some(0),
+        ..guaranteed("2mbit")
+    };
+    let refusal = refused_grant(&state, asked(2, 2, bursty));
+    assert!(refusal.message.contains("would break the delay budget of allocation 1"), "{refusal}");
+    let mut sessions = 4;
+    let refusal = loop {
+        sessions += 1;
+        assert!(sessions < 200, "a line more is always let in");
+        let new =
+            session(&format!("dsl-{sessions}"), &[&format!("192.0.2.{sessions}/32")], "40mbit", "5mbit");
+        match decide(&state, &Command::AddSession(new), now()) {
+            Ok(decision) => decision.changes.iter().for_each(|change| state.apply(change)),
+            Err(refusal) => break refusal,
+        }
+        assert!(state.delay_bound_us(&first).down.unwrap() <= 15_000);
+    };
+    assert!(refusal.message.contains("would break the delay budget of allocation 1"), "{refusal}");
+}
+
+#[test]
+fn selectors_that_meet_others_are_told_of() {
+    let mut state = town().0;
+    let asked = |flows: &str, precedence| GrantRequest { precedence, ..request("acme", flows) };
+    grant(&mut state, asked("down udp from 198.51.100.0/24", 5));
+    for (flows, precedence, said) in [
+        ("down udp from 198.51.100.0/24", 5, None),
+        ("down udp from 198.51.100.0/24", 4, None),
+        ("down udp from 198.51.100.0/24", 6, Some("goes, where they overlap, before allocation 1")),
+        ("down udp from 198.51.100.7", 5, Some("is hidden by allocation 1")),
+        ("down udp from 198.51.100.7", 6, Some("goes, where they overlap, before allocation 1")),
+        (
+            "down from 198.51.100.7 to 203.0.113.0/24",
+            0,
+            Some("gives way, where they overlap, to allocation 1"),
+        ),
+    ] {
+        let asked = asked(flows, precedence);
+        match said {
+            Some(said) => {
+                let found = warnings(&state, asked);
+                assert!(found.iter().any(|text| text.contains(said)), "{flows} {precedence}: {found:?}");
+            }
+            None => {
+                let refusal = refused_grant(&state, asked);
+                assert_eq!(
+                    (refusal.code, refusal.field.as_deref()),
+                    (RefusalCode::Conflict, Some("selectors[0]"))
+                );
+                assert!(refusal.message.contains("is a selector of allocation 1"), "{refusal}");
+            }
+        }
+    }
+    assert!(
+        !warnings(&state, asked("down tcp from 198.51.100.0/24", 0))
+            .iter()
+            .any(|text| text.contains("selectors[0]"))
+    );
+}
+
+#[test]
+fn warnings_say_what_will_not_come_true() {
+    let state = town().0;
+    let level = LevelRequest {
+        maximum: Directed { up: None, down: Some(rate("30mbit")) },
+        ..LevelRequest::default()
+    };
+    assert_eq!(
+        warnings(&state, GrantRequest { level, ..request("acme", TO_DSL_1) }),
+        ["downstream: the maximum of 30 Mbit/s can't be reached, the line dsl-1 has 20 Mbit/s"]
+    );
+    let level =
+        LevelRequest { priority: Some(0), enforcement: Some(Enforcement::Police), ..LevelRequest::default() };
+    let found = warnings(&state, GrantRequest { level, ..request("acme", TO_DSL_1) });
+    assert!(found[0].starts_with("downstream: priority 0 says nothing"), "{found:?}");
+    let fast = session("fibre", &["192.0.2.200/32"], "2gbit", "100mbit");
+    let found = decide(&state, &Command::AddSession(fast), now()).unwrap().warnings;
+    assert_eq!(found, ["line fibre downstream: 2 Gbit/s is above the link's 1 Gbit/s"]);
+}
+
+#[test]
+fn registrations_are_checked() {
+    use RefusalCode::{Conflict, Invalid, NotFound};
+    let mut state = town().0;
+    let granted =
+        grant(&mut state, GrantRequest { application: Some(name("video")), ..request("acme", TO_DSL_1) });
+    assert_eq!(granted.id.0, 1);
+    let kind = ProviderKind::Application;
+    let aggregate = |down: &str| NewProvider {
+        aggregate: Directed { up: None, down: Some(rate(down)) },
+        ..provider("new", kind, &["203.0.113.0/24"])
+    };
+    let line = |addresses: &[&str]| Command::AddSession(session("new", addresses, "10mbit", "1mbit"));
+    let with = |change: fn(&mut NewSession)| {
+        let mut new = session("new", &["203.0.113.1/32"], "10mbit", "1mbit");
+        change(&mut new);
+        Command::AddSession(new)
+    };
+    let profile = |level| Command::PutProfile(Profile { name: name("new"), level });
+    let cases: Vec<(Command, RefusalCode, &str, &str, &str)> = vec![
+        (
+            Command::AddProvider(provider("acme", kind, &["203.0.113.0/24"])),
+            Conflict,
+            "name",
+            "acme",
+            "already",
+        ),
+        (Command::AddProvider(provider("new", kind, &[])), Invalid, "networks", "nothing", "name a prefix"),
+        (
+            Command::AddProvider(provider("new", kind, &["203.0.113.9/24"])),
+            Invalid,
+            "networks[0]",
+            "203.0.113.9/24",
+            "did you mean 203.0.113.0/24?",
+        ),
+        (
+            Command::AddProvider(provider("new", kind, &["::ffff:203.0.113.9/128"])),
+            Invalid,
+            "networks[0]",
+            "::ffff:203.0.113.9/128",
+            "IPv4 address in IPv6 form",
+        ),
+        (
+            Command::AddProvider(provider("new", kind, &["203.0.113.0/24", "203.0.113.0/24"])),
+            Invalid,
+            "networks[1]",
+            "203.0.113.0/24",
+            "named twice",
+        ),
+        (Command::AddProvider(aggregate("0")), Invalid, "aggregate.down", "0 bit/s", "is zero"),
+        (Command::AddProvider(aggregate("500gbit")), Invalid, "aggregate.down", "500 Gbit/s", "400 Gbit/s"),
+        (Command::RemoveProvider { name: name("nobody") }, NotFound, "name", "nobody", "no provider nobody"),
+        (
+            Command::RemoveProvider { name: name("acme") },
+            Conflict,
+            "name",
+            "acme",
+            "in use by application video",
+        ),
+        (
+            Command::AddApplication { provider: name("nobody"), name: name("x") },
+            NotFound,
+            "provider",
+            "nobody",
+            "no provider",
+        ),
+        (
+            Command::AddApplication { provider: name("acme"), name: name("video") },
+            Conflict,
+            "name",
+            "video",
+            "already",
+        ),
+        (
+            Command::RemoveApplication { provider: name("acme"), name: name("games") },
+            NotFound,
+            "name",
+            "games",
+            "no application",
+        ),
+        (
+            Command::RemoveApplication { provider: name("acme"), name: name("video") },
+            Conflict,
+            "name",
+            "video",
+            "in use by allocation 1",
+        ),
+        (
+            Command::AddSession(session("dsl-1", &["203.0.113.1/32"], "1mbit", "1mbit")),
+            Conflict,
+            "name",
+            "dsl-1",
+            "already",
+        ),
+        (line(&[]), Invalid, "addresses", "nothing", "name a prefix"),
+        (line(&["203.0.113.1/24"]), Invalid, "addresses[0]", "203.0.113.1/24", "203.0.113.0/24"),
+        (
+            line(&["203.0.113.0/24", "203.0.113.7/32"]),
+            Invalid,
+            "addresses[1]",
+            "203.0.113.7/32",
+            "overlaps 203.0.113.0/24",
+        ),
+        (line(&["192.0.2.1/32"]), Conflict, "addresses[0]", "192.0.2.1/32", "session dsl-1"),
+        (
+            line(&["203.0.113.1/32", "192.0.2.0/24"]),
+            Conflict,
+            "addresses[1]",
+            "192.0.2.0/24",
+            "session dsl-2",
+        ),
+        (line(&["2001:db8:b:1::7/128"]), Conflict, "addresses[0]", "2001:db8:b:1::7/128", "session dsl-1"),
+        (with(|new| new.rate.up = BitsPerSecond(0)), Invalid, "rate.up", "0 bit/s", "is zero"),
+        (
+            with(|new| new.rate.down = BitsPerSecond(500_000_000_000)),
+            Invalid,
+            "rate.down",
+            "500 Gbit/s",
+            "400 Gbit/s",
+        ),
+        (with(|new| new.overhead = Some(300)), Invalid, "overhead", "300", "-64 to 256"),
+        (with(|new| new.loss_ppm = 1_000_001), Invalid, "loss_ppm", "1000001", "0 to 1000000"),
+        (Command::RemoveSession { name: name("dsl-9") }, NotFound, "name", "dsl-9", "did you mean dsl-1?"),
+        (Command::RemoveSession { name: name("dsl-1") }, Conflict, "name", "dsl-1", "in use by allocation 1"),
+        (profile(Level::default()), Invalid, "level", "nothing", "name a guaranteed"),
+        (
+            profile(Level { priority: 9, ..Level::default() }),
+            Invalid,
+            "level.priority",
+            "9",
+            "0 (first) to 7",
+        ),
+        (profile(Level { dscp: Some(70), ..Level::default() }), Invalid, "level.dscp", "70", "0 to 63"),
+        (Command::RemoveProfile { name: name("gold") }, NotFound, "name", "gold", "no profile gold"),
+        (Command::Revoke { id: AllocationId(7) }, NotFound, "id", "7", "was never granted"),
+    ];
+    for (command, code, field, value, said) in cases {
+        let refusal = refused(&state, command);
+        let found = (refusal.code, refusal.field.as_deref(), refusal.value.as_deref());
+        assert_eq!(found, (code, Some(field), Some(value)), "{refusal}");
+        assert!(refusal.message.contains(said), "{refusal}");
+    }
+    carry_out(&mut state, Command::Revoke { id: granted.id });
+    assert!(refused(&state, Command::Revoke { id: granted.id }).message.contains("has ended already"));
+    for command in [
+        Command::RemoveApplication { provider: name("acme"), name: name("video") },
+        Command::RemoveProvider { name: name("acme") },
+        Command::RemoveSession { name: name("dsl-1") },
+    ] {
+        carry_out(&mut state, command);
+    }
+}
+
+#[test]
+fn what_has_expired_ends() {
+    let mut state = town().0;
+    let lasting = |host: u8, seconds| GrantRequest {
+        duration: Some(SignedDuration::from_secs(seconds)),
+        ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"))
+    };
+    for (host, seconds) in [(1, 60), (2, 30), (3, 90)] {
+        grant(&mut state, lasting(host, seconds));
+    }
+    grant(&mut state, request("acme", "down from 198.51.100.9 to 192.0.2.1"));
+    let at = |seconds| now().checked_add(SignedDuration::from_secs(seconds)).unwrap();
+    assert_eq!(decide(&state, &Command::Expire, at(29)).unwrap().changes, []);
+    let ended = decide(&state, &Command::Expire, at(60)).unwrap().changes;
+    let found: Vec<_> = ended
+        .iter()
+        .map(|change| match change {
+            Change::EndAllocation(ended) => {
+                (ended.id.0, ended.status, ended.reason.as_deref(), ended.ended_at)
+            }
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let expected = |id| (id, Status::Unavailable, Some("expired"), Some(at(60)));
+    assert_eq!(found, [expected(2), expected(1)]);
+}
+
+#[test]
+fn full_maps_are_refused() {
+    let mut state = State::new(network());
+    for number in 1..=1_023 {
+        carry_out(
+            &mut state,
+            Command::AddProvider(provider(
+                &format!("p{number}"),
+                ProviderKind::Application,
+                &["0.0.0.0/0", "::/0"],
+            )),
+        );
+    }
+    let one_more = Command::AddProvider(provider("one-more", ProviderKind::Application, &["0.0.0.0/0"]));
+    let refusal = refused(&state, one_more.clone());
+    assert_eq!(
+        (refusal.code, refusal.message.as_str()),
+        (RefusalCode::InsufficientSlots, "all 1023 provider slots are in use")
+    );
+    carry_out(&mut state, Command::RemoveProvider { name: name("p77") });
+    carry_out(&mut state, one_more);
+    assert_eq!(state.providers[&name("one-more")].slot, 77);
+
+    // 4,096 selectors that are open in family and direction are all the rules there are.
+    let flows: Vec<_> = (0..4_096u16).map(|port| format!("udp to :{}", port + 1).parse().unwrap()).collect();
+    let asked = GrantRequest { selectors: flows, ..request("p1", "any") };
+    grant(&mut state, asked);
+    let refusal = refused_grant(&state, request("p1", "up tcp"));
+    assert_eq!(refusal.code, RefusalCode::InsufficientSlots);
+    assert!(
+        refusal.message.contains("2 more rules in the kernel, and 16384 of 16384 are in use"),
+        "{refusal}"
+    );
+
+    // The ninth prefix length of one family.
+    for length in 0..8 {
+        let address = format!("{}.0.0.0/{}", 100 + length, 32 - length);
+        carry_out(
+            &mut state,
+            Command::AddSession(session(&format!("s{length}"), &[&address], "1mbit", "1mbit")),
+        );
+    }
+    let refusal = refused(&state, Command::AddSession(session("s9", &["120.0.0.0/8"], "1mbit", "1mbit")));
+    assert_eq!(
+        (refusal.code, refusal.value.as_deref()),
+        (RefusalCode::InsufficientSlots, Some("120.0.0.0/8"))
+    );
+    carry_out(&mut state, Command::AddSession(session("s9", &["120.0.0.0/32"], "1mbit", "1mbit")));
+}
+
+#[test]
+fn slots_of_allocations_wait_their_turn() {
+    let mut state = town().0;
+    let asked = |host: u8| request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"));
+    let first = grant(&mut state, asked(1));
+    carry_out(&mut state, Command::Revoke { id: first.id });
+    let second = grant(&mut state, asked(1));
+    assert_eq!((first.slot, second.slot), (1, 2), "a freed slot is not given out at once");
+    assert_eq!(second.id.0, 2, "a number is never used twice");
+}
+
+#[test]
+fn a_configuration_that_shrank_is_told_of() {
+    let mut state = town().0;
+    grant(
+        &mut state,
+        GrantRequest {
+            level: LevelRequest { delay_us: Some(40_000), ..guaranteed("18mbit") },
+            ..request("acme", TO_DSL_1)
+        },
+    );
+    assert!(state.broken_promises().is_empty());
+    let mut smaller =
+        State::new(Network { link: Directed { up: rate("1gbit"), down: rate("10mbit") }, ..network() });
+    for change in everything(&state) {
+        smaller.apply(&change);
+    }
+    let broken = smaller.broken_promises();
+    assert_eq!(broken[0], "link downstream: 18.024 Mbit/s promised, 10 Mbit/s there");
+    assert!(broken[1].starts_with("allocation 1: a delay of 40000 µs promised"), "{broken:?}");
+    let refusal = refused_grant(
+        &smaller,
+        GrantRequest { level: guaranteed("1mbit"), ..request("acme", "down from 198.51.100.9 to 192.0.2.2") },
+    );
+    assert_eq!(refusal.message, "link downstream: asked 1 Mbit/s, left 0 bit/s");
+}
+
+/// Changes that make a state out of nothing.
+fn everything(state: &State) -> Vec<Change> {
+    let providers = state.providers.values().cloned().map(Change::PutProvider);
+    let applications = state.applications.values().cloned().map(Change::PutApplication);
+    let sessions = state.sessions.values().cloned().map(Change::PutSession);
+    let profiles = state.profiles.values().cloned().map(Change::PutProfile);
+    let allocations = state.allocations.values().cloned().map(Change::PutAllocation);
+    providers.chain(applications).chain(sessions).chain(profiles).chain(allocations).collect()
+}
+
+// Histories.
+
+/// A history over a small world, in which names, addresses and capacity meet often.
+pub(crate) fn any_history() -> impl Strategy<Value = Vec<Command>> {
+    let registered = (any_provider(1), any_provider(2), any_session(1), any_session(2), any_session(3));
+    (registered, prop::collection::vec(any_command(), 1..80)).prop_map(|((p1, p2, s1, s2, s3), commands)| {
+        [p1, p2, s1, s2, s3].into_iter().chain(commands).collect()
+    })
+}
+
+fn any_rate(weight: f64, rates: &'static [&'static str]) -> impl Strategy<Value = Option<BitsPerSecond>> {
+    prop::option::weighted(weight, prop::sample::select(rates).prop_map(rate))
+}
+
+fn any_rates(
+    weights: (f64, f64),
+    rates: &'static [&'static str],
+) -> impl Strategy<Value = Directed<Option<BitsPerSecond>>> {
+    (any_rate(weights.0, rates), any_rate(weights.1, rates)).prop_map(|(up, down)| Directed { up, down })
+}
+
+fn any_provider(number: u8) -> impl Strategy<Value = Command> {
+    let aggregate = any_rates((0.3, 0.3), &["3mbit", "8mbit", "30mbit"]);
+    (any::<bool>(), aggregate).prop_map(move |(application, aggregate)| {
+        let kind = if application { ProviderKind::Application } else { ProviderKind::Network };
+        let networks = &["0.0.0.0/0", "::/0"];
+        Command::AddProvider(NewProvider { aggregate, ..provider(&format!("p{number}"), kind, networks) })
+    })
+}
+
+fn any_session(number: u8) -> impl Strategy<Value = Command> {
+    let speed = [("20mbit", "5mbit"), ("8mbit", "2mbit"), ("30mbit", "30mbit"), ("640kbit", "64kbit")];
+    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>()).prop_map(
+        move |((down, up), slow, narrow)| {
+            let address = format!("10.0.0.{}/{}", 4 * number, if narrow { 32 } else { 30 });
+            Command::AddSession(NewSession {
+                delay_us: u32::from(slow) * 5_000,
+                link_layer: if slow { LinkLayer::Atm } else { LinkLayer::Ethernet },
+                ..session(&format!("s{number}"), &[&address, &format!("2001:db8:{number}::/48")], down, up)
+            })
+        },
+    )
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    let provider_name = || (1u8..=3).prop_map(|number| name(&format!("p{number}")));
+    let line = (1u8..=4, 1u16..=12, 0u8..8).prop_map(|(number, port, form)| {
+        let host = 4 * number;
+        match form {
+            0 => format!("between 10.0.0.{host} and 198.51.100.0/24:{port} tcp"),
+            1 => format!("between 10.0.0.{host} and any"),
+            2 => format!("up from 10.0.0.{host}/30 to :{port}"),
+            3 => format!("down from 2001:db8:ffff::/48 to 2001:db8:{number}::/48 dscp {port}"),
+            4 => format!("down from 198.51.100.{port}"),
+            5 => "any".to_owned(),
+            _ => format!("down udp from :{port} to 10.0.0.{host}"),
+        }
+    });
+    let rates = &["1kbit", "30kbit", "700kbit", "3mbit", "8mbit", "30mbit"];
+    let level = (
+        any_rates((0.2, 0.7), rates),
+        any_rates((0.1, 0.2), rates),
+        prop::option::of(0u8..=7),
+        prop::option::weighted(0.2, prop::sample::select(&[6_000u32, 15_000, 40_000, 400_000])),
+        any::<bool>(),
+        prop::option::weighted(0.2, prop::sample::select(&[1_500u64, 20_000])),
+    )
+        .prop_map(|(guaranteed, maximum, priority, delay_us, police, burst)| LevelRequest {
+            guaranteed,
+            maximum,
+            priority,
+            delay_us,
+            burst: Directed { up: None, down: burst.map(ByteCount) },
+            enforcement: police.then_some(Enforcement::Police),
+            ..LevelRequest::default()
+        });
+    let lasting = prop::option::of(1i64..100);
+    let granted = (provider_name(), line, level, 0u16..3, lasting).prop_map(
+        |(provider, flows, level, precedence, seconds)| {
+            let duration = seconds.map(SignedDuration::from_secs);
+            let asked = GrantRequest { level, precedence, duration, ..request(provider.as_str(), &flows) };
+            Command::Grant(Box::new(asked))
+        },
+    );
+    prop_oneof![
+        1 => (1u8..=3).prop_flat_map(any_provider),
+        1 => provider_name().prop_map(|name| Command::RemoveProvider { name }),
+        1 => provider_name().prop_map(|provider| Command::AddApplication { provider, name: name("app") }),
+        1 => provider_name().prop_map(|provider| Command::RemoveApplication { provider, name: name("app") }),
+        1 => (1u8..=4).prop_flat_map(any_session),
+        1 => (1u8..=4).prop_map(|number| Command::RemoveSession { name: name(&format!("s{number}")) }),
+        20 => granted,
+        3 => (1u64..30).prop_map(|id| Command::Revoke { id: AllocationId(id) }),
+        1 => Just(Command::Expire),
+    ]
+}
+
+/// Checks a state against sums made afresh from its allocations alone.
+fn check(state: &State) {
+    let network = &state.network;
+    for direction in Direction::BOTH {
+        let guaranteed_of =
+            |allocation: &&Allocation| allocation.level.guaranteed.get(direction).map_or(0, |rate| rate.0);
+        let mut on_link = 0;
+        for session in state.sessions.values() {
+            let own =
+                state.allocations.values().filter(|other| other.session.as_ref() == Some(&session.name));
+            let speed = network.line_speed(session, direction);
+            let sum = own.map(|other| guaranteed_of(&other)).sum::<u64>() + capacity::REST_RATE.0;
+            assert!(sum <= speed.0, "line {} {direction:?}: {sum} of {speed}", session.name);
+            on_link += capacity::REST_RATE.0;
+        }
+        on_link += state.allocations.values().map(|other| guaranteed_of(&other)).sum::<u64>();
+        assert!(on_link <= network.link.get(direction).0, "link {direction:?}: {on_link}");
+        for provider in state.providers.values() {
+            let own = state.allocations.values().filter(|other| other.provider == provider.name);
+            let sum: u64 = own.map(|other| guaranteed_of(&other)).sum();
+            if let Some(aggregate) = provider.aggregate.get(direction) {
+                assert!(sum <= aggregate.0, "provider {}: {sum} of {aggregate}", provider.name);
+            }
+        }
+    }
+    assert_eq!(state.broken_promises(), [""; 0]);
+    let total: usize = state.allocations.values().map(|allocation| rules(allocation).count()).sum();
+    assert_eq!(state.index.rules.count(), total);
+    let slots = |kind: SlotKind| -> Vec<u16> {
+        match kind {
+            SlotKind::Provider => state.providers.values().map(|item| item.slot).collect(),
+            SlotKind::Application => state.applications.values().map(|item| item.slot).collect(),
+            SlotKind::Session => state.sessions.values().map(|item| item.slot).collect(),
+            SlotKind::Allocation => state.allocations.values().map(|item| item.slot).collect(),
+        }
+    };
+    for kind in SlotKind::ALL {
+        let mut used = slots(kind);
+        used.sort_unstable();
+        let taken: Vec<_> = state.slots[&kind].taken().into_iter().collect();
+        assert_eq!(taken, used, "{} slots are each taken once", kind.name());
+    }
+}
+
+/// What an undone decision must give back: all but the order of free slots and the next number.
+fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
+    let taken: BTreeMap<_, _> = state.slots.iter().map(|(kind, free)| (*kind, free.taken())).collect();
+    (
+        (state.providers.clone(), state.applications.clone(), state.sessions.clone()),
+        (state.profiles.clone(), state.allocations.clone(), state.index.clone(), taken),
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn histories_keep_every_promise(
+        link in prop::sample::select(vec!["25mbit", "60mbit", "1gbit"]),
+        wan in any::<bool>(),
+        commands in any_history(),
+    ) {
+        let line_side = if wan { LineSide::Wan } else { LineSide::Lan };
+        let mut state = State::new(Network { link: Directed { up: rate(link), down: rate(link) }, line_side, ..network() });
+        let mut last_id = 0;
+        for (step, command) in commands.iter().enumerate() {
+            let now = now().checked_add(SignedDuration::from_secs(3 * step as i64)).unwrap();
+            let Ok(decision) = decide(&state, command, now) else { continue };
+            let inverse = state.inverse(&decision.changes);
+            let before = state.clone();
+            for change in &decision.changes {
+                state.apply(change);
+                if let Change::PutAllocation(allocation) = change {
+                    prop_assert!(allocation.id.0 > last_id);
+                    last_id = allocation.id.0;
+                    let bound = allocation.delay_bound_us;
+                    prop_assert_eq!(state.delay_bound_us(allocation), bound);
+                }
+            }
+            check(&state);
+            let mut undone = state.clone();
+            for change in &inverse {
+                undone.apply(change);
+            }
+            prop_assert!(content(&undone) == content(&before), "{:?} undone by {:?}", decision.changes, inverse);
+            // A state that is loaded decides as the one that was saved.
+            let mut loaded = State::new(state.network.clone());
+            for change in everything(&state) {
+                loaded.apply(&change);
+            }
+            prop_assert!(loaded.index == state.index, "index after {:?}", decision.changes);
+        }
+    }
+}
+
+#[test]
+fn time_of_a_grant_among_ten_thousand() {
+    let mut state =
+        State::new(Network { link: Directed { up: rate("100gbit"), down: rate("100gbit") }, ..network() });
+    carry_out(
+        &mut state,
+        Command::AddProvider(provider("acme", ProviderKind::Application, &["198.51.100.0/24"])),
+    );
+    for line in 0..5_000u32 {
+        let address = format!("10.0.{}.{}/32", line / 250, line % 250);
+        carry_out(
+            &mut state,
+            Command::AddSession(session(&format!("dsl-{line}"), &[&address], "100mbit", "50mbit")),
+        );
+    }
+    let asked = |line: u32, host: u32| GrantRequest {
+        level: LevelRequest { delay_us: Some(200_000), ..guaranteed("1mbit") },
+        ..request("acme", &format!("down udp from 198.51.100.{host} to 10.0.{}.{}", line / 250, line % 250))
+    };
+    let started = Instant::now();
+    for number in 0..10_000 {
+        grant(&mut state, asked(number % 5_000, number / 5_000));
+    }
+    let filling = started.elapsed();
+    let command = Command::Grant(Box::new(asked(4_321, 9)));
+    let started = Instant::now();
+    for _ in 0..100 {
+        decide(&state, &command, now()).unwrap();
+    }
+    println!(
+        "decide and apply of 10,000 grants: {:.1} µs each; decide among 10,000: {:.1} µs",
+        filling.as_secs_f64() * 1e6 / 1e4,
+        started.elapsed().as_secs_f64() * 1e6 / 100.0
+    );
+}
