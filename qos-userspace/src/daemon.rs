@@ -110,7 +110,7 @@ async fn live<G: Gateway + 'static>(
 
     let own = Arc::clone(&config);
     let mut worker = Worker::spawn(move || {
-        let store = SqliteStore::open(&own.database()).map_err(ServiceError::Store)?;
+        let store = SqliteStore::open(own.database()).map_err(ServiceError::Store)?;
         Service::start(Config::clone(&own), mtu, store, |state| start_gateway(&own.gateway, state))
     })?;
     // Last, so that whoever can connect meets a gateway that enforces.

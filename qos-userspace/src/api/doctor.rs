@@ -170,7 +170,7 @@ fn privileges() -> Check {
     let has = |capability: u32| held & 1 << capability != 0;
     let missing: Vec<_> = NEEDED
         .iter()
-        .filter(|(_, number)| !has(*number) && !(has(CAP_SYS_ADMIN) && *number > CAP_SYS_ADMIN))
+        .filter(|(_, number)| !(has(*number) || has(CAP_SYS_ADMIN) && *number > CAP_SYS_ADMIN))
         .map(|(name, _)| *name)
         .collect();
     if missing.is_empty() {
@@ -324,7 +324,7 @@ fn bpffs(directory: &Path) -> Check {
         return Check::error(NAME, format!("{} does not exist", directory.display()), "mount /sys");
     };
     match statfs(there) {
-        Ok(found) if found.filesystem_type().0 as i64 == BPF_FS_MAGIC => {
+        Ok(found) if found.filesystem_type().0 == BPF_FS_MAGIC => {
             Check::ok(NAME, directory.display().to_string())
         }
         Ok(_) => Check::error(
@@ -435,8 +435,7 @@ fn state_dir(directory: &Path) -> Check {
             "give qosd's user the right to write there, or set another `state_dir`",
         );
     }
-    let space = statvfs(there)
-        .map(|found| u64::from(found.blocks_available()).saturating_mul(u64::from(found.fragment_size())));
+    let space = statvfs(there).map(|found| found.blocks_available().saturating_mul(found.fragment_size()));
     match space {
         Ok(bytes) if bytes < LEAST_SPACE => Check::warning(
             NAME,

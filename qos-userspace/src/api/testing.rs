@@ -204,7 +204,7 @@ capacity = "100mbit"
 /// The store of a configuration.
 pub(crate) fn store(config: &Config) -> SqliteStore {
     std::fs::create_dir_all(&config.state_dir).expect("state directory");
-    SqliteStore::open(&config.database()).expect("store")
+    SqliteStore::open(config.database()).expect("store")
 }
 
 /// A daemon; it ends with the value.
