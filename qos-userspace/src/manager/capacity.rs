@@ -13,6 +13,9 @@ use crate::domain::{Allocation, BitsPerSecond, Direction, Session};
 /// connection survives (and can report) any overload, while 100 lines cost less than 1 Mbit/s.
 pub const REST_RATE: BitsPerSecond = BitsPerSecond(8_000);
 
+/// Slowest line: eight times what its rest is sure of, whatever share of it is used.
+pub const SLOWEST_LINE: BitsPerSecond = BitsPerSecond(64_000);
+
 /// Rate of an allocation without a guarantee: HTB takes no class without a rate. One full packet in
 /// 24 s, so that thousands of them don't eat into what others are guaranteed, and below the 60 s in
 /// tokens after which HTB forgets what a class owes.

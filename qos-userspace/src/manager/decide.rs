@@ -9,7 +9,7 @@ use qos_common::abi::{MAX_LINE_LENGTHS, MAX_LINE_PREFIXES};
 use qos_common::clock::{MAX_RATE, MIN_RATE};
 use qos_common::length::ETHERNET_OVERHEAD;
 
-use super::capacity::{PRIORITIES, REST_RATE, Share};
+use super::capacity::{PRIORITIES, REST_RATE, SLOWEST_LINE, Share};
 use super::grant::{check_profile, grant};
 use super::state::{link_delay_ns, span};
 use super::{
@@ -138,7 +138,12 @@ fn add_session(state: &State, new: &NewSession) -> Result<Decision, Refusal> {
 
 fn check_session_values(new: &NewSession) -> Result<(), Refusal> {
     for direction in Direction::BOTH {
-        check_rate(&format!("rate.{}", direction_field(direction)), *new.rate.get(direction))?;
+        let (field, rate) = (format!("rate.{}", direction_field(direction)), *new.rate.get(direction));
+        check_rate(&field, rate)?;
+        if rate < SLOWEST_LINE {
+            let why = format!("is too slow for a line: at least {SLOWEST_LINE}");
+            return Err(Refusal::invalid(field, rate, &why));
+        }
     }
     if let Some(overhead) = new.overhead.filter(|overhead| !(-64..=256).contains(overhead)) {
         return Err(Refusal::invalid("overhead", overhead, "is out of range: -64 to 256 bytes"));
