@@ -20,7 +20,7 @@ use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
-    ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
+    ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
 };
 use aya::{Ebpf, EbpfLoader, Pod};
 use nix::mount::{MsFlags, mount};
