@@ -646,6 +646,18 @@ mod tests {
     }
 
     #[test]
+    fn the_file_has_what_the_kernel_asks_of_it() {
+        let file = aya_obj::Object::parse(OBJECT).expect("an ELF file with BPF programs");
+        assert_eq!(file.license.to_str(), Ok("Dual MIT/GPL"), "one that may call GPL-only helpers");
+        assert!(file.btf.is_some() && file.btf_ext.is_some(), "type and line information");
+        assert!(!file.programs.is_empty() && !file.maps.is_empty());
+        for name in file.maps.keys().filter(|name| !name.starts_with('.')) {
+            // BPF_OBJ_NAME_LEN of linux/bpf.h (6.1), the final zero included: a longer one is cut.
+            assert!(name.len() < 16, "{name} is too long for the name of a map");
+        }
+    }
+
+    #[test]
     #[ignore = "needs root"]
     fn every_program_passes_the_verifier() {
         let pins = Pins::new("load");
