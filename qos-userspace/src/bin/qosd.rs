@@ -39,14 +39,19 @@ fn main() -> ExitCode {
     }
     ExitCode::from(match failure {
         Failure::Config(_) | Failure::Log(_) => CONFIGURATION,
-        Failure::Daemon(DaemonError::Locked { .. } | DaemonError::Socket(SocketError::InUse { .. })) => ANOTHER_RUNS,
+        Failure::Daemon(DaemonError::Locked { .. } | DaemonError::Socket(SocketError::InUse { .. })) => {
+            ANOTHER_RUNS
+        }
         Failure::Daemon(_) => FAILED,
     })
 }
 
 fn run(arguments: &Run) -> Result<(), Failure> {
     let config = Config::load(&arguments.configuration.config)?;
-    tracing_subscriber::fmt().with_env_filter(EnvFilter::try_new(&arguments.log)?).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::try_new(&arguments.log)?)
+        .with_writer(io::stderr)
+        .init();
     Ok(daemon::run(config, Kernel::start)?)
 }
 

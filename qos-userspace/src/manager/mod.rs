@@ -22,7 +22,7 @@ mod refusal;
 mod slots;
 mod state;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use decide::decide;
 pub use refusal::{Refusal, RefusalCode};

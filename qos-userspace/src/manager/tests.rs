@@ -1,4 +1,5 @@
 //! What is decided: case by case, and over generated histories.
+#![expect(clippy::needless_pass_by_value, reason = "commands and requests are made where they are used")]
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -16,7 +17,7 @@ use crate::domain::{
     Name, Profile, ProviderKind, Status, selector,
 };
 
-fn network() -> Network {
+pub(crate) fn network() -> Network {
     Network {
         link: Directed { up: rate("1gbit"), down: rate("1gbit") },
         line_side: LineSide::Lan,
@@ -104,46 +105,52 @@ fn refused_grant(state: &State, request: GrantRequest) -> Refusal {
     refused(state, Command::Grant(Box::new(request)))
 }
 
-/// Providers of both kinds, a 20/5 Mbit/s line and a slower one that loses packets, a profile.
-fn town() -> State {
-    let mut state = State::new(network());
-    carry_out(
-        &mut state,
-        Command::AddProvider(provider(
-            "acme",
-            ProviderKind::Application,
-            &["198.51.100.0/24", "2001:db8:a::/48"],
-        )),
-    );
-    carry_out(
-        &mut state,
-        Command::AddProvider(provider("isp", ProviderKind::Network, &["192.0.2.0/24", "2001:db8:b::/48"])),
-    );
-    carry_out(&mut state, Command::AddApplication { provider: name("acme"), name: name("video") });
-    carry_out(
-        &mut state,
-        Command::AddSession(session("dsl-1", &["192.0.2.1/32", "2001:db8:b:1::/64"], "20mbit", "5mbit")),
-    );
+/// Providers of both kinds, a 20/5 Mbit/s line and a slower one that loses packets, a profile; and
+/// the changes that made it.
+pub(crate) fn town() -> (State, Vec<Change>) {
     let slow = NewSession {
         loss_ppm: 2_000,
         delay_us: 8_000,
         ..session("dsl-2", &["192.0.2.2/32"], "2mbit", "500kbit")
     };
-    carry_out(&mut state, Command::AddSession(slow));
-    let level = Level {
-        guaranteed: Directed { up: None, down: Some(rate("1mbit")) },
-        priority: 1,
-        ..Level::default()
+    let guaranteed = Directed { up: None, down: Some(rate("1mbit")) };
+    let voice = Profile {
+        name: name("voice"),
+        level: Level { guaranteed, loss: Some(0.1 + 0.2), priority: 1, ..Level::default() },
     };
-    carry_out(&mut state, Command::PutProfile(Profile { name: name("voice"), level }));
-    state
+    let acme = provider("acme", ProviderKind::Application, &["198.51.100.0/24", "2001:db8:a::/48"]);
+    let isp = provider("isp", ProviderKind::Network, &["192.0.2.0/24", "2001:db8:b::/48"]);
+    let line = session("dsl-1", &["192.0.2.1/32", "2001:db8:b:1::/64"], "20mbit", "5mbit");
+    let mut state = State::new(network());
+    let changes = [
+        Command::AddProvider(acme),
+        Command::AddProvider(isp),
+        Command::AddApplication { provider: name("acme"), name: name("video") },
+        Command::AddSession(line),
+        Command::AddSession(slow),
+        Command::PutProfile(voice),
+    ]
+    .into_iter()
+    .flat_map(|command| carry_out(&mut state, command).changes)
+    .collect();
+    (state, changes)
+}
+
+/// A small grant on line dsl-1, another one for each `number`.
+pub(crate) fn grant_on_line(number: u32) -> Command {
+    Command::Grant(Box::new(GrantRequest {
+        level: guaranteed("2kbit"),
+        duration: Some(SignedDuration::from_hours(1)),
+        application: number.is_multiple_of(2).then(|| name("video")),
+        ..request("acme", &format!("down udp from 198.51.100.0/24:{} to 192.0.2.1", number + 1))
+    }))
 }
 
 const TO_DSL_1: &str = "down udp from 198.51.100.0/24 to 192.0.2.1";
 
 #[test]
 fn a_grant_has_its_defaults_filled_in() {
-    let mut state = town();
+    let mut state = town().0;
     let level = LevelRequest {
         guaranteed: Directed { up: Some(rate("1mbit")), down: Some(rate("8mbit")) },
         maximum: Directed { up: None, down: Some(rate("10mbit")) },
@@ -169,7 +176,7 @@ fn a_grant_has_its_defaults_filled_in() {
 
 #[test]
 fn what_is_said_goes_before_the_profile() {
-    let mut state = town();
+    let mut state = town().0;
     let profile = Some(name("voice"));
     let plain = GrantRequest {
         profile: profile.clone(),
@@ -190,7 +197,7 @@ fn what_is_said_goes_before_the_profile() {
 #[test]
 fn bad_requests_are_refused_with_field_and_value() {
     use RefusalCode::{Forbidden, InsufficientCapacity, Invalid, NotFound};
-    let state = town();
+    let state = town().0;
     let base = || request("acme", TO_DSL_1);
     let level = |level: LevelRequest| GrantRequest { level, ..base() };
     let lasting = |seconds| GrantRequest { duration: Some(SignedDuration::from_secs(seconds)), ..base() };
@@ -408,7 +415,7 @@ fn bad_requests_are_refused_with_field_and_value() {
 
 #[test]
 fn an_allocation_is_for_one_line_or_for_the_link() {
-    let mut state = town();
+    let mut state = town().0;
     let flows = |texts: &[&str]| GrantRequest {
         selectors: texts.iter().flat_map(|text| selector::parse_flows(text).unwrap()).collect(),
         ..request("acme", TO_DSL_1)
@@ -447,7 +454,7 @@ fn an_allocation_is_for_one_line_or_for_the_link() {
 
 #[test]
 fn capacity_is_given_out_once() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |flows: &str, down: &str| GrantRequest { level: guaranteed(down), ..request("acme", flows) };
     grant(&mut state, asked("down from 198.51.100.1 to 192.0.2.1", "7.492mbit"));
     let refusal = refused_grant(&state, asked("down from 198.51.100.2 to 192.0.2.1", "20mbit"));
@@ -472,7 +479,7 @@ fn capacity_is_given_out_once() {
 
 #[test]
 fn a_provider_stays_within_its_aggregate() {
-    let mut state = town();
+    let mut state = town().0;
     let aggregate = Directed { up: None, down: Some(rate("10mbit")) };
     let new = NewProvider { aggregate, ..provider("tiny", ProviderKind::Application, &["203.0.113.0/24"]) };
     carry_out(&mut state, Command::AddProvider(new));
@@ -494,7 +501,7 @@ fn a_provider_stays_within_its_aggregate() {
 
 #[test]
 fn out_of_the_line_a_guarantee_is_soft() {
-    let state = town();
+    let state = town().0;
     let level = LevelRequest {
         guaranteed: Directed { up: Some(rate("1mbit")), down: None },
         ..LevelRequest::default()
@@ -540,7 +547,7 @@ fn out_of_the_line_a_guarantee_is_soft() {
 
 #[test]
 fn a_granted_delay_budget_is_not_broken_by_later_grants() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |host: u8, level| GrantRequest {
         level,
         ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"))
@@ -643,7 +650,7 @@ fn a_delay_budget_holds_against_the_whole_link() {
 
 #[test]
 fn selectors_that_meet_others_are_told_of() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |flows: &str, precedence| GrantRequest { precedence, ..request("acme", flows) };
     grant(&mut state, asked("down udp from 198.51.100.0/24", 5));
     for (flows, precedence, said) in [
@@ -683,7 +690,7 @@ fn selectors_that_meet_others_are_told_of() {
 
 #[test]
 fn warnings_say_what_will_not_come_true() {
-    let state = town();
+    let state = town().0;
     let level = LevelRequest {
         maximum: Directed { up: None, down: Some(rate("30mbit")) },
         ..LevelRequest::default()
@@ -704,7 +711,7 @@ fn warnings_say_what_will_not_come_true() {
 #[test]
 fn registrations_are_checked() {
     use RefusalCode::{Conflict, Invalid, NotFound};
-    let mut state = town();
+    let mut state = town().0;
     let granted =
         grant(&mut state, GrantRequest { application: Some(name("video")), ..request("acme", TO_DSL_1) });
     assert_eq!(granted.id.0, 1);
@@ -821,6 +828,13 @@ fn registrations_are_checked() {
             "500 Gbit/s",
             "400 Gbit/s",
         ),
+        (
+            with(|new| new.rate.up = BitsPerSecond(63_999)),
+            Invalid,
+            "rate.up",
+            "63.999 kbit/s",
+            "is too slow for a line: at least 64 kbit/s",
+        ),
         (with(|new| new.overhead = Some(300)), Invalid, "overhead", "300", "-64 to 256"),
         (with(|new| new.loss_ppm = 1_000_001), Invalid, "loss_ppm", "1000001", "0 to 1000000"),
         (Command::RemoveSession { name: name("dsl-9") }, NotFound, "name", "dsl-9", "did you mean dsl-1?"),
@@ -856,7 +870,7 @@ fn registrations_are_checked() {
 
 #[test]
 fn what_has_expired_ends() {
-    let mut state = town();
+    let mut state = town().0;
     let lasting = |host: u8, seconds| GrantRequest {
         duration: Some(SignedDuration::from_secs(seconds)),
         ..request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"))
@@ -933,7 +947,7 @@ fn full_maps_are_refused() {
 
 #[test]
 fn slots_of_allocations_wait_their_turn() {
-    let mut state = town();
+    let mut state = town().0;
     let asked = |host: u8| request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"));
     let first = grant(&mut state, asked(1));
     carry_out(&mut state, Command::Revoke { id: first.id });
@@ -944,7 +958,7 @@ fn slots_of_allocations_wait_their_turn() {
 
 #[test]
 fn a_configuration_that_shrank_is_told_of() {
-    let mut state = town();
+    let mut state = town().0;
     grant(
         &mut state,
         GrantRequest {
@@ -980,55 +994,70 @@ fn everything(state: &State) -> Vec<Change> {
 
 // Histories.
 
-/// One step of a history over a small world, in which names and addresses meet often.
-fn any_command() -> impl Strategy<Value = Command> {
-    let rates = || {
-        prop::option::weighted(
-            0.6,
-            prop::sample::select(vec!["1kbit", "700kbit", "3mbit", "8mbit", "30mbit"]).prop_map(rate),
-        )
-    };
-    let directed = |value: BoxedStrategy<Option<BitsPerSecond>>| {
-        (value.clone(), value).prop_map(|(up, down)| Directed { up, down })
-    };
-    let provider_name = || (1u8..=3).prop_map(|number| name(&format!("p{number}")));
-    let session_name = || (1u8..=4).prop_map(|number| format!("s{number}"));
-    let new_provider = (provider_name(), any::<bool>(), directed(rates().boxed())).prop_map(
-        |(name, application, aggregate)| {
-            let kind = if application { ProviderKind::Application } else { ProviderKind::Network };
-            let networks = vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()];
-            Command::AddProvider(NewProvider { name, kind, networks, aggregate })
+/// A history over a small world, in which names, addresses and capacity meet often.
+pub(crate) fn any_history() -> impl Strategy<Value = Vec<Command>> {
+    let registered = (any_provider(1), any_provider(2), any_session(1), any_session(2), any_session(3));
+    (registered, prop::collection::vec(any_command(), 1..80)).prop_map(|((p1, p2, s1, s2, s3), commands)| {
+        [p1, p2, s1, s2, s3].into_iter().chain(commands).collect()
+    })
+}
+
+fn any_rate(weight: f64, rates: &'static [&'static str]) -> impl Strategy<Value = Option<BitsPerSecond>> {
+    prop::option::weighted(weight, prop::sample::select(rates).prop_map(rate))
+}
+
+fn any_rates(
+    weights: (f64, f64),
+    rates: &'static [&'static str],
+) -> impl Strategy<Value = Directed<Option<BitsPerSecond>>> {
+    (any_rate(weights.0, rates), any_rate(weights.1, rates)).prop_map(|(up, down)| Directed { up, down })
+}
+
+fn any_provider(number: u8) -> impl Strategy<Value = Command> {
+    let aggregate = any_rates((0.3, 0.3), &["3mbit", "8mbit", "30mbit"]);
+    (any::<bool>(), aggregate).prop_map(move |(application, aggregate)| {
+        let kind = if application { ProviderKind::Application } else { ProviderKind::Network };
+        let networks = &["0.0.0.0/0", "::/0"];
+        Command::AddProvider(NewProvider { aggregate, ..provider(&format!("p{number}"), kind, networks) })
+    })
+}
+
+fn any_session(number: u8) -> impl Strategy<Value = Command> {
+    let speed = [("20mbit", "5mbit"), ("8mbit", "2mbit"), ("30mbit", "30mbit"), ("640kbit", "64kbit")];
+    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>()).prop_map(
+        move |((down, up), slow, narrow)| {
+            let address = format!("10.0.0.{}/{}", 4 * number, if narrow { 32 } else { 30 });
+            Command::AddSession(NewSession {
+                delay_us: u32::from(slow) * 5_000,
+                link_layer: if slow { LinkLayer::Atm } else { LinkLayer::Ethernet },
+                ..session(&format!("s{number}"), &[&address, &format!("2001:db8:{number}::/48")], down, up)
+            })
         },
-    );
-    let new_session = (session_name(), 0u8..6, 0usize..4, 0u32..2).prop_map(|(name, net, speed, slow)| {
-        let (down, up) =
-            [("20mbit", "5mbit"), ("2mbit", "500kbit"), ("30mbit", "30mbit"), ("640kbit", "64kbit")][speed];
-        let address = if net < 4 { format!("10.0.0.{}/30", net * 4) } else { format!("2001:db8:{net}::/48") };
-        Command::AddSession(NewSession {
-            delay_us: slow * 5_000,
-            link_layer: if slow == 1 { LinkLayer::Atm } else { LinkLayer::Ethernet },
-            ..session(&name, &[&address], down, up)
-        })
+    )
+}
+
+fn any_command() -> impl Strategy<Value = Command> {
+    let provider_name = || (1u8..=3).prop_map(|number| name(&format!("p{number}")));
+    let line = (1u8..=4, 1u16..=12, 0u8..8).prop_map(|(number, port, form)| {
+        let host = 4 * number;
+        match form {
+            0 => format!("between 10.0.0.{host} and 198.51.100.0/24:{port} tcp"),
+            1 => format!("between 10.0.0.{host} and any"),
+            2 => format!("up from 10.0.0.{host}/30 to :{port}"),
+            3 => format!("down from 2001:db8:ffff::/48 to 2001:db8:{number}::/48 dscp {port}"),
+            4 => format!("down from 198.51.100.{port}"),
+            5 => "any".to_owned(),
+            _ => format!("down udp from :{port} to 10.0.0.{host}"),
+        }
     });
-    let flows = prop::sample::select(vec![
-        "between 10.0.0.1 and 198.51.100.0/24",
-        "between 10.0.0.5 and 198.51.100.0/24:80 tcp",
-        "between 10.0.0.8/30 and any",
-        "down to 10.0.0.0/30",
-        "down udp from :5000-6000 to 10.0.0.2",
-        "up from 10.0.0.4/30",
-        "down to 2001:db8:4::/48",
-        "between 2001:db8:5::1 and 2001:db8:ffff::/48 udp dscp EF",
-        "down from 198.51.100.0/24",
-        "any",
-    ]);
+    let rates = &["1kbit", "30kbit", "700kbit", "3mbit", "8mbit", "30mbit"];
     let level = (
-        directed(rates().boxed()),
-        directed(rates().boxed()),
+        any_rates((0.2, 0.7), rates),
+        any_rates((0.1, 0.2), rates),
         prop::option::of(0u8..=7),
-        prop::option::of(prop::sample::select(vec![6_000u32, 15_000, 40_000, 400_000])),
+        prop::option::weighted(0.2, prop::sample::select(&[6_000u32, 15_000, 40_000, 400_000])),
         any::<bool>(),
-        prop::option::of(prop::sample::select(vec![1_500u64, 20_000])),
+        prop::option::weighted(0.2, prop::sample::select(&[1_500u64, 20_000])),
     )
         .prop_map(|(guaranteed, maximum, priority, delay_us, police, burst)| LevelRequest {
             guaranteed,
@@ -1039,26 +1068,24 @@ fn any_command() -> impl Strategy<Value = Command> {
             enforcement: police.then_some(Enforcement::Police),
             ..LevelRequest::default()
         });
-    let granted = (provider_name(), flows, level, 0u16..3, prop::option::of(1i64..100)).prop_map(
+    let lasting = prop::option::of(1i64..100);
+    let granted = (provider_name(), line, level, 0u16..3, lasting).prop_map(
         |(provider, flows, level, precedence, seconds)| {
-            Command::Grant(Box::new(GrantRequest {
-                level,
-                precedence,
-                duration: seconds.map(SignedDuration::from_secs),
-                ..request(provider.as_str(), flows)
-            }))
+            let duration = seconds.map(SignedDuration::from_secs);
+            let asked = GrantRequest { level, precedence, duration, ..request(provider.as_str(), &flows) };
+            Command::Grant(Box::new(asked))
         },
     );
     prop_oneof![
-        2 => new_provider,
+        1 => (1u8..=3).prop_flat_map(any_provider),
         1 => provider_name().prop_map(|name| Command::RemoveProvider { name }),
         1 => provider_name().prop_map(|provider| Command::AddApplication { provider, name: name("app") }),
         1 => provider_name().prop_map(|provider| Command::RemoveApplication { provider, name: name("app") }),
-        5 => new_session,
-        1 => session_name().prop_map(|text| Command::RemoveSession { name: name(&text) }),
+        1 => (1u8..=4).prop_flat_map(any_session),
+        1 => (1u8..=4).prop_map(|number| Command::RemoveSession { name: name(&format!("s{number}")) }),
         20 => granted,
-        3 => (1u64..40).prop_map(|id| Command::Revoke { id: AllocationId(id) }),
-        2 => Just(Command::Expire),
+        3 => (1u64..30).prop_map(|id| Command::Revoke { id: AllocationId(id) }),
+        1 => Just(Command::Expire),
     ]
 }
 
@@ -1122,7 +1149,7 @@ proptest! {
     fn histories_keep_every_promise(
         link in prop::sample::select(vec!["25mbit", "60mbit", "1gbit"]),
         wan in any::<bool>(),
-        commands in prop::collection::vec(any_command(), 1..60),
+        commands in any_history(),
     ) {
         let line_side = if wan { LineSide::Wan } else { LineSide::Lan };
         let mut state = State::new(Network { link: Directed { up: rate(link), down: rate(link) }, line_side, ..network() });

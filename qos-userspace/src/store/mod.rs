@@ -9,6 +9,8 @@ use crate::domain::Allocation;
 use crate::manager::{Change, Network, State};
 
 pub mod sqlite;
+#[cfg(test)]
+mod tests;
 
 pub use sqlite::SqliteStore;
 

@@ -82,6 +82,11 @@ impl SqliteStore {
         self
     }
 
+    #[cfg(test)]
+    pub(super) fn set_synchronous(&self, mode: &str) {
+        self.connection.pragma_update(None, "synchronous", mode).expect("a mode of SQLite");
+    }
+
     /// Refuses a damaged, foreign or read-only file before anything is written.
     fn check(&self) -> Result<(), StoreError> {
         let at = |action| move |source| explain(&self.path, action, source);
