@@ -9,13 +9,14 @@
 //! Each host is a namespace with as many addresses as wanted. A side with one host has no bridge:
 //! `eth0` and `lan0` (or `wan0`) are the two ends of one veth pair. IPv4 and IPv6 are routed
 //! between the sides, without NAT and without netfilter rules. Neighbours are learnt as usual (ARP,
-//! neighbour discovery) and then kept.
+//! neighbour discovery) before the network is handed out, and then kept.
 //!
 //! Addresses come from the documentation prefixes: subscribers in `192.0.2.0/24` and
 //! `2001:db8:1::/48`, providers in `198.51.100.0/24`, `203.0.113.0/24` and `2001:db8:2::/48`. Any
 //! other address works too; the gateway gets a route to it.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
@@ -33,6 +34,8 @@ pub const HOST_LINK: &str = "eth0";
 const LAN_NETWORKS: [&str; 2] = ["192.0.2.1/24", "2001:db8:1::1/48"];
 const WAN_NETWORKS: [&str; 3] = ["198.51.100.1/24", "203.0.113.1/24", "2001:db8:2::1/48"];
 const BRIDGE: &str = "br0";
+/// How long links and neighbours may take to come up.
+const READY: Duration = Duration::from_secs(10);
 
 /// A running test network. Dropping it removes everything.
 #[derive(Debug)]
@@ -106,6 +109,17 @@ impl Topology {
 }
 
 impl Host {
+    /// Both ways, so that both ends know each other's hardware address for each IP address.
+    fn wait_until_reachable(&self, gateway: &Namespace, networks: &[IpNet]) -> Result<()> {
+        for &address in &self.addresses {
+            reach(gateway, &self.namespace, address)?;
+            let theirs =
+                networks.iter().map(IpNet::addr).find(|theirs| theirs.is_ipv4() == address.is_ipv4());
+            reach(&self.namespace, gateway, theirs.context("each side has networks of both families")?)?;
+        }
+        Ok(())
+    }
+
     /// The `n`th IPv4 address, from 0.
     ///
     /// # Panics
@@ -177,9 +191,13 @@ impl Builder {
         let mut segments = Vec::new();
         let subscribers = self.build_side(&gateway, LAN, &LAN_NETWORKS, &self.subscribers, &mut segments)?;
         let providers = self.build_side(&gateway, WAN, &WAN_NETWORKS, &self.providers, &mut segments)?;
-        // Last, since it resets what `conf/all` copies to the interfaces.
         gateway.set_sysctl("ipv4/ip_forward", "1")?;
         gateway.set_sysctl("ipv6/conf/all/forwarding", "1")?;
+        for (hosts, networks) in [(&subscribers, &LAN_NETWORKS[..]), (&providers, &WAN_NETWORKS[..])] {
+            for host in hosts {
+                host.wait_until_reachable(&gateway, &parse_networks(networks)?)?;
+            }
+        }
         Ok(Topology { gateway, subscribers, providers, _segments: segments })
     }
 
@@ -217,10 +235,7 @@ impl Builder {
         let inside = netlink.link(link)?;
         keep_neighbours(gateway, link)?;
         netlink.set_up(inside.index)?;
-        let networks = networks
-            .iter()
-            .map(|network| network.parse::<IpNet>().context("a network of this file"))
-            .collect::<Result<Vec<_>>>()?;
+        let networks = parse_networks(networks)?;
         for network in &networks {
             netlink.add_address(inside.index, *network)?;
         }
@@ -281,12 +296,49 @@ impl Bridge {
     }
 }
 
-/// A neighbour that was reached once isn't probed again while a test floods its link.
+/// A neighbour once learnt isn't probed again while a test floods its link.
 fn keep_neighbours(namespace: &Namespace, link: &str) -> Result<()> {
     for family in ["ipv4", "ipv6"] {
-        namespace.set_sysctl(&format!("{family}/neigh/{link}/base_reachable_time_ms"), "86400000")?;
+        for (key, value) in [
+            ("base_reachable_time_ms", "86400000"),
+            ("delay_first_probe_time", "86400"),
+            ("retrans_time_ms", "100"),
+        ] {
+            namespace.set_sysctl(&format!("{family}/neigh/{link}/{key}"), value)?;
+        }
     }
     Ok(())
+}
+
+/// Sends datagrams to `target`, an address of `to`, until one arrives. Links come up in the
+/// background and neighbours have to be learnt; a [`Topology`] has done this for all its hosts.
+///
+/// # Errors
+/// When none arrives within ten seconds.
+pub fn reach(from: &Namespace, to: &Namespace, target: IpAddr) -> Result<()> {
+    let any: IpAddr =
+        if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let bound = |namespace: &Namespace, address: IpAddr| {
+        namespace
+            .run(|| UdpSocket::bind((address, 0)))
+            .with_context(|| format!("binding {address} in namespace {}", namespace.name()))
+    };
+    let (sender, receiver) = (bound(from, any)?, bound(to, target)?);
+    receiver.set_read_timeout(Some(Duration::from_millis(20))).context("SO_RCVTIMEO")?;
+    let address = receiver.local_addr().context("the receiver's address")?;
+    let deadline = Instant::now() + READY;
+    while Instant::now() < deadline {
+        // An error is an earlier datagram's; the next one tells.
+        let _ = sender.send_to(&[], address);
+        if receiver.recv_from(&mut [0; 8]).is_ok() {
+            return Ok(());
+        }
+    }
+    bail!("{} doesn't reach {target} of {} within {READY:?}", from.name(), to.name());
+}
+
+fn parse_networks(networks: &[&str]) -> Result<Vec<IpNet>> {
+    networks.iter().map(|network| network.parse().context("a network of this file")).collect()
 }
 
 fn parse_all(host: &str, addresses: &[String]) -> Result<Vec<IpAddr>> {

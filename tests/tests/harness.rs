@@ -14,7 +14,7 @@ use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use qos_tests::capture::{Capture, Injector};
 use qos_tests::netlink::{Counters, Netlink, set_offloads};
 use qos_tests::netns::Namespace;
-use qos_tests::topology::{HOST_LINK, Host, LAN, Topology, WAN};
+use qos_tests::topology::{HOST_LINK, Host, LAN, Topology, WAN, reach};
 use qos_tests::traffic::{Flow, TcpFlow, UdpFlow, measure};
 use qos_userspace::domain::units::BitsPerSecond;
 
@@ -73,6 +73,7 @@ fn udp_at_20_mbit_over_one_veth_is_received_fully_and_measured_within_one_percen
         ("2001:db8::1", "2001:db8::2", 4_000),
     ] {
         let (from, target): (IpAddr, IpAddr) = (from.parse().unwrap(), target.parse().unwrap());
+        reach(&a, &b, target).unwrap();
         let flow =
             UdpFlow::new(to(from, 0), to(target, 5_000), mbit(20)).packet(packet).start(&a, &b).unwrap();
         let measured = flow.measure(WARM_UP, WINDOW).unwrap();
@@ -154,11 +155,27 @@ fn tcp_in_bulk_through_the_gateway_is_measured_as_the_link_counts_it() {
         let counted = (counters(home).rx_bytes - before.rx_bytes) as f64 * 8.0;
         let expected = measured.achieved.0 as f64 * measured.window.as_secs_f64();
         println!("TCP to {target} over {connections}: {:?}", Brief(&measured));
-        assert!((counted / expected - 1.0).abs() < 0.02, "{counted} counted, {expected} measured");
+        assert!((counted / expected - 1.0).abs() < 0.05, "{counted} counted, {expected} measured");
         assert!(measured.achieved > mbit(300), "{:?}", Brief(&measured));
+    }
+}
+
+#[test]
+fn tcp_fills_a_limited_path_and_its_series_averages_to_its_rate() {
+    let net = Topology::pair().unwrap();
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    limit_egress(&net.gateway, LAN, mbit(100), 200_000);
+    for (from, target) in
+        [(to(video.v4(0), 0), to(home.v4(0), 5_001)), (to(video.v6(0), 0), to(home.v6(0), 5_001))]
+    {
+        let flow =
+            TcpFlow::new(from, target).connections(4).start(&video.namespace, &home.namespace).unwrap();
+        let measured = flow.measure(2 * WARM_UP, 2 * WINDOW).unwrap();
+        println!("TCP to {target}: {:?}", Brief(&measured));
+        assert!((measured.ratio_to(mbit(100)) - 1.0).abs() < 0.02, "{:?}", Brief(&measured));
         let series = measured.series(Duration::from_millis(250));
-        let mean = series.iter().map(|part| part.0).sum::<u64>() / series.len() as u64;
-        assert!((mean as f64 / measured.achieved.0 as f64 - 1.0).abs() < 0.03, "series averages {mean}");
+        let mean = series.iter().map(|part| part.0).sum::<u64>() as f64 / series.len() as f64;
+        assert!((mean / measured.achieved.0 as f64 - 1.0).abs() < 0.03, "the series averages {mean}");
     }
 }
 
@@ -299,14 +316,6 @@ fn marks_and_checksums_are_seen_on_the_wire() {
 fn injected_frames_arrive_as_they_were_made() {
     let net = Topology::pair().unwrap();
     let (home, video) = (net.subscriber("home"), net.provider("video"));
-    // The gateway has to know the subscriber's hardware address before it can forward.
-    drop(
-        UdpFlow::new(to(video.v4(0), 0), to(home.v4(0), 5_000), mbit(1))
-            .start(&video.namespace, &home.namespace)
-            .unwrap()
-            .measure(Duration::ZERO, Duration::from_millis(100))
-            .unwrap(),
-    );
     let capture = Capture::open(&home.namespace, HOST_LINK).unwrap();
     let tagged = Capture::open(&net.gateway, WAN).unwrap();
     let injector = Injector::open(&video.namespace, HOST_LINK).unwrap();

@@ -6,17 +6,19 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "it reports to whoever runs it")]
 
 mod privilege;
+mod programs;
 mod setup;
 mod tally;
 mod tiers;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 
+use crate::programs::HOST_PACKAGES;
 use crate::setup::{Profile, Workspace};
 use crate::tiers::Tier;
 
@@ -90,7 +92,7 @@ fn run() -> Result<ExitCode> {
         Verb::Build { release } => {
             let profile = if release { Profile::Release } else { Profile::Dev };
             workspace.set_up()?;
-            let folder = workspace.build_product(profile)?;
+            let folder = workspace.build(profile, &[])?;
             eprintln!("{} and {}", folder.join("qosd").display(), folder.join("qos").display());
         }
         Verb::Clippy => {
@@ -122,8 +124,8 @@ fn run() -> Result<ExitCode> {
         }
         Verb::Doc => {
             workspace.set_up()?;
-            let mut doc = workspace.cargo(["doc", "--no-deps", "--workspace", "--exclude", "qos-ebpf"]);
-            doc.env("RUSTDOCFLAGS", "-Dwarnings");
+            let mut doc = workspace.cargo(["doc", "--no-deps"]);
+            doc.args(HOST_PACKAGES).env("RUSTDOCFLAGS", "-Dwarnings");
             setup::run(doc)?;
         }
         Verb::Deny => deny(&workspace)?,
@@ -157,15 +159,12 @@ fn become_program(
     runner: &str,
     args: &[OsString],
 ) -> Result<()> {
-    let folder = workspace.build_product(profile)?;
-    workspace.build(profile, &["--package", "qos-tests", "--bin", program])?;
-    let path = folder.join(program);
-    let mut words = runner.split_whitespace().map(OsString::from).chain([path.into_os_string()]);
-    let first = words.next().context("the program itself is always there")?;
-    let mut command = Command::new(&first);
-    command.args(words).args(args).env("QOS_BIN_DIR", &folder);
-    eprintln!("+ {}", setup::shown(&command));
-    Err(command.exec()).with_context(|| format!("starting {}", first.display()))
+    let folder = workspace.build(profile, &[program])?;
+    let mut command = setup::through(runner, &folder.join(program));
+    command.args(args).env("QOS_BIN_DIR", &folder);
+    let shown = setup::shown(&command);
+    eprintln!("+ {shown}");
+    Err(command.exec()).with_context(|| format!("starting `{shown}`"))
 }
 
 /// Advisories need a database from the network; where it can't be had, that is said and the rest is
@@ -174,7 +173,7 @@ fn deny(workspace: &Workspace) -> Result<()> {
     workspace.install(&setup::CARGO_DENY)?;
     setup::run(workspace.cargo(["deny", "check", "bans", "licenses", "sources"]))?;
     if setup::run(workspace.cargo(["deny", "fetch", "db"])).is_ok() {
-        setup::run(workspace.cargo(["deny", "check", "--disable-fetch", "advisories"]))
+        setup::run(workspace.cargo(["deny", "check", "advisories"]))
     } else {
         eprintln!("advisories are NOT checked: the advisory database can't be fetched (see above)");
         Ok(())

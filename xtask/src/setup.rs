@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use crate::programs::HOST_PACKAGES;
+
 /// A tool that is installed from source into the target folder, at one version.
 pub(crate) struct Tool {
     package: &'static str,
@@ -87,29 +89,26 @@ impl Workspace {
         })
     }
 
-    /// Builds `qosd` and `qos` and returns their folder.
+    /// Builds `qosd`, `qos` and `programs` of `qos-tests`, and returns their folder.
     ///
     /// # Errors
-    /// When they don't compile.
-    pub(crate) fn build_product(&self, profile: Profile) -> Result<PathBuf> {
-        self.build(profile, &["--package", "qos-userspace", "--bins"])?;
-        Ok(self.target.join(match profile {
-            Profile::Dev => "debug",
-            Profile::Release => "release",
-        }))
-    }
-
-    /// `cargo build` of `what`.
-    ///
-    /// # Errors
-    /// When it doesn't compile.
-    pub(crate) fn build(&self, profile: Profile, what: &[&str]) -> Result<()> {
+    /// When something doesn't compile.
+    pub(crate) fn build(&self, profile: Profile, programs: &[&str]) -> Result<PathBuf> {
         let mut build = self.cargo(["build"]);
-        build.args(what);
-        if matches!(profile, Profile::Release) {
-            build.arg("--release");
+        // The same packages for each profile's builds, so that the library is compiled once.
+        build.args(HOST_PACKAGES).args(["--bin", "qosd", "--bin", "qos"]);
+        for program in programs {
+            build.args(["--bin", program]);
         }
-        run(build)
+        let folder = match profile {
+            Profile::Dev => "debug",
+            Profile::Release => {
+                build.arg("--release");
+                "release"
+            }
+        };
+        run(build)?;
+        Ok(self.target.join(folder))
     }
 
     /// A `cargo` command in the workspace, tools of the target folder first in its `PATH`.
@@ -153,6 +152,14 @@ impl Tool {
             .is_ok_and(|list| list.contains(&format!("\"{} {} (", self.package, self.version)));
         listed && tools.join("bin").join(self.package).is_file()
     }
+}
+
+/// `program`, started by `runner` (a command with its arguments) if that isn't empty.
+pub(crate) fn through(runner: &str, program: &Path) -> Command {
+    let mut words = runner.split_whitespace().map(OsStr::new).chain([program.as_os_str()]);
+    let mut command = Command::new(words.next().unwrap_or(program.as_os_str()));
+    command.args(words);
+    command
 }
 
 /// Prints a command and runs it.
@@ -279,6 +286,7 @@ mod tests {
         let mut command = Command::new("/somewhere/bin/cargo");
         command.args(["test", "--lib"]);
         assert_eq!(shown(&command), "cargo test --lib");
-        assert_eq!(shown(&Command::new("/somewhere/qos-demo")), "/somewhere/qos-demo");
+        assert_eq!(shown(&through("", Path::new("/somewhere/qos-demo"))), "/somewhere/qos-demo");
+        assert_eq!(shown(&through("sudo -E", Path::new("demo"))), "sudo -E demo");
     }
 }

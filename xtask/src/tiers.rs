@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 
 use crate::privilege;
-use crate::setup::{Profile, Workspace, shown};
+use crate::programs::{Program, Programs, TESTS};
+use crate::setup::{Workspace, shown};
 use crate::tally::{Tally, read_expected};
 
 const EXPECTED_SKIPS: &str = "tests/expected-skips.txt";
@@ -58,11 +59,12 @@ pub(crate) fn run(
         only != Some(Tier::Object) || filter.is_none(),
         "--tier object takes no filter; --tier host does"
     );
+    let programs = Programs::build(workspace)?;
     let mut outcomes = Vec::new();
     for &tier in Tier::value_variants() {
         let is_asked = only.map_or(tier != Tier::Object || filter.is_none(), |only| only == tier);
         if is_asked {
-            outcomes.push((tier, run_tier(workspace, tier, filter, runner)?));
+            outcomes.push((tier, run_tier(&programs, tier, filter, runner)?));
         }
     }
 
@@ -123,39 +125,41 @@ impl Tier {
     }
 }
 
-fn run_tier(workspace: &Workspace, tier: Tier, filter: Option<&str>, runner: &str) -> Result<Outcome> {
+fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &str) -> Result<Outcome> {
     if tier.is_privileged()
         && let Err(reason) = privilege::check(runner)
     {
         return Ok(Outcome::NotRun(format!("{reason:#}")));
     }
-    let (selection, options): (&[&str], &[&str]) = match tier {
-        Tier::Host if filter.is_some() => (&[], &[]),
-        Tier::Host => (&[], &["--skip", OBJECT]),
-        Tier::Object => (&["--package", "qos-userspace", "--lib"], &[OBJECT]),
-        Tier::Testrun => (&["--package", "qos-userspace", "--lib"], &["--ignored", "--test-threads=1"]),
+    let runner = if tier.is_privileged() { runner } else { "" };
+    let commands = match tier {
+        Tier::Host => {
+            let not_object: &[&str] = if filter.is_some() { &[] } else { &["--skip", OBJECT] };
+            let mut commands = programs.commands(runner, |program| program.package != TESTS, not_object);
+            commands.push(programs.doc_tests());
+            commands
+        }
+        Tier::Object => programs.commands(runner, Program::is_product_library, &[OBJECT]),
+        Tier::Testrun => {
+            programs.commands(runner, Program::is_product_library, &["--ignored", "--test-threads=1"])
+        }
         // One at a time: each measures rates on all cores.
-        Tier::Netns => (&["--package", "qos-tests"], &["--test-threads=1"]),
+        Tier::Netns => programs.commands(runner, |program| program.package == TESTS, &["--test-threads=1"]),
     };
-    let mut test = workspace.cargo(["test", "--no-fail-fast"]);
-    test.args(selection).arg("--").args(options);
-    test.args(filter);
-    if tier.is_privileged() && !runner.is_empty() {
-        test.env(runner_variable()?, runner);
+    let mut tally = Tally::default();
+    let mut succeeded = true;
+    for mut command in commands {
+        succeeded &= watch(command.args(filter), &mut tally)?;
     }
-    if tier == Tier::Netns {
-        test.env("QOS_BIN_DIR", workspace.build_product(Profile::Dev)?);
-    }
-    watch(test)
+    Ok(Outcome::Ran { tally, succeeded })
 }
 
-/// Runs a test command, showing its output as it comes.
-fn watch(mut test: Command) -> Result<Outcome> {
-    let shown = shown(&test);
-    eprintln!("+ {shown}");
+/// Runs a test command, showing its output as it comes; returns whether it succeeded.
+fn watch(test: &mut Command, tally: &mut Tally) -> Result<bool> {
+    let shown = shown(test);
+    println!("\n+ {shown}");
     let mut child = test.stdout(Stdio::piped()).spawn().with_context(|| format!("starting `{shown}`"))?;
     let output = child.stdout.take().context("its output is a pipe")?;
-    let mut tally = Tally::default();
     let mut bytes = Vec::new();
     let mut reader = BufReader::new(output);
     while reader.read_until(b'\n', &mut bytes).with_context(|| format!("reading from `{shown}`"))? > 0 {
@@ -164,15 +168,8 @@ fn watch(mut test: Command) -> Result<Outcome> {
         bytes.clear();
     }
     let status = child.wait().with_context(|| format!("waiting for `{shown}`"))?;
-    Ok(Outcome::Ran { tally, succeeded: status.success() })
-}
-
-/// The variable by which cargo starts test programs through another command.
-fn runner_variable() -> Result<String> {
-    let output = Command::new("rustc")
-        .args(["--print", "host-tuple"])
-        .output()
-        .context("asking rustc for the host's target")?;
-    let target = String::from_utf8(output.stdout).context("the host's target")?;
-    Ok(format!("CARGO_TARGET_{}_RUNNER", target.trim().to_uppercase().replace('-', "_")))
+    if !status.success() {
+        println!("`{shown}` ended with {status}");
+    }
+    Ok(status.success())
 }

@@ -14,18 +14,22 @@ use nix::sys::time::TimeVal;
 use nix::time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep};
 use qos_userspace::domain::units::BitsPerSecond;
 
-use super::socket::{HEAD, bound, now, path_mtu, receive_batch, receive_drops, send_batch, set_dscp};
+use super::socket::{BATCH, HEAD, bound, now, path_mtu, receive_batch, receive_drops, send_batch, set_dscp};
 use super::{Flow, Latency, Measured, charged_length, rate};
 use crate::netns::Namespace;
 
-/// Wake-ups are at least this far apart where a burst of [`BURST`] packets allows it.
-const TICK: f64 = 500_000.0;
-/// Packets that go out back to back when the sender is on time.
+/// Wake-ups are this far apart, in ns, where a burst of [`BURST`] packets allows it.
+const TICK: f64 = 500e3;
+/// Packets that go out back to back, unless wake-ups would come faster than [`FASTEST`].
 const BURST: f64 = 8.0;
-/// Packets that go out back to back when it is late.
-const CATCH_UP: usize = 16;
+/// No wake-ups closer than this, in ns, as far as a batch goes.
+const FASTEST: f64 = 200e3;
+/// A sender that was late by more than [`STALL`] catches up at this multiple of its rate.
+const CATCH_UP: f64 = 1.25;
+/// Wake-ups are late by up to this, in ns, on a busy machine; that much is made good at once.
+const STALL: f64 = 4e6;
 /// A sender that is later than this, in ns, forgives itself the rest: it shows in `offered`.
-const FORGIVEN: f64 = 20e6;
+const FORGIVEN: f64 = 500e6;
 /// How long a receiver lets packets collect; their stamps are the kernel's, so nothing is lost by it.
 const COLLECT: Duration = Duration::from_millis(4);
 const RECEIVE_BUFFER: usize = 16 << 20;
@@ -314,10 +318,11 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
     // SAFETY: sets a number of this thread.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_u64) };
     let mut padding = vec![0_u8; wire.payload as usize - HEAD];
-    let mut heads = [[0_u8; HEAD]; CATCH_UP];
+    let mut heads = [[0_u8; HEAD]; BATCH];
     let mut sequence = 0_u64;
-    // Departure time of the next packet.
+    // Departure time of the next packet, and when the last burst should have left.
     let mut next = monotonic();
+    let mut last = 0.0_f64;
     while !shared.stopped() {
         let rate = shared.rate.load(Ordering::Relaxed);
         if rate == 0 {
@@ -326,9 +331,10 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
             continue;
         }
         let interval = f64::from(wire.charged) * 8e9 / rate as f64;
-        let burst = (TICK / interval).ceil().clamp(1.0, BURST);
+        let largest = (FASTEST / interval).ceil().clamp(BURST, BATCH as f64);
+        let burst = (TICK / interval).ceil().clamp(1.0, largest);
+        let wake = (next + (burst - 1.0) * interval).max(last + burst * interval / CATCH_UP);
         // At most 50 ms at a time, so that a slow flow stops and changes its rate promptly.
-        let wake = next + (burst - 1.0) * interval;
         let time = monotonic();
         if wake > time {
             sleep_until(wake.min(time + 50e6));
@@ -336,12 +342,9 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
                 continue;
             }
         }
-        let late = monotonic() - next;
-        if late > FORGIVEN + burst * interval {
-            next += late - burst * interval;
-            continue;
-        }
-        let due = ((late / interval) as usize + 1).min(CATCH_UP);
+        let time = monotonic();
+        next = next.max(time - FORGIVEN - burst * interval);
+        let due = (((time - next) / interval) as usize + 1).min(burst as usize);
         let stamp = now();
         for (head, sequence) in heads.iter_mut().zip(sequence..).take(due) {
             head[..8].copy_from_slice(&sequence.to_be_bytes());
@@ -357,6 +360,7 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
         sequence += taken as u64;
         shared.sent.store(sequence, Ordering::SeqCst);
         next += due as f64 * interval;
+        last = wake.max(time - STALL);
     }
     Ok(())
 }
@@ -386,7 +390,7 @@ fn receive(shared: &Shared, socket: &OwnedFd, flow: u32, wire: WireLength) -> io
                     shared.seen.fetch_max(highest + 1, Ordering::SeqCst);
                 }
                 batch.clear();
-                if count < super::socket::BATCH {
+                if count < BATCH {
                     thread::sleep(COLLECT);
                 }
             }
