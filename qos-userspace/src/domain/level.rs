@@ -131,3 +131,33 @@ pub struct Profile {
     /// The level it stands for.
     pub level: Level,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_burst_of_a_maximum() {
+        // Guaranteed and maximum in kbit/s, the burst that is named, and what the maximum tolerates.
+        for (guaranteed, maximum, burst, tolerated) in [
+            (None, None, None, None),
+            (Some(1_000), None, Some(5_000), None),
+            (None, Some(8_000), None, Some(25_000)),
+            (None, Some(8_000), Some(5_000), Some(5_000)),
+            (None, Some(10), None, Some(3_000)),
+            (Some(1_000), Some(8_000), Some(5_000), Some(25_000)),
+            (Some(1_000), Some(8_000), Some(90_000), Some(90_000)),
+        ] {
+            let down = |kbit: u64| Directed { up: None, down: Some(BitsPerSecond(kbit * 1_000)) };
+            let level = Level {
+                guaranteed: guaranteed.map(down).unwrap_or_default(),
+                maximum: maximum.map(down).unwrap_or_default(),
+                burst: Directed { up: None, down: burst.map(ByteCount) },
+                ..Level::default()
+            };
+            let found = level.maximum_burst(Direction::Downstream, 1_500);
+            assert_eq!(found, tolerated.map(ByteCount), "{guaranteed:?} {maximum:?} {burst:?}");
+            assert_eq!(level.maximum_burst(Direction::Upstream, 1_500), None);
+        }
+    }
+}

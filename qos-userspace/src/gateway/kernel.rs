@@ -496,7 +496,9 @@ impl Kernel {
         }
         let session = allocation.session.as_ref().and_then(|name| state.sessions.get(name));
         let level = &allocation.level;
+        let mtu = state.network.mtu;
         let burst = level.burst.get(direction).unwrap_or_default();
+        let maximum_burst = level.maximum_burst(direction, mtu).unwrap_or_default();
         let guaranteed = *level.guaranteed.get(direction);
         let maximum = *level.maximum.get(direction);
         let enforce = match level.enforcement {
@@ -505,7 +507,7 @@ impl Kernel {
         };
         let slack = match level.enforcement {
             Enforcement::Police => 0,
-            Enforcement::Shape => shaped_slack(maximum.unwrap_or_default(), state.network.mtu),
+            Enforcement::Shape => shaped_slack(maximum.unwrap_or_default(), mtu),
         };
         let name = allocation.application.as_ref();
         let application =
@@ -514,7 +516,7 @@ impl Kernel {
             id: allocation.id.0,
             expires_ns: allocation.expires_at.map_or(u64::MAX, monotonic_at),
             guaranteed: guaranteed.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0)),
-            maximum: maximum.map_or(Meter::UNSET, |rate| Meter::new(rate.0, burst.0 + slack)),
+            maximum: maximum.map_or(Meter::UNSET, |rate| Meter::new(rate.0, maximum_burst.0 + slack)),
             flags: abi::IN_USE | enforce | if level.dscp.is_some() { abi::MARK_DSCP } else { 0 },
             class: self.class(allocation, session, direction),
             provider: state.providers.get(&allocation.provider).map_or(0, |known| u32::from(known.slot)),

@@ -292,6 +292,19 @@ impl Object {
         missing
     }
 
+    /// Descriptor of a loaded program, for a table of tail calls.
+    ///
+    /// # Errors
+    /// Where there is no such program.
+    pub fn program_fd(&self, program: &'static str) -> Result<&ProgramFd, ObjectError> {
+        let fd = match self.ebpf.program(program) {
+            Some(aya::programs::Program::Xdp(program)) => program.fd().ok(),
+            Some(aya::programs::Program::SchedClassifier(program)) => program.fd().ok(),
+            _ => None,
+        };
+        fd.ok_or_else(|| ObjectError::Missing { kind: "program", name: program.to_owned() })
+    }
+
     /// Runs a program on a packet that is not sent (`BPF_PROG_TEST_RUN`), `repeat` times. Returns its
     /// verdict and the time of one run in ns. Maps are used as by any packet.
     ///

@@ -1,4 +1,5 @@
 //! What is decided: case by case, and over generated histories.
+#![expect(clippy::needless_pass_by_value, reason = "commands and requests are made where they are used")]
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -140,7 +141,7 @@ pub(crate) fn grant_on_line(number: u32) -> Command {
     Command::Grant(Box::new(GrantRequest {
         level: guaranteed("2kbit"),
         duration: Some(SignedDuration::from_hours(1)),
-        application: (number % 2 == 0).then(|| name("video")),
+        application: number.is_multiple_of(2).then(|| name("video")),
         ..request("acme", &format!("down udp from 198.51.100.0/24:{} to 192.0.2.1", number + 1))
     }))
 }
@@ -826,6 +827,13 @@ fn registrations_are_checked() {
             "rate.down",
             "500 Gbit/s",
             "400 Gbit/s",
+        ),
+        (
+            with(|new| new.rate.up = BitsPerSecond(63_999)),
+            Invalid,
+            "rate.up",
+            "63.999 kbit/s",
+            "is too slow for a line: at least 64 kbit/s",
         ),
         (with(|new| new.overhead = Some(300)), Invalid, "overhead", "300", "-64 to 256"),
         (with(|new| new.loss_ppm = 1_000_001), Invalid, "loss_ppm", "1000001", "0 to 1000000"),
