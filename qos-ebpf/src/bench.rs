@@ -114,10 +114,13 @@ pub fn bench_parse(ctx: XdpContext) -> u32 {
     XDP_PASS
 }
 
-/// Where forwarded packets end.
+/// Where forwarded packets end; the rest, ARP above all, goes to the stack.
 #[xdp(frags)]
-pub fn bench_drop(_ctx: XdpContext) -> u32 {
-    XDP_DROP
+pub fn bench_drop(ctx: XdpContext) -> u32 {
+    match Bytes::new(ctx.data(), ctx.data_end()).read::<[u8; 14]>(0) {
+        Some([.., 8, 0]) => XDP_DROP,
+        _ => XDP_PASS,
+    }
 }
 
 #[cfg(not(test))]

@@ -260,6 +260,12 @@ impl Kernel {
         Ok(explanation(direction, &self.maps.answer()))
     }
 
+    /// The programs, for those who measure them.
+    #[must_use]
+    pub const fn object(&self) -> &Object {
+        &self.object
+    }
+
     /// Tells how the gateway is.
     #[must_use]
     pub fn status(&self) -> GatewayStatus {

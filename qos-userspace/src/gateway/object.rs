@@ -20,7 +20,7 @@ use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
-    ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
+    ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
 };
 use aya::{Ebpf, EbpfLoader, Pod};
 use nix::mount::{MsFlags, mount};
@@ -642,6 +642,18 @@ mod tests {
     impl Drop for Pins {
         fn drop(&mut self) {
             remove_pins(&self.0, &[]).expect("pins are removed");
+        }
+    }
+
+    #[test]
+    fn the_file_has_what_the_kernel_asks_of_it() {
+        let file = aya_obj::Object::parse(OBJECT).expect("an ELF file with BPF programs");
+        assert_eq!(file.license.to_str(), Ok("Dual MIT/GPL"), "one that may call GPL-only helpers");
+        assert!(file.btf.is_some() && file.btf_ext.is_some(), "type and line information");
+        assert!(!file.programs.is_empty() && !file.maps.is_empty());
+        for name in file.maps.keys().filter(|name| !name.starts_with('.')) {
+            // BPF_OBJ_NAME_LEN of linux/bpf.h (6.1), the final zero included: a longer one is cut.
+            assert!(name.len() < 16, "{name} is too long for the name of a map");
         }
     }
 

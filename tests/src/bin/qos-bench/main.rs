@@ -69,7 +69,7 @@ fn main() -> Result<()> {
 fn print(report: &Report) {
     println!("kernel {}, {} CPUs, medians of {} rounds in turn\n", report.kernel, report.cpus, report.rounds);
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["program, headers changing from packet to packet", "ns a packet", "over empty"]);
     for figure in &report.programs {
         table.add_row([
@@ -80,7 +80,7 @@ fn print(report: &Report) {
     }
     println!("{table}\n");
     let mut table = comfy_table::Table::new();
-    table.load_preset(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
     table.set_header(["gateway, one CPU, 60-byte packets, 1,000 flows", "packets/s", "of plain"]);
     for figure in &report.forwarding {
         table.add_row([
