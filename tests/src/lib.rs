@@ -34,9 +34,11 @@
 //! # anyhow::Ok(())
 //! ```
 
+pub mod api;
 pub mod ask;
 pub mod capture;
 pub mod daemon;
+pub mod kernel;
 pub mod netlink;
 pub mod netns;
 pub mod random;
