@@ -113,7 +113,7 @@ async fn live<G: Gateway + 'static>(
 
     let own = Arc::clone(&config);
     let mut worker = Worker::spawn(move || {
-        let store = SqliteStore::open(&own.database()).map_err(ServiceError::Store)?;
+        let store = SqliteStore::open(own.database()).map_err(ServiceError::Store)?;
         Service::start(Config::clone(&own), mtu, store, |state| start_gateway(&own.gateway, state))
     })?;
     // Last, so that whoever can connect meets a gateway that enforces.
@@ -162,9 +162,18 @@ fn at_once(signal: &str) {
     warn!("{signal} again: ending at once, without the answers under way");
 }
 
+/// Holds the state directory: while it lives no daemon runs, or this process is the daemon.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
 /// Makes the state directory and takes its lock, which the system lets go when the process ends,
 /// however it ends.
-fn lock(config: &Config) -> Result<Flock<File>, DaemonError> {
+///
+/// # Errors
+/// Where another daemon holds it, or the directory can't be made or written.
+pub fn lock(config: &Config) -> Result<Lock, DaemonError> {
     let failed = |what, path: &Path| {
         let path = path.to_owned();
         move |source| DaemonError::StateDirectory { what, path, source }
@@ -190,7 +199,7 @@ fn lock(config: &Config) -> Result<Flock<File>, DaemonError> {
                 .and_then(|()| file.rewind())
                 .and_then(|()| writeln!(file, "{}", std::process::id()));
             written.map_err(failed("write the lock", &path))?;
-            Ok(file)
+            Ok(Lock { _file: file })
         }
         Err((mut file, nix::Error::EWOULDBLOCK)) => {
             let mut text = String::new();

@@ -21,7 +21,7 @@ use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
-    ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
+    ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
 };
 use aya::{Ebpf, EbpfLoader, Pod};
 use nix::fcntl::{Flock, FlockArg};
@@ -32,6 +32,10 @@ use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
 use super::Role;
 use super::link::Link;
 use super::memory::SharedArray;
+use super::trace::Tracer;
+
+/// Start of the names of programs that are loaded when somebody traces.
+const TRACING: &str = "qos_trace_";
 
 /// The object, built by this crate's build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/qos-kernel"));
@@ -222,7 +226,7 @@ impl Object {
             loader.map_pin_path(name, path);
         }
         let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
-        for (name, program) in ebpf.programs_mut() {
+        for (name, program) in ebpf.programs_mut().filter(|(name, _)| !name.starts_with(TRACING)) {
             let loaded = match program {
                 aya::programs::Program::Xdp(program) => program.load(),
                 aya::programs::Program::SchedClassifier(program) => program.load(),
@@ -350,6 +354,37 @@ impl Object {
         Ok(Attachment { native, tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
     }
 
+    /// Replaces the XDP program of an interface by one that also tells of packets, or puts the plain
+    /// one back. No packet is missed in between.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn trace(&mut self, interface: &str, index: u32, role: Role, on: bool) -> Result<(), ObjectError> {
+        let program = match (role, on) {
+            (Role::Lan, true) => "qos_trace_lan",
+            (Role::Wan, true) => "qos_trace_wan",
+            (Role::Lan, false) => "qos_xdp_lan",
+            (Role::Wan, false) => "qos_xdp_wan",
+        };
+        let xdp: &mut Xdp = self.program(program)?;
+        if xdp.fd().is_err() {
+            xdp.load().map_err(|reason| ObjectError::Program {
+                program: program.to_owned(),
+                reason: Box::new(reason),
+            })?;
+        }
+        self.attach_xdp(Place { interface, index }, program).map(|_| ())
+    }
+
+    /// The reader of what tracing programs tell; there is one.
+    ///
+    /// # Errors
+    /// Where it was taken before.
+    pub(super) fn tracer(&mut self) -> Result<Tracer, ObjectError> {
+        Tracer::new(&mut self.ebpf)
+            .map_err(|_| ObjectError::Missing { kind: "map", name: "AYA_LOGS".to_owned() })
+    }
+
     /// Names the hooks of an interface that have lost our program.
     #[must_use]
     pub fn missing(&self, index: u32, attachment: Attachment) -> Vec<&'static str> {
@@ -366,6 +401,19 @@ impl Object {
             }
         }
         missing
+    }
+
+    /// Descriptor of a loaded program, for a table of tail calls.
+    ///
+    /// # Errors
+    /// Where there is no such program.
+    pub fn program_fd(&self, program: &'static str) -> Result<&ProgramFd, ObjectError> {
+        let fd = match self.ebpf.program(program) {
+            Some(aya::programs::Program::Xdp(program)) => program.fd().ok(),
+            Some(aya::programs::Program::SchedClassifier(program)) => program.fd().ok(),
+            _ => None,
+        };
+        fd.ok_or_else(|| ObjectError::Missing { kind: "program", name: program.to_owned() })
     }
 
     /// Runs a program on a packet that is not sent (`BPF_PROG_TEST_RUN`), `repeat` times. Returns its
@@ -721,6 +769,18 @@ mod tests {
     impl Drop for Pins {
         fn drop(&mut self) {
             remove_pins(&self.0, &[]).expect("pins are removed");
+        }
+    }
+
+    #[test]
+    fn the_file_has_what_the_kernel_asks_of_it() {
+        let file = aya_obj::Object::parse(OBJECT).expect("an ELF file with BPF programs");
+        assert_eq!(file.license.to_str(), Ok("Dual MIT/GPL"), "one that may call GPL-only helpers");
+        assert!(file.btf.is_some() && file.btf_ext.is_some(), "type and line information");
+        assert!(!file.programs.is_empty() && !file.maps.is_empty());
+        for name in file.maps.keys().filter(|name| !name.starts_with('.')) {
+            // BPF_OBJ_NAME_LEN of linux/bpf.h (6.1), the final zero included: a longer one is cut.
+            assert!(name.len() < 16, "{name} is too long for the name of a map");
         }
     }
 
