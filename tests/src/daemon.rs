@@ -23,7 +23,7 @@ use crate::netns::{Namespace, Process};
 use crate::topology::{LAN, WAN};
 
 /// How long a daemon may take to answer after its start.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(60);
 /// How long it may take to end after SIGTERM.
 const STOP: Duration = Duration::from_secs(10);
 
@@ -73,7 +73,7 @@ impl Daemon {
     /// Writes the configuration, starts `qosd` in `gateway` and waits until its socket answers.
     ///
     /// # Errors
-    /// When the binary can't be found, or ends or doesn't answer within 20 s; the end of its log is
+    /// When the binary can't be found, or ends or doesn't answer within a minute; the end of its log is
     /// in the text.
     pub fn start(gateway: &Namespace, config: &Config) -> Result<Self> {
         let mut daemon = Self::prepare(gateway, config)?;

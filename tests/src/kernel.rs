@@ -2,6 +2,7 @@
 //! netlink and bpf(2). Two readings tell whether anything was touched.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -81,6 +82,33 @@ impl Kernel {
         })
     }
 
+    /// What `other` has otherwise, in words; empty where they are equal.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let mut differences = Vec::new();
+        if self.maps.settings != other.maps.settings {
+            differences.push(format!("settings: {:?}, {:?}", self.maps.settings, other.maps.settings));
+        }
+        if self.maps.tables != other.maps.tables {
+            differences.push(format!("tables: {:x?}, {:x?}", self.maps.tables, other.maps.tables));
+        }
+        differ("allocation", &self.maps.allocations, &other.maps.allocations, &mut differences);
+        differ("provider", &self.maps.providers, &other.maps.providers, &mut differences);
+        differ("application", &self.maps.applications, &other.maps.applications, &mut differences);
+        differ("line", &self.maps.lines, &other.maps.lines, &mut differences);
+        differ("rules", &self.maps.rules, &other.maps.rules, &mut differences);
+        differ("link", &self.links, &other.links, &mut differences);
+        for (what, one, two) in
+            [("class", &self.classes, &other.classes), ("qdisc", &self.qdiscs, &other.qdiscs)]
+        {
+            let named = |list: &[TrafficControl]| -> BTreeMap<String, TrafficControl> {
+                list.iter().map(|it| (format!("{} {:x}", it.index, it.handle), it.clone())).collect()
+            };
+            differ(what, &named(one), &named(two), &mut differences);
+        }
+        differences
+    }
+
     /// Without the numbers of programs, which change when a new daemon takes over.
     #[must_use]
     pub fn without_programs(mut self) -> Self {
@@ -89,6 +117,22 @@ impl Kernel {
         }
         self
     }
+}
+
+fn differ<K: Ord + Debug, V: PartialEq + Debug>(
+    what: &str,
+    one: &BTreeMap<K, V>,
+    two: &BTreeMap<K, V>,
+    differences: &mut Vec<String>,
+) {
+    for (key, value) in one {
+        match two.get(key) {
+            Some(other) if other == value => {}
+            other => differences.push(format!("{what} {key:?}: {value:?}, {other:?}")),
+        }
+    }
+    differences
+        .extend(two.keys().filter(|key| !one.contains_key(*key)).map(|key| format!("{what} {key:?} is new")));
 }
 
 impl Maps {

@@ -31,7 +31,6 @@ fn mbit(mbit: u64) -> BitsPerSecond {
     BitsPerSecond(mbit * 1_000_000)
 }
 
-
 fn to(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
     SocketAddr::new(address.into(), port)
 }
@@ -305,7 +304,8 @@ fn hundreds_of_grants_and_revokes_a_second_disturb_nobody() {
     daemon
         .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5001' --max-down 10mbit --enforcement police")
         .unwrap();
-    let steady = down(&net, 5_000, mbit(19), 1_000);
+    // Half of what is guaranteed: a sender that is late sends on in bursts.
+    let steady = down(&net, 5_000, mbit(10), 1_000);
     let policed = down(&net, 5_001, mbit(20), 1_000);
     let flood = down(&net, 5_002, mbit(60), 1_500);
     thread::sleep(WARM_UP);
@@ -436,7 +436,8 @@ fn two_hundred_allocations_come_back_with_their_numbers_and_slots() {
             let moved = record.expires_ns.abs_diff(after.maps.allocations[slot].expires_ns);
             assert!(moved < 50_000_000, "slot {slot}: the end moved by {moved} ns");
         }
-        assert_eq!(without_ends(after), without_ends(kernel.clone()));
+        let differences = without_ends(kernel.clone()).differences(&without_ends(after));
+        assert_eq!(differences, [""; 0]);
         assert_eq!(daemon.status().unwrap().gateway.repairs, []);
     }
 
@@ -604,10 +605,7 @@ fn detach_without_a_daemon_does_not_touch_a_living_one() {
     let output = net.gateway.output(command).unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(4), "{text}");
-    assert!(
-        text.contains("another qosd works with") && text.contains(daemon.bpffs_dir().to_str().unwrap()),
-        "{text}"
-    );
+    assert!(text.contains(&format!("another qosd (pid {}) ", daemon.id().unwrap())), "{text}");
     assert_eq!(Kernel::read(&daemon, &net.gateway).unwrap(), kernel);
 }
 
