@@ -37,6 +37,7 @@
 pub mod ask;
 pub mod capture;
 pub mod daemon;
+pub mod frames;
 pub mod netlink;
 pub mod netns;
 pub mod random;
