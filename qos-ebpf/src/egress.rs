@@ -44,8 +44,8 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
 /// and the slot of its allocation, zero for none.
 #[inline(always)]
 fn police(ctx: &TcContext, search: &mut Search, direction: Direction) -> (Outcome, u32) {
-    if let Err(reason) = read(ctx, &mut search.packet) {
-        return (reason, 0);
+    if !read(ctx, &mut search.packet) {
+        return (Outcome::Unclassified, 0);
     }
     search.packet.key.length = segment_length(ctx, &search.packet);
     classify::<true>(search);
@@ -77,7 +77,7 @@ fn send(
     };
     let lines = settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
     let packet = &mut search.packet;
-    if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || read(ctx, packet).is_ok()) {
+    if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || read(ctx, packet)) {
         if class == 0 {
             class = line_class(settings, &packet.key, direction);
         }
@@ -122,16 +122,21 @@ fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
     0
 }
 
-/// Reads the packet's headers, pulling them into the linear part first if need be. Out of line: two
-/// callers need it, and the verifier follows each way through the parser.
+/// Reads the packet's headers, pulling them into the linear part first if need be, and tells whether
+/// they could be read. Out of line: two callers need it, and the verifier follows each way through
+/// the parser.
+///
+/// Not a `Result<(), Outcome>`, which is −1 for `Ok`: with 32-bit arithmetic but without 32-bit jumps
+/// LLVM 22 compares a 32-bit number that has been extended with zeros to a 64-bit −1, and so never
+/// finds them equal.
 #[inline(never)]
-fn read(ctx: &TcContext, packet: &mut Packet) -> Result<(), Outcome> {
+fn read(ctx: &TcContext, packet: &mut Packet) -> bool {
     let length = ctx.len();
     if (ctx.data_end().wrapping_sub(ctx.data()) as u32) < HEADERS.min(length) {
         // A packet that can't be pulled is read as far as it goes.
         let _ = ctx.pull_data(HEADERS.min(length));
     }
-    parse(Bytes::new(ctx.data(), ctx.data_end()), false, length, packet)
+    parse(Bytes::new(ctx.data(), ctx.data_end()), false, length, packet).is_ok()
 }
 
 /// Segments of a GSO super-packet; one for any other packet.

@@ -92,7 +92,10 @@ pub fn run<G: Gateway + 'static>(
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System { what: "make threads", source })?;
-    runtime.block_on(live(Arc::new(config), mtu, start_gateway))
+    let result = runtime.block_on(live(Arc::new(config), mtu, start_gateway));
+    // Whoever was not waited for on purpose is not waited for here either.
+    runtime.shutdown_background();
+    result
 }
 
 async fn live<G: Gateway + 'static>(
@@ -110,7 +113,7 @@ async fn live<G: Gateway + 'static>(
 
     let own = Arc::clone(&config);
     let mut worker = Worker::spawn(move || {
-        let store = SqliteStore::open(&own.database()).map_err(ServiceError::Store)?;
+        let store = SqliteStore::open(own.database()).map_err(ServiceError::Store)?;
         Service::start(Config::clone(&own), mtu, store, |state| start_gateway(&own.gateway, state))
     })?;
     // Last, so that whoever can connect meets a gateway that enforces.
@@ -132,11 +135,19 @@ async fn live<G: Gateway + 'static>(
         () = worker.ended() => {}
     }
     let _ = closing.send(());
-    // What was asked before is done; listeners to debugging are let go, or the server would wait.
-    let ended = tokio::task::spawn_blocking(|| worker.stop()).await;
-    if tokio::time::timeout(LAST_ANSWERS, server).await.is_err() {
-        warn!("some connections did not end in time and are cut");
-    }
+    let finish = async {
+        // What was asked before is done; listeners to debugging are let go, or the server would wait.
+        let ended = tokio::task::spawn_blocking(|| worker.stop()).await;
+        if tokio::time::timeout(LAST_ANSWERS, server).await.is_err() {
+            warn!("some connections did not end in time and are cut");
+        }
+        ended
+    };
+    let ended = tokio::select! {
+        ended = finish => ended,
+        _ = terminate.recv() => return Ok(at_once("SIGTERM")),
+        _ = interrupt.recv() => return Ok(at_once("SIGINT")),
+    };
     if detached {
         info!("stopped; nothing is left in the kernel to enforce");
     }
@@ -146,9 +157,23 @@ async fn live<G: Gateway + 'static>(
     }
 }
 
+/// A decision under way is in the store whole or not at all, and the next start carries it out.
+fn at_once(signal: &str) {
+    warn!("{signal} again: ending at once, without the answers under way");
+}
+
+/// Holds the state directory: while it lives no daemon runs, or this process is the daemon.
+#[derive(Debug)]
+pub struct Lock {
+    _file: Flock<File>,
+}
+
 /// Makes the state directory and takes its lock, which the system lets go when the process ends,
 /// however it ends.
-fn lock(config: &Config) -> Result<Flock<File>, DaemonError> {
+///
+/// # Errors
+/// Where another daemon holds it, or the directory can't be made or written.
+pub fn lock(config: &Config) -> Result<Lock, DaemonError> {
     let failed = |what, path: &Path| {
         let path = path.to_owned();
         move |source| DaemonError::StateDirectory { what, path, source }
@@ -174,7 +199,7 @@ fn lock(config: &Config) -> Result<Flock<File>, DaemonError> {
                 .and_then(|()| file.rewind())
                 .and_then(|()| writeln!(file, "{}", std::process::id()));
             written.map_err(failed("write the lock", &path))?;
-            Ok(file)
+            Ok(Lock { _file: file })
         }
         Err((mut file, nix::Error::EWOULDBLOCK)) => {
             let mut text = String::new();

@@ -213,6 +213,12 @@ impl Daemon {
         self.folder.path().join("qosd.sock")
     }
 
+    /// Folder of `qosd` and `qos`.
+    #[must_use]
+    pub fn binaries(&self) -> &Path {
+        &self.binaries
+    }
+
     /// Folder of the pins.
     #[must_use]
     pub fn bpffs_dir(&self) -> &Path {
@@ -279,7 +285,7 @@ impl Daemon {
     fn stop(&mut self) {
         if self.process.is_some() {
             // Whatever fails here, the pins and the process go below.
-            let _ = self.qos(["detach"]);
+            let _ = self.qos(["detach", "--yes"]);
             let _ = self.terminate();
         }
         self.process = None;

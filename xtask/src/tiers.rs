@@ -1,8 +1,9 @@
 //! The tests in tiers, cheap ones first, and the table at the end.
 //!
 //! host: unit, property and doc tests of the crates that need no root. object: checks of the
-//! compiled kernel programs as a file. testrun: library tests that need root, most of them
-//! BPF_PROG_TEST_RUN. netns: real packets between namespaces.
+//! compiled kernel programs as a file (`object::` of the library). testrun: the library's ignored
+//! tests, which need root, and `tests/tests/testrun.rs`. netns: all other tests of `tests`, with
+//! real packets between namespaces.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -141,10 +142,17 @@ fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &
         }
         Tier::Object => programs.commands(runner, Program::is_product_library, &[OBJECT]),
         Tier::Testrun => {
-            programs.commands(runner, Program::is_product_library, &["--ignored", "--test-threads=1"])
+            let mut commands =
+                programs.commands(runner, Program::is_product_library, &["--ignored", "--test-threads=1"]);
+            commands.extend(programs.commands(runner, Program::is_testrun, &["--test-threads=1"]));
+            commands
         }
         // One at a time: each measures rates on all cores.
-        Tier::Netns => programs.commands(runner, |program| program.package == TESTS, &["--test-threads=1"]),
+        Tier::Netns => programs.commands(
+            runner,
+            |program| program.package == TESTS && !program.is_testrun(),
+            &["--test-threads=1"],
+        ),
     };
     let mut tally = Tally::default();
     let mut succeeded = true;

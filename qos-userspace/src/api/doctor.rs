@@ -23,7 +23,7 @@ use super::types::Status;
 use crate::config::Config;
 use crate::gateway::InterfaceConfig;
 use crate::gateway::link::{Link, LinkError};
-use crate::gateway::netlink::{NetlinkError, RouteSocket};
+use crate::gateway::netlink::{NetlinkError, Refusal, RouteSocket};
 use crate::gateway::port::Port;
 
 /// Oldest kernel that works.
@@ -170,7 +170,7 @@ fn privileges() -> Check {
     let has = |capability: u32| held & 1 << capability != 0;
     let missing: Vec<_> = NEEDED
         .iter()
-        .filter(|(_, number)| !has(*number) && !(has(CAP_SYS_ADMIN) && *number > CAP_SYS_ADMIN))
+        .filter(|(_, number)| !(has(*number) || has(CAP_SYS_ADMIN) && *number > CAP_SYS_ADMIN))
         .map(|(name, _)| *name)
         .collect();
     if missing.is_empty() {
@@ -282,6 +282,10 @@ fn schedulers() -> Vec<Check> {
         .map(|(kind, result)| {
             let name = format!("scheduler {kind}");
             let module = format!("install the module sch_{kind} of this kernel");
+            let result = result.map_err(|error| match error {
+                NetlinkError::Refused(Refusal { text: Some(text), .. }) => text,
+                other => other.to_string(),
+            });
             match (result, kind) {
                 (Ok(()), _) => Check::ok(name, "there"),
                 (Err(error), "fq_codel") => Check::warning(
@@ -320,7 +324,7 @@ fn bpffs(directory: &Path) -> Check {
         return Check::error(NAME, format!("{} does not exist", directory.display()), "mount /sys");
     };
     match statfs(there) {
-        Ok(found) if found.filesystem_type().0 as i64 == BPF_FS_MAGIC => {
+        Ok(found) if found.filesystem_type().0 == BPF_FS_MAGIC => {
             Check::ok(NAME, directory.display().to_string())
         }
         Ok(_) => Check::error(
@@ -431,8 +435,7 @@ fn state_dir(directory: &Path) -> Check {
             "give qosd's user the right to write there, or set another `state_dir`",
         );
     }
-    let space = statvfs(there)
-        .map(|found| u64::from(found.blocks_available()).saturating_mul(u64::from(found.fragment_size())));
+    let space = statvfs(there).map(|found| found.blocks_available().saturating_mul(found.fragment_size()));
     match space {
         Ok(bytes) if bytes < LEAST_SPACE => Check::warning(
             NAME,

@@ -5,6 +5,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
+use hyper::body::Body as _;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_json::error::Category;
@@ -23,6 +24,11 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        // Not after the client has sent it all, or goes on waiting to.
+        let announced = request.body().size_hint().lower();
+        if announced > LARGEST_BODY as u64 {
+            return Err(too_large());
+        }
         let bytes = Bytes::from_request(request, state).await.map_err(|rejection| unreadable(&rejection))?;
         parse(&bytes).map(Self)
     }
@@ -38,11 +44,9 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Options
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         match Query::from_request_parts(parts, state).await {
             Ok(Query(options)) => Ok(Self(options)),
-            Err(rejection) => Err(ApiError::invalid(
-                "query",
-                parts.uri.query().unwrap_or_default(),
-                format!("the query string can't be used: {}", rejection.body_text()),
-            )),
+            Err(rejection) => {
+                Err(ApiError::invalid("query", parts.uri.query().unwrap_or_default(), rejection.body_text()))
+            }
         }
     }
 }
@@ -57,17 +61,25 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Named<T
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         match Path::from_request_parts(parts, state).await {
             Ok(Path(named)) => Ok(Self(named)),
-            Err(rejection) => Err(ApiError::invalid("path", parts.uri.path(), rejection.body_text())),
+            Err(rejection) => {
+                let text = rejection.body_text();
+                let message = text.strip_prefix("Invalid URL: ").unwrap_or(&text);
+                Err(ApiError::invalid("path", parts.uri.path(), message))
+            }
         }
     }
 }
 
 fn unreadable(rejection: &BytesRejection) -> ApiError {
     if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
-        let message = format!("the body is larger than {LARGEST_BODY} bytes; split the request");
-        return ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message);
+        return too_large();
     }
     ApiError::new(StatusCode::BAD_REQUEST, "malformed", format!("the body can't be read: {rejection}"))
+}
+
+fn too_large() -> ApiError {
+    let message = format!("the body is larger than {LARGEST_BODY} bytes; split the request");
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message)
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {

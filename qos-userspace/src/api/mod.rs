@@ -21,6 +21,10 @@ mod extract;
 mod native;
 pub mod service;
 pub mod socket;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 mod trace_body;
 pub mod types;
 pub mod worker;

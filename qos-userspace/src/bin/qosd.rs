@@ -1,6 +1,6 @@
 //! The daemon: reads the command line and the configuration, and runs.
 
-use std::io;
+use std::io::{self, IsTerminal as _};
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -48,10 +48,11 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Run) -> Result<(), Failure> {
     let config = Config::load(&arguments.configuration.config)?;
-    tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::try_new(&arguments.log)?)
-        .with_writer(io::stderr)
-        .init();
+    // aya tells of every relocation; who wants that says so with a filter of their own.
+    let filter = EnvFilter::try_new(format!("aya=info,aya_obj=info,{}", arguments.log))?;
+    let colour =
+        io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(io::stderr).init();
     Ok(daemon::run(config, Kernel::start)?)
 }
 

@@ -10,6 +10,7 @@ use super::client::Client;
 use super::output::Output;
 use super::{CliError, DetachLeftovers};
 use crate::config::{Config, DEFAULT_PATH};
+use crate::daemon;
 
 /// Removes everything from the kernel and stops the daemon
 ///
@@ -39,6 +40,8 @@ pub(super) fn run(
         Ok(_) => output.line("detached; qosd is stopping"),
         Err(CliError::Unreachable { .. }) => {
             let config = Config::load(&detach.config)?;
+            // A daemon that does not answer may be about to start, or listen on another socket.
+            let _lock = daemon::lock(&config).map_err(|error| CliError::Detach(Box::new(error)))?;
             detach_leftovers(&config.gateway).map_err(CliError::Detach)?;
             output.line("detached what an earlier qosd left in the kernel")
         }

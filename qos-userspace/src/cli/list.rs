@@ -12,7 +12,7 @@ use crate::domain::{Allocation, BitsPerSecond, Name, Status};
 
 /// Shows allocations, one a line
 ///
-/// Rates are guaranteed/maximum.
+/// Rates are from the guaranteed to the maximum one.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
@@ -106,11 +106,14 @@ fn status(status: Status) -> &'static str {
     }
 }
 
-/// `guaranteed/maximum`, a dash for what is open.
+/// From the guaranteed to the maximum rate.
 fn rates(guaranteed: Option<BitsPerSecond>, maximum: Option<BitsPerSecond>) -> String {
     match (guaranteed, maximum) {
         (None, None) => "-".to_owned(),
-        _ => format!("{}/{}", or_dash(guaranteed), or_dash(maximum)),
+        (Some(guaranteed), None) => format!("from {guaranteed}"),
+        (None, Some(maximum)) => format!("up to {maximum}"),
+        (Some(guaranteed), Some(maximum)) if guaranteed == maximum => maximum.to_string(),
+        (Some(guaranteed), Some(maximum)) => format!("{guaranteed} to {maximum}"),
     }
 }
 

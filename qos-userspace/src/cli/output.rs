@@ -7,7 +7,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write};
 
 use clap::ValueEnum;
-use comfy_table::{Attribute, Cell, CellAlignment, Color, Table, presets};
+use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -169,6 +169,10 @@ impl Output {
     fn bare_table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
+        if self.terminal {
+            // Long texts wrap within their column.
+            table.set_content_arrangement(ContentArrangement::Dynamic);
+        }
         if self.colour {
             table.enforce_styling();
         } else {

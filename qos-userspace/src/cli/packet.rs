@@ -269,10 +269,10 @@ mod tests {
             }
             match sliced.transport {
                 Some(TransportSlice::Udp(udp)) => {
-                    assert_eq!((udp.source_port(), udp.destination_port()), (5_004, 4_000))
+                    assert_eq!((udp.source_port(), udp.destination_port()), (5_004, 4_000));
                 }
                 Some(TransportSlice::Tcp(tcp)) => {
-                    assert_eq!((tcp.source_port(), tcp.destination_port()), (443, 50_000))
+                    assert_eq!((tcp.source_port(), tcp.destination_port()), (443, 50_000));
                 }
                 _ => assert!(protocol == ICMP || protocol == SCTP),
             }

@@ -43,11 +43,7 @@ pub(super) fn run(stats: &Stats, client: &mut Client, output: &mut Output) -> Re
     match stats.watch {
         None => output.show(client.get("/v1/statistics")?, |output, now: Statistics| {
             let allocations = allocations(client)?;
-            for table in totals(output, &now, &allocations) {
-                output.print(&table)?;
-                output.line("")?;
-            }
-            output.line(outcomes(&now))
+            output.line(text(&totals(output, &now, &allocations), &now))
         }),
         Some(interval) => watch(interval, client, output),
     }
@@ -63,9 +59,7 @@ fn watch(interval: Duration, client: &Client, output: &mut Output) -> Result<(),
             let now: Statistics = typed(answer)?;
             if let Some(before) = &before {
                 let allocations = allocations(client)?;
-                let tables = rates(output, before, &now, &allocations);
-                let text = tables.iter().map(Table::trim_fmt).collect::<Vec<_>>().join("\n\n");
-                refresh(output, &format!("{text}\n"))?;
+                refresh(output, &text(&rates(output, before, &now, &allocations), &now))?;
             } else if output.terminal {
                 refresh(output, "measuring …\n")?;
             }
@@ -97,8 +91,8 @@ fn allocations(client: &Client) -> Result<BTreeMap<AllocationId, Allocation>, Cl
 
 /// A direction of something that is counted.
 struct Row<'s> {
-    /// Allocation (if it is one) and provider.
-    names: [String; 2],
+    /// Number of the allocation, if it is one, and provider.
+    names: Vec<String>,
     direction: &'static str,
     counts: &'s Counts,
     before: Counts,
@@ -111,7 +105,7 @@ fn rows<'s>(
     now: &'s Statistics,
     allocations: &BTreeMap<AllocationId, Allocation>,
 ) -> [Vec<Row<'s>>; 2] {
-    let directions = |names: [String; 2],
+    let directions = |names: Vec<String>,
                       now: &'s DirectedCounts,
                       before: Option<&DirectedCounts>,
                       covers: &dyn Fn(Direction) -> bool| {
@@ -128,12 +122,12 @@ fn rows<'s>(
     let of_allocations = now.allocations.iter().flat_map(|(id, counts)| {
         let allocation = allocations.get(id);
         let provider = allocation.map_or_else(|| "(ended)".to_owned(), |known| known.provider.to_string());
-        directions([id.to_string(), provider], counts, before.allocations.get(id), &|direction| {
+        directions(vec![id.to_string(), provider], counts, before.allocations.get(id), &|direction| {
             allocation.is_some_and(|allocation| allocation.covers(direction))
         })
     });
     let of_providers = now.providers.iter().flat_map(|(name, counts)| {
-        directions([String::new(), name.to_string()], counts, before.providers.get(name), &|_| false)
+        directions(vec![name.to_string()], counts, before.providers.get(name), &|_| false)
     });
     [of_allocations.collect(), of_providers.collect()]
 }
@@ -192,9 +186,11 @@ fn tables(
     columns: [&str; 7],
     values: impl Fn(&Row<'_>) -> [String; 7],
 ) -> [Table; 2] {
-    let right: Vec<_> = (3..10).collect();
-    let table = |rows: Vec<Row<'_>>, first: &str| {
-        let header: Vec<_> = [first, "PROVIDER", ""].into_iter().chain(columns).collect();
+    let table = |rows: Vec<Row<'_>>, names: &[&str]| {
+        let header: Vec<_> = names.iter().copied().chain([""]).chain(columns).collect();
+        // All but the provider and the direction are numbers.
+        let right: Vec<_> =
+            (0..header.len()).filter(|index| !matches!(header[*index], "PROVIDER" | "")).collect();
         let mut table = output.table(&header, &right);
         for row in rows {
             let names = row.names.iter().cloned().chain([row.direction.to_owned()]);
@@ -203,7 +199,7 @@ fn tables(
         table
     };
     let [of_allocations, of_providers] = rows;
-    [table(of_allocations, "ID"), table(of_providers, "")]
+    [table(of_allocations, &["ID", "PROVIDER"]), table(of_providers, &["PROVIDER"])]
 }
 
 fn size(count: Count) -> String {
@@ -217,6 +213,12 @@ fn round_to_three_digits(value: f64) -> u64 {
     }
     let unit = 10_f64.powf(value.log10().floor() - 2.0);
     ((value / unit).round() * unit).round() as u64
+}
+
+/// The tables that have rows, and what became of all packets.
+fn text(tables: &[Table], now: &Statistics) -> String {
+    let tables = tables.iter().filter(|table| !table.is_empty()).map(Table::trim_fmt);
+    tables.chain([outcomes(now)]).collect::<Vec<_>>().join("\n\n")
 }
 
 /// What became of all packets.

@@ -1,1 +1,504 @@
+//! The command line against a real socket and store, with what it prints.
 
+use std::cell::{Cell, RefCell};
+use std::io::{self, Write};
+use std::path::Path;
+use std::rc::Rc;
+
+use clap::Parser as _;
+
+use super::output::Output;
+use super::{Cli, command, run};
+use crate::api::testing::TestDaemon;
+
+/// What was written, and after how many writes the reader goes.
+#[derive(Clone, Debug)]
+struct Pipe {
+    text: Rc<RefCell<Vec<u8>>>,
+    writes_left: Rc<Cell<usize>>,
+}
+
+impl Default for Pipe {
+    fn default() -> Self {
+        Self { text: Rc::default(), writes_left: Rc::new(Cell::new(usize::MAX)) }
+    }
+}
+
+impl Write for Pipe {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(left) = self.writes_left.get().checked_sub(1) else {
+            return Err(io::Error::from(io::ErrorKind::BrokenPipe));
+        };
+        self.writes_left.set(left);
+        self.text.borrow_mut().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Pipe {
+    fn read(&self) -> String {
+        String::from_utf8(self.text.borrow().clone()).expect("text")
+    }
+}
+
+/// What came of a command line.
+#[derive(Debug, PartialEq, Eq)]
+struct Done {
+    status: u8,
+    out: String,
+    err: String,
+}
+
+fn qos(socket: &Path, line: &[&str]) -> Done {
+    let (out, err) = (Pipe::default(), Pipe::default());
+    let socket = socket.to_str().expect("UTF-8");
+    let arguments = [&["qos", "--socket", socket], line].concat();
+    let cli = Cli::try_parse_from(arguments).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+    let mut output = Output::to(out.clone(), err.clone());
+    let status = run(cli, &mut output, &|_| Err("no leftovers are expected".into()));
+    Done { status, out: out.read(), err: err.read() }
+}
+
+/// A command line that must be carried out, and what it prints.
+fn must(daemon: &TestDaemon, line: &[&str]) -> String {
+    let done = qos(&daemon.socket(), line);
+    assert_eq!(done.status, 0, "{line:?}: {done:?}");
+    done.out
+}
+
+/// Compares with an expected print, in which a first line break and the indentation do not count.
+fn assert_prints(found: &str, expected: &str) {
+    let indent =
+        expected.lines().find(|line| !line.is_empty()).map_or(0, |line| line.len() - line.trim_start().len());
+    let expected: Vec<_> =
+        expected.lines().skip(1).map(|line| line.get(indent..).unwrap_or_default()).collect();
+    let found: Vec<_> = found.lines().collect();
+    assert_eq!(found, expected[..expected.len().saturating_sub(1)], "found:\n{}", found.join("\n"));
+}
+
+/// A daemon with a provider, an application, a line and a profile, made by the command line.
+fn furnished() -> TestDaemon {
+    let daemon = TestDaemon::start();
+    for line in [
+        "provider add acme --kind application --network 203.0.113.0/24 --network 2001:db8:a::/48 --max-down 50mbit",
+        "provider add isp --kind network --network 192.0.2.0/24",
+        "app add acme video",
+        "session add dsl-1 --address 192.0.2.10 --down 20mbit --up 2mbit --link-layer atm --overhead 32 --delay 8ms --loss 0.1%",
+        "session add fibre-7 --address 192.0.2.20,2001:db8:7::/56 --down 80mbit --up 40mbit",
+        "profile add voice --guaranteed-down 100kbit --guaranteed-up 100kbit --priority 0 --dscp EF",
+    ] {
+        must(&daemon, &line.split(' ').collect::<Vec<_>>());
+    }
+    daemon
+}
+
+const GRANT: [&str; 13] = [
+    "grant",
+    "--provider",
+    "acme",
+    "--app",
+    "video",
+    "--flow",
+    "down udp from 203.0.113.0/24:5000-5010 to 192.0.2.20",
+    "--guaranteed-down",
+    "5mbit",
+    "--max-down",
+    "10mbit",
+    "--priority",
+    "1",
+];
+
+#[test]
+fn the_command_line_is_sound() {
+    command().debug_assert();
+}
+
+#[test]
+fn every_verb_has_long_help_with_what_it_is_for() {
+    let mut command = command();
+    command.build();
+    for verb in command.get_subcommands_mut().filter(|verb| verb.get_name() != "help") {
+        let about = verb.get_about().map(ToString::to_string).unwrap_or_default();
+        assert!(!about.is_empty() && !about.ends_with('.'), "{}: {about:?}", verb.get_name());
+    }
+    let help = command.render_long_help().to_string();
+    for part in ["Examples:", "Exit status:", "3  the daemon can't be reached", "QOS_SOCKET"] {
+        assert!(help.contains(part), "{part} in\n{help}");
+    }
+}
+
+#[test]
+fn lines_that_are_wrong_are_refused_with_the_reason() {
+    for (line, expected) in [
+        (vec!["grant", "--provider", "acme"], "--flow <FLOW>"),
+        (vec!["grant", "--provider", "-x", "--flow", "any"], "unexpected argument '-x'"),
+        (vec!["grant", "--provider", "two words", "--flow", "any"], "`two words` is not a name"),
+        (vec!["grant", "--provider", "a", "--flow", "down sideways"], "`sideways` is not understood"),
+        (vec!["grant", "--provider", "a", "--flow", "up from 192.0.2.1/24"], "did you mean 192.0.2.0/24?"),
+        (vec!["grant", "--provider", "a", "--flow", "any", "--max-down", "fast"], "`fast` has no number"),
+        (vec!["grant", "--provider", "a", "--flow", "any", "--priority", "8"], "8 is not in 0..=7"),
+        (vec!["grant", "--provider", "a", "--flow", "any", "--dscp", "64"], "`64` is not a code point"),
+        (vec!["grant", "--provider", "a", "--flow", "any", "--loss", "2"], "`2` is not a share"),
+        (vec!["grant", "--provider", "a", "--flow", "any", "--delay", "-1ms"], "unexpected argument"),
+        (vec!["grant", "--provider", "a", "--flow", "any", "--for", "soon"], "`soon` is not a duration"),
+        (
+            vec!["grant", "--provider", "a", "--flow", "any", "--enforcement", "drop"],
+            "possible values: police, shape",
+        ),
+        (
+            vec!["session", "add", "s", "--address", "192.0.2.1/33", "--down", "1M", "--up", "1M"],
+            "`192.0.2.1/33` is not an address or prefix",
+        ),
+        (
+            vec!["provider", "add", "p", "--kind", "cable", "--network", "::/0"],
+            "possible values: application, network",
+        ),
+        (vec!["revoke"], "<ID>..."),
+        (vec!["revoke", "all"], "invalid digit"),
+        (vec!["explain", "--direction", "up"], "--protocol <NAME>"),
+        (vec!["explain", "--direction", "up", "--protocol", "udp"], "--source"),
+        (vec!["explain", "--direction", "up", "--hex", "45", "--pcap", "x"], "cannot be used with"),
+        (vec!["stats", "--watch", "0"], "`0` is not a time in seconds"),
+        (vec!["frobnicate"], "unrecognized subcommand 'frobnicate'"),
+        (vec!["grnat"], "'grant'"),
+    ] {
+        let error = Cli::try_parse_from(["qos"].iter().chain(&line)).expect_err(expected);
+        assert_eq!(error.exit_code(), 2, "{line:?}");
+        assert!(error.to_string().contains(expected), "{line:?}: {error}");
+    }
+}
+
+#[test]
+fn lists_are_printed_as_tables() {
+    let daemon = furnished();
+    assert_prints(
+        &must(&daemon, &["provider", "list"]),
+        "
+        NAME  KIND          MAX DOWN  MAX UP  NETWORKS
+        acme  application  50 Mbit/s       -  203.0.113.0/24, 2001:db8:a::/48
+        isp   network              -       -  192.0.2.0/24
+        ",
+    );
+    assert_prints(
+        &must(&daemon, &["session", "list"]),
+        "
+        NAME          DOWN         UP  LINK LAYER  ADDRESSES
+        dsl-1    20 Mbit/s   2 Mbit/s  atm         192.0.2.10/32
+        fibre-7  80 Mbit/s  40 Mbit/s  ethernet    192.0.2.20/32, 2001:db8:7::/56
+        ",
+    );
+    assert_prints(
+        &must(&daemon, &["session", "show", "dsl-1"]),
+        "
+        name        dsl-1
+        addresses   192.0.2.10/32
+        down        20 Mbit/s
+        up          2 Mbit/s
+        link layer  atm
+        overhead    32 bytes
+        delay       8 ms
+        loss        0.1 %
+        ",
+    );
+    assert_prints(
+        &must(&daemon, &["app", "list"]),
+        "
+        PROVIDER  NAME
+        acme      video
+        ",
+    );
+    assert_prints(
+        &must(&daemon, &["profile", "list"]),
+        "
+        NAME   GUARANTEED DOWN  MAX DOWN  GUARANTEED UP  MAX UP  PRIORITY  DSCP  ENFORCEMENT
+        voice       100 kbit/s         -     100 kbit/s       -         0  EF    shape
+        ",
+    );
+}
+
+#[test]
+fn a_grant_is_granted_listed_shown_and_revoked() {
+    let daemon = furnished();
+    let granted = must(&daemon, &GRANT);
+    assert!(granted.starts_with("granted 1\nid                1\n"), "{granted}");
+    for part in [
+        "session           fibre-7",
+        "flows             down udp from 203.0.113.0/24:5000-5010 to 192.0.2.20",
+        "guaranteed down   5 Mbit/s",
+        "maximum down      10 Mbit/s",
+        "expires           never",
+    ] {
+        assert!(granted.contains(part), "{part} in\n{granted}");
+    }
+    assert_prints(
+        &must(&daemon, &["list"]),
+        "
+        ID  PROVIDER  APP    SESSION  DOWN                   UP  PRIORITY  EXPIRES  FLOWS
+         1  acme      video  fibre-7  5 Mbit/s to 10 Mbit/s  -          1  never    down udp from 203.0.113.0/24:5000-5010 to 192.0.2.20
+        ",
+    );
+    assert_eq!(must(&daemon, &["list", "--provider", "isp"]).lines().count(), 1);
+    assert!(granted.ends_with(&must(&daemon, &["show", "1"])));
+    assert_eq!(must(&daemon, &["revoke", "1"]), "revoked 1\n");
+    assert!(must(&daemon, &["list", "--ended"]).contains("revoked"));
+}
+
+#[test]
+fn a_dry_run_and_its_warnings_are_told_apart_from_a_grant() {
+    let daemon = furnished();
+    let mut line = GRANT.to_vec();
+    line.push("--dry-run");
+    let done = qos(&daemon.socket(), &line);
+    assert!(done.out.starts_with("would be granted; nothing was changed\n"), "{done:?}");
+    assert_eq!(must(&daemon, &["list"]).lines().count(), 1);
+
+    // Upstream is out of the line, where this box can't promise.
+    let done = qos(
+        &daemon.socket(),
+        &[
+            "grant",
+            "--provider",
+            "acme",
+            "--flow",
+            "up udp from 192.0.2.20 to 203.0.113.7",
+            "--guaranteed-up",
+            "1mbit",
+        ],
+    );
+    assert_eq!(done.status, 0, "{done:?}");
+    assert!(done.err.starts_with("warning: ") && done.err.contains("soft"), "{done:?}");
+}
+
+#[test]
+fn json_is_the_answer_of_the_api() {
+    let daemon = furnished();
+    must(&daemon, &GRANT);
+    for (line, path) in [
+        (vec!["list"], "/v1/allocations"),
+        (vec!["show", "1"], "/v1/allocations/1"),
+        (vec!["provider", "list"], "/v1/providers"),
+        (vec!["provider", "show", "acme"], "/v1/providers/acme"),
+        (vec!["app", "list", "acme"], "/v1/providers/acme/applications"),
+        (vec!["session", "list"], "/v1/sessions"),
+        (vec!["profile", "show", "voice"], "/v1/profiles/voice"),
+        (vec!["stats"], "/v1/statistics"),
+        (vec!["status"], "/v1/status"),
+    ] {
+        let printed = must(&daemon, &[line.as_slice(), &["-o", "json"]].concat());
+        let printed: serde_json::Value = serde_json::from_str(&printed).expect("JSON");
+        assert_eq!(printed, daemon.must("GET", path, ""), "{line:?}");
+    }
+}
+
+#[test]
+fn exit_statuses_tell_refusals_failures_and_absence_apart() {
+    let daemon = furnished();
+    let socket = daemon.socket();
+
+    let refused = qos(&socket, &["show", "99"]);
+    assert_eq!(
+        refused,
+        Done { status: 1, out: String::new(), err: "error: there is no allocation `99`\n".to_owned() }
+    );
+    let too_much = qos(
+        &socket,
+        &[
+            "grant",
+            "--provider",
+            "acme",
+            "--flow",
+            "down from 203.0.113.7 to 192.0.2.20",
+            "--guaranteed-down",
+            "90mbit",
+        ],
+    );
+    assert_eq!(too_much.status, 1);
+    assert!(too_much.err.contains("aggregate of provider acme downstream: asked 90 Mbit/s"), "{too_much:?}");
+
+    daemon.recorder.record().refuse = 1;
+    let failed = qos(&socket, &GRANT);
+    assert_eq!(failed.status, 4);
+    assert!(
+        failed.err.starts_with("error: the kernel did not take the change, and nothing was changed: "),
+        "{failed:?}"
+    );
+
+    let absent = qos(Path::new("/nonexistent/qosd.sock"), &["list"]);
+    assert_eq!(absent.status, 3);
+    assert!(absent.err.contains("cannot reach qosd on /nonexistent/qosd.sock"), "{absent:?}");
+    assert!(absent.err.contains("start it with `qosd run`, or name its socket with --socket"), "{absent:?}");
+}
+
+#[test]
+fn revoking_several_goes_on_behind_one_that_is_not_there() {
+    let daemon = furnished();
+    must(&daemon, &GRANT);
+    let done = qos(&daemon.socket(), &["revoke", "7", "1"]);
+    assert_eq!((done.status, done.out.as_str()), (1, "revoked 1\n"), "{done:?}");
+    assert!(done.err.starts_with("error: ") && done.err.contains('7'), "{done:?}");
+}
+
+#[test]
+fn statistics_are_totals_or_rates() {
+    let daemon = furnished();
+    must(&daemon, &GRANT);
+    assert_prints(
+        &must(&daemon, &["stats"]),
+        "
+        ID  PROVIDER        PASSED  PACKETS  IN PROFILE  EXCESS  DROPPED  QUEUE DROPPED  MARKED
+         1  acme      down  1.5 MB     1000      1.5 MB     0 B    15 kB            0 B     0 B
+
+        PROVIDER        PASSED  PACKETS  IN PROFILE  EXCESS  DROPPED  QUEUE DROPPED  MARKED
+        acme      down  1.5 MB     1000      1.5 MB     0 B    15 kB            0 B     0 B
+        isp       down  1.5 MB     1000      1.5 MB     0 B    15 kB            0 B     0 B
+
+        packets: admitted 1000, over limit 10
+        ",
+    );
+
+    // A reader that goes ends it, and that is no error.
+    let (out, err) = (Pipe { writes_left: Rc::new(Cell::new(4)), ..Pipe::default() }, Pipe::default());
+    let socket = daemon.socket();
+    let line = ["qos", "--socket", socket.to_str().expect("UTF-8"), "stats", "--watch", "0.1"];
+    let mut output = Output::to(out.clone(), err.clone());
+    let status = run(Cli::try_parse_from(line).expect("valid"), &mut output, &|_| Ok(()));
+    assert_eq!((status, err.read()), (0, String::new()));
+    assert!(out.read().contains("RATE"), "{}", out.read());
+}
+
+#[test]
+fn an_explanation_is_told_in_words() {
+    let daemon = furnished();
+    must(&daemon, &GRANT);
+    let line = "explain --direction down --protocol udp --source 203.0.113.7:5004 --destination 192.0.2.10:4000 --dscp EF";
+    assert_prints(
+        &must(&daemon, &line.split(' ').collect::<Vec<_>>()),
+        "
+        packet      down udp from 203.0.113.7:5004 to 192.0.2.10:4000 dscp EF, 28 bytes
+        allocation  1 of acme/video
+        selector    0: down udp from 203.0.113.0/24:5000-5010 to 192.0.2.20
+        level       guaranteed 5 Mbit/s, maximum 10 Mbit/s, priority 1
+        outcome     admitted, in profile
+        charged     42 bytes
+        class       5150:4001
+        looked at   1 tables, 2 rules; 0 more had matched and are expired
+        ",
+    );
+    let odd = qos(&daemon.socket(), &["explain", "--direction", "down", "--hex", "450"]);
+    assert_eq!(
+        (odd.status, odd.err.as_str()),
+        (2, "error: the digits are no packet: 3 hexadecimal digits: each byte takes two\n")
+    );
+}
+
+#[test]
+fn status_and_reconciliation_are_told() {
+    let daemon = furnished();
+    let status = must(&daemon, &["status"]);
+    for part in [
+        "mode                 enforce",
+        "link                 down 100 Mbit/s, up 100 Mbit/s",
+        "providers            2, with 1 applications",
+        "lan0       lan   100 Mbit/s      2  native  tcx  htb              2",
+    ] {
+        assert!(status.contains(part), "{part} in\n{status}");
+    }
+    assert_eq!(must(&daemon, &["reconcile"]), "the kernel is as it should be\n");
+    daemon.recorder.record().drift.push("lan0: class 5150:2 was missing".to_owned());
+    assert_eq!(must(&daemon, &["reconcile"]), "repaired: lan0: class 5150:2 was missing\n");
+    assert!(must(&daemon, &["status"]).contains("lan0: class 5150:2 was missing"));
+}
+
+#[test]
+fn the_doctor_asks_the_daemon_or_looks_itself() {
+    let daemon = furnished();
+    // lan0 and wan0 do not exist here, and that is an error.
+    let asked = qos(&daemon.socket(), &["doctor"]);
+    assert_eq!(asked.status, 4, "{asked:?}");
+    assert!(asked.out.contains("interface lan0 does not exist"), "{}", asked.out);
+    assert!(asked.out.contains("programs on lan0"), "{}", asked.out);
+    assert_eq!(asked.err, "");
+
+    let alone = qos(Path::new("/nonexistent/qosd.sock"), &["doctor", "-o", "json"]);
+    let checks: serde_json::Value = serde_json::from_str(&alone.out).expect("JSON");
+    let checks = checks["items"].as_array().expect("items");
+    assert!(checks.iter().any(|check| check["name"] == "daemon" && check["severity"] == "warning"));
+    assert!(checks.iter().any(|check| check["name"] == "BTF"));
+    assert_ne!(alone.status, 0);
+}
+
+/// Runs `qos detach` against a socket where nobody is, and says how often leftovers were removed.
+fn detach_leftovers(directory: &Path) -> (u8, String, usize) {
+    let config = directory.join("qos.toml");
+    let text = format!(
+        "state_dir = '{0}/state'\n[[interface]]\nname='lan0'\nrole='lan'\ncapacity='1G'\n[[interface]]\nname='wan0'\nrole='wan'\ncapacity='1G'",
+        directory.display()
+    );
+    std::fs::write(&config, text).expect("written");
+    let line =
+        ["qos", "--socket", "/nonexistent/s", "detach", "--yes", "--config", config.to_str().expect("UTF-8")];
+    let (err, calls) = (Pipe::default(), Cell::new(0));
+    let mut output = Output::to(io::sink(), err.clone());
+    let status = run(Cli::try_parse_from(line).expect("valid"), &mut output, &|gateway| {
+        assert_eq!(gateway.interfaces[0].name, "lan0");
+        calls.set(calls.get() + 1);
+        Ok(())
+    });
+    (status, err.read(), calls.get())
+}
+
+#[test]
+fn detach_goes_to_the_daemon_or_without_one_to_the_kernel() {
+    let daemon = TestDaemon::start();
+    assert_eq!(must(&daemon, &["detach", "--yes"]), "detached; qosd is stopping\n");
+    assert!(daemon.recorder.record().detached);
+
+    let directory = tempfile::tempdir().expect("temporary directory");
+    assert_eq!(detach_leftovers(directory.path()), (0, String::new(), 1));
+}
+
+#[test]
+fn leftovers_of_a_daemon_that_runs_are_left_alone() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let config = crate::api::testing::config(directory.path(), "");
+    let _held = crate::daemon::lock(&config).expect("free");
+    let (status, error, calls) = detach_leftovers(directory.path());
+    assert_eq!((status, calls), (4, 0));
+    assert!(error.contains("another qosd"), "{error}");
+}
+
+#[test]
+fn completions_are_made_for_every_shell() {
+    let nowhere = Path::new("/nonexistent/s");
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let done = qos(nowhere, &["completions", shell]);
+        assert_eq!(done.status, 0, "{shell}");
+        assert!(done.out.contains("guaranteed-down"), "{shell}");
+    }
+}
+
+#[test]
+fn manual_pages_are_made_for_every_verb() {
+    let nowhere = Path::new("/nonexistent/s");
+    let done = qos(nowhere, &["man"]);
+    assert!(done.out.contains(".TH qos 1") && done.out.contains("Exit status"), "{}", done.out);
+
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let pages = directory.path().join("man1");
+    assert_eq!(qos(nowhere, &["man", pages.to_str().expect("UTF-8")]).status, 0);
+    for (page, part) in [
+        ("qos.1", "Exit status"),
+        ("qos-grant.1", "guaranteed"),
+        ("qos-provider-add.1", "network"),
+        ("qosd.1", "Exit status"),
+        ("qosd-run.1", "config"),
+    ] {
+        let text =
+            std::fs::read_to_string(pages.join(page)).unwrap_or_else(|error| panic!("{page}: {error}"));
+        assert!(text.contains(part), "{part} in {page}:\n{text}");
+    }
+}

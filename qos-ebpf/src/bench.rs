@@ -1,0 +1,134 @@
+//! What the benchmark drives the programs with: each run takes the next packet of a list, writes its
+//! headers into the frame, and goes on with the program that is measured. A packet that never
+//! changes would measure nothing but warm caches.
+#![no_std]
+#![no_main]
+#![expect(unreachable_pub, missing_docs, reason = "the macros of aya wrap entry points in public functions")]
+
+#[expect(dead_code, reason = "the benchmark parses and nothing else")]
+mod packet;
+
+use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
+use aya_ebpf::btf_maps::{Array, PerCpuArray, ProgramArray};
+use aya_ebpf::macros::{btf_map, classifier, xdp};
+use aya_ebpf::programs::{TcContext, XdpContext};
+
+use crate::packet::{Bytes, Packet, parse};
+
+const MMAPABLE: usize = 1 << 10;
+const HEADERS: usize = 42;
+
+/// A packet of the list: Ethernet, IPv4 and UDP headers, and the mark it comes with at tc.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Step {
+    headers: [u8; HEADERS],
+    reserved: [u8; 2],
+    mark: u32,
+}
+
+#[btf_map(name = "steps")]
+static STEPS: Array<Step, 16_384, MMAPABLE> = Array::new();
+/// Number of packets in the list.
+#[btf_map(name = "length")]
+static LENGTH: Array<u32, 1> = Array::new();
+#[btf_map(name = "cursor")]
+static CURSOR: PerCpuArray<u32, 1> = PerCpuArray::new();
+/// The program that is measured, by XDP and by tc.
+#[btf_map(name = "xdp_targets")]
+static XDP_TARGETS: ProgramArray<1> = ProgramArray::new();
+#[btf_map(name = "tc_targets")]
+static TC_TARGETS: ProgramArray<1> = ProgramArray::new();
+#[btf_map(name = "parsed")]
+static PARSED: PerCpuArray<Packet, 1> = PerCpuArray::new();
+
+#[inline(always)]
+fn next() -> Option<&'static Step> {
+    let cursor = CURSOR.get_ptr_mut(0)?;
+    let length = *LENGTH.get(0)?;
+    // SAFETY: this CPU's own element, and bottom halves are off.
+    let position = unsafe { *cursor };
+    let following = position + 1;
+    // SAFETY: as above.
+    unsafe { *cursor = if following >= length { 0 } else { following } };
+    STEPS.get(position)
+}
+
+#[inline(always)]
+fn write(bytes: Bytes, step: &Step) {
+    if let Some(place) = bytes.locate::<[u8; HEADERS]>(0) {
+        // SAFETY: `locate` checked that all of it is in the packet.
+        unsafe { *place = step.headers };
+    }
+}
+
+/// Writes the next packet and goes on with the target; without one the packet goes to the stack.
+#[xdp(frags)]
+pub fn bench_xdp(ctx: XdpContext) -> u32 {
+    if let Some(step) = next() {
+        write(Bytes::new(ctx.data(), ctx.data_end()), step);
+    }
+    // It returns only where there is no target.
+    // SAFETY: nothing here has a drop method.
+    unsafe { XDP_TARGETS.tail_call(&ctx, 0) };
+    XDP_PASS
+}
+
+/// The same at tc, with the packet's mark.
+#[classifier]
+pub fn bench_tc(ctx: TcContext) -> i32 {
+    if let Some(step) = next() {
+        write(Bytes::new(ctx.data(), ctx.data_end()), step);
+        // SAFETY: `mark` is a field that programs of this type may write.
+        unsafe { (*ctx.skb.skb).mark = step.mark };
+    }
+    // SAFETY: as above.
+    unsafe { TC_TARGETS.tail_call(&ctx, 0) };
+    -1
+}
+
+/// The baseline: what a program that does nothing costs.
+#[xdp(frags)]
+pub fn bench_empty(_ctx: XdpContext) -> u32 {
+    XDP_PASS
+}
+
+/// The baseline at tc.
+#[classifier]
+pub fn bench_empty_tc(_ctx: TcContext) -> i32 {
+    -1
+}
+
+/// The parser alone.
+#[xdp(frags)]
+pub fn bench_parse(ctx: XdpContext) -> u32 {
+    if let Some(packet) = PARSED.get_ptr_mut(0) {
+        // SAFETY: this CPU's own element, and bottom halves are off.
+        let packet = unsafe { &mut *packet };
+        packet.begin(0);
+        let bytes = Bytes::new(ctx.data(), ctx.data_end());
+        if parse(bytes, false, bytes.length() as u32, packet).is_err() {
+            return XDP_DROP;
+        }
+    }
+    XDP_PASS
+}
+
+/// Where forwarded packets end; the rest, ARP above all, goes to the stack.
+#[xdp(frags)]
+pub fn bench_drop(ctx: XdpContext) -> u32 {
+    match Bytes::new(ctx.data(), ctx.data_end()).read::<[u8; 14]>(0) {
+        Some([.., 8, 0]) => XDP_DROP,
+        _ => XDP_PASS,
+    }
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,725 @@
+//! The API over a real socket with a real store, and the service by itself.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::service::{Operations as _, ServiceError};
+use super::testing::{Recorder, TestDaemon, ask, grant, service};
+use crate::domain::{AllocationId, BitsPerSecond, Directed, Name, ProviderKind};
+use crate::manager::{Change, Command, NewProvider};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Waits for something that another thread brings about.
+fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn text<'v>(value: &'v Value, pointer: &str) -> &'v str {
+    value.pointer(pointer).and_then(Value::as_str).unwrap_or_else(|| panic!("{pointer} in {value}"))
+}
+
+fn ids(daemon: &TestDaemon) -> Vec<u64> {
+    let listing = daemon.must("GET", "/v1/allocations", "");
+    let items = listing["items"].as_array().expect("items");
+    items.iter().map(|item| item["id"].as_u64().expect("id")).collect()
+}
+
+#[test]
+fn a_grant_is_written_enforced_listed_and_revoked() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let before = daemon.recorder.record().applied.len();
+
+    let (status, answer) =
+        daemon.ask("POST", "/v1/allocations", &grant(5_000, "5mbit", r#","application":"video""#));
+    assert_eq!(status, 201, "{answer}");
+    assert_eq!(answer["result"]["id"], 1);
+    assert_eq!(answer["result"]["status"], "available");
+    assert_eq!(answer["result"]["session"], "dsl-1");
+    assert_eq!(answer["dry_run"], false);
+    match daemon.recorder.record().applied[before..].as_ref() {
+        [Change::PutAllocation(allocation)] => assert_eq!(allocation.id, AllocationId(1)),
+        other => panic!("{other:?}"),
+    }
+
+    assert_eq!(ids(&daemon), [1]);
+    let shown = daemon.must("GET", "/v1/allocations/1", "");
+    assert_eq!(shown, answer["result"]);
+    assert_eq!(daemon.must("GET", "/v1/allocations?provider=other", "")["items"], json!([]));
+
+    let revoked = daemon.must("DELETE", "/v1/allocations/1", "");
+    assert_eq!(revoked["result"]["status"], "unavailable");
+    assert!(ids(&daemon).is_empty());
+    let ended = daemon.must("GET", "/v1/allocations?ended=10", "");
+    assert_eq!(ended["items"][0]["id"], 1);
+    assert_eq!(daemon.must("GET", "/v1/allocations/1", "")["status"], "unavailable");
+    assert!(matches!(daemon.recorder.record().applied.last(), Some(Change::EndAllocation(_))));
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_and_changes_nothing() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let before = daemon.recorder.record().applied.len();
+    let (status, answer) = daemon.ask("POST", "/v1/allocations?dry_run=true", &grant(5_000, "5mbit", ""));
+    assert_eq!((status, &answer["dry_run"]), (200, &json!(true)), "{answer}");
+    assert!(ids(&daemon).is_empty());
+    assert_eq!(daemon.recorder.record().applied.len(), before);
+    // The number was not used up.
+    assert_eq!(daemon.must("POST", "/v1/allocations", &grant(5_000, "5mbit", ""))["result"]["id"], 1);
+}
+
+#[test]
+fn everything_can_be_registered_shown_and_removed() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let level = r#"{"guaranteed":{"down":"1mbit"},"dscp":46}"#;
+    assert_eq!(daemon.must("PUT", "/v1/profiles/voice", level)["result"]["level"]["dscp"], 46);
+    for (path, name) in [
+        ("/v1/providers", "acme"),
+        ("/v1/applications", "video"),
+        ("/v1/providers/acme/applications", "video"),
+        ("/v1/sessions", "dsl-1"),
+        ("/v1/profiles", "voice"),
+    ] {
+        assert_eq!(daemon.must("GET", path, "")["items"][0]["name"], name, "{path}");
+    }
+    for path in ["/v1/providers/acme", "/v1/sessions/dsl-1", "/v1/profiles/voice"] {
+        daemon.must("GET", path, "");
+    }
+    for path in [
+        "/v1/providers/acme/applications/video",
+        "/v1/providers/acme",
+        "/v1/sessions/dsl-1",
+        "/v1/profiles/voice",
+    ] {
+        let removed = daemon.must("DELETE", path, "");
+        let name = path.rsplit('/').next().expect("a name");
+        assert_eq!(removed["result"]["name"], name);
+        assert_eq!(daemon.ask("DELETE", path, "").0, 404, "{path} a second time");
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_request_is_said_with_field_and_value() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let selector = |selector: &str| format!(r#"{{"provider":"acme","selectors":[{selector}]}}"#);
+    for (name, method, path, body, status, code, field, value, message) in [
+        (
+            "unknown route",
+            "GET",
+            "/v1/nothing",
+            String::new(),
+            404,
+            "unknown_route",
+            None,
+            None,
+            "there is no /v1/nothing",
+        ),
+        (
+            "another version",
+            "GET",
+            "/v2/status",
+            String::new(),
+            404,
+            "unknown_route",
+            None,
+            None,
+            "the API begins at /v1/",
+        ),
+        (
+            "unknown method",
+            "PATCH",
+            "/v1/allocations",
+            String::new(),
+            405,
+            "unknown_method",
+            None,
+            None,
+            "/v1/allocations does not take PATCH",
+        ),
+        (
+            "no such provider",
+            "GET",
+            "/v1/providers/nobody",
+            String::new(),
+            404,
+            "not_found",
+            Some("provider"),
+            Some("nobody"),
+            "there is no provider `nobody`",
+        ),
+        (
+            "no such allocation",
+            "GET",
+            "/v1/allocations/99",
+            String::new(),
+            404,
+            "not_found",
+            Some("allocation"),
+            Some("99"),
+            "there is no allocation `99`",
+        ),
+        (
+            "revoke of nothing",
+            "DELETE",
+            "/v1/allocations/99",
+            String::new(),
+            404,
+            "not_found",
+            Some("id"),
+            Some("99"),
+            "99",
+        ),
+        (
+            "a name that is none",
+            "GET",
+            "/v1/providers/..%2f",
+            String::new(),
+            400,
+            "invalid",
+            Some("path"),
+            Some("/v1/providers/..%2f"),
+            "`../` is not a name",
+        ),
+        (
+            "a number that is none",
+            "GET",
+            "/v1/allocations/abc",
+            String::new(),
+            400,
+            "invalid",
+            Some("path"),
+            Some("/v1/allocations/abc"),
+            "`abc`",
+        ),
+        (
+            "unknown option",
+            "GET",
+            "/v1/allocations?colour=red",
+            String::new(),
+            400,
+            "invalid",
+            Some("query"),
+            Some("colour=red"),
+            "unknown field `colour`",
+        ),
+        (
+            "no body",
+            "POST",
+            "/v1/allocations",
+            String::new(),
+            400,
+            "malformed",
+            None,
+            None,
+            "the body is not JSON: EOF while parsing",
+        ),
+        (
+            "half a body",
+            "POST",
+            "/v1/allocations",
+            "{\"provider\":\n\"ac".into(),
+            400,
+            "malformed",
+            None,
+            None,
+            "at line 2 column 3",
+        ),
+        (
+            "more than a body",
+            "POST",
+            "/v1/providers/acme/applications",
+            "{\"name\":\"a\"} x".into(),
+            400,
+            "malformed",
+            None,
+            None,
+            "trailing characters at line 1 column 14",
+        ),
+        ("not an object", "POST", "/v1/allocations", "[1]".into(), 400, "invalid", None, None, "expected"),
+        (
+            "unknown member",
+            "POST",
+            "/v1/allocations",
+            r#"{"provider":"acme","selectors":[],"colour":"red"}"#.into(),
+            400,
+            "invalid",
+            Some("colour"),
+            Some("red"),
+            "unknown field `colour`",
+        ),
+        (
+            "missing member",
+            "POST",
+            "/v1/allocations",
+            r#"{"provider":"acme"}"#.into(),
+            400,
+            "invalid",
+            None,
+            None,
+            "missing field `selectors`",
+        ),
+        (
+            "wrong type",
+            "POST",
+            "/v1/allocations",
+            r#"{"provider":"acme","selectors":[],"level":{"maximum":{"down":true}}}"#.into(),
+            400,
+            "invalid",
+            Some("level.maximum.down"),
+            Some("true"),
+            "expected a number of bit/s or a text such as \"20mbit\"",
+        ),
+        (
+            "not a rate",
+            "POST",
+            "/v1/allocations",
+            r#"{"provider":"acme","selectors":[],"level":{"maximum":{"down":"fast"}}}"#.into(),
+            400,
+            "invalid",
+            Some("level.maximum.down"),
+            Some("fast"),
+            "`fast` has no number",
+        ),
+        (
+            "negative rate",
+            "POST",
+            "/v1/allocations",
+            r#"{"provider":"acme","selectors":[],"level":{"maximum":{"down":-5}}}"#.into(),
+            400,
+            "invalid",
+            Some("level.maximum.down"),
+            Some("-5"),
+            "expected a number of bit/s",
+        ),
+        (
+            "selector text",
+            "POST",
+            "/v1/allocations",
+            selector(r#""down sideways""#),
+            400,
+            "invalid",
+            Some("selectors[0]"),
+            Some("down sideways"),
+            "sideways",
+        ),
+        (
+            "inverted ports",
+            "POST",
+            "/v1/allocations",
+            selector(r#"{"source_ports":[9,5]}"#),
+            400,
+            "invalid",
+            None,
+            None,
+            "the range 9-5 is inverted",
+        ),
+        (
+            "no selector",
+            "POST",
+            "/v1/allocations",
+            r#"{"provider":"acme","selectors":[],"level":{"maximum":{"down":"1mbit"}}}"#.into(),
+            400,
+            "invalid",
+            Some("selectors"),
+            None,
+            "selectors",
+        ),
+        (
+            "unknown provider",
+            "POST",
+            "/v1/allocations",
+            grant(5_000, "1mbit", "").replace("acme", "nobody"),
+            404,
+            "not_found",
+            Some("provider"),
+            Some("nobody"),
+            "nobody",
+        ),
+        (
+            "foreign network",
+            "POST",
+            "/v1/allocations",
+            grant(5_000, "1mbit", "").replace("203.0.113.0", "198.51.100.0"),
+            403,
+            "forbidden",
+            None,
+            None,
+            "203.0.113.0/24",
+        ),
+        (
+            "more than the line",
+            "POST",
+            "/v1/allocations",
+            grant(5_000, "40mbit", ""),
+            409,
+            "insufficient_capacity",
+            None,
+            None,
+            "dsl-1",
+        ),
+        (
+            "provider twice",
+            "POST",
+            "/v1/providers",
+            r#"{"name":"acme","kind":"network","networks":["192.0.2.0/24"]}"#.into(),
+            409,
+            "conflict",
+            Some("name"),
+            Some("acme"),
+            "acme",
+        ),
+        (
+            "provider in use",
+            "DELETE",
+            "/v1/providers/acme",
+            String::new(),
+            409,
+            "conflict",
+            None,
+            None,
+            "acme",
+        ),
+        (
+            "odd packet",
+            "POST",
+            "/v1/explain",
+            r#"{"direction":"up","packet":"450"}"#.into(),
+            400,
+            "invalid",
+            Some("packet"),
+            Some("450"),
+            "each byte takes two",
+        ),
+    ] {
+        let before = daemon.recorder.record().applied.len();
+        let (found, answer) = daemon.ask(method, path, &body);
+        let error = &answer["error"];
+        assert_eq!((found, error["code"].as_str()), (status, Some(code)), "{name}: {answer}");
+        assert!(text(&answer, "/error/message").contains(message), "{name}: {answer}");
+        if let Some(field) = field {
+            assert_eq!(error["field"], field, "{name}: {answer}");
+        }
+        if let Some(value) = value {
+            assert_eq!(error["value"], value, "{name}: {answer}");
+        }
+        assert_eq!(daemon.recorder.record().applied.len(), before, "{name} changed something");
+    }
+    assert!(ids(&daemon).is_empty());
+}
+
+#[test]
+fn a_body_beyond_the_limit_and_one_nested_too_deeply_are_refused() {
+    let daemon = TestDaemon::start();
+    let (status, answer) =
+        daemon.ask("POST", "/v1/allocations", &" ".repeat(super::extract::LARGEST_BODY + 1));
+    assert_eq!((status, text(&answer, "/error/code")), (413, "too_large"));
+    let (status, answer) = daemon.ask("POST", "/v1/allocations", &"[".repeat(100_000));
+    assert_eq!(status, 400, "{answer}");
+    // It lives.
+    daemon.must("GET", "/v1/status", "");
+}
+
+#[test]
+fn a_body_that_announces_more_than_the_limit_is_refused_before_it_comes() {
+    let daemon = TestDaemon::start();
+    let mut stream = UnixStream::connect(daemon.socket()).expect("connected");
+    stream
+        .write_all(b"POST /v1/allocations HTTP/1.1\r\nhost: q\r\nconnection: close\r\ncontent-length: 1000000000\r\n\r\n{")
+        .expect("sent");
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).expect("an answer");
+    assert!(line.contains("413"), "{line}");
+}
+
+#[test]
+fn clients_at_the_same_time_get_different_numbers() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let (daemon_ref, clients) = (&daemon, 16_u16);
+    let mut granted: Vec<u64> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..clients)
+            .map(|client| {
+                scope.spawn(move || {
+                    let body = grant(5_000 + client, "100kbit", "");
+                    let answer = daemon_ref.must("POST", "/v1/allocations", &body);
+                    answer["result"]["id"].as_u64().expect("id")
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+    });
+    granted.sort_unstable();
+    assert_eq!(granted, (1..=u64::from(clients)).collect::<Vec<_>>());
+    assert_eq!(ids(&daemon), granted);
+}
+
+#[test]
+fn many_requests_go_over_one_connection() {
+    let daemon = TestDaemon::start();
+    let mut stream = UnixStream::connect(daemon.socket()).expect("connected");
+    for _ in 0..3 {
+        stream.write_all(b"GET /v1/profiles HTTP/1.1\r\nhost: q\r\n\r\n").expect("sent");
+        let mut reader = BufReader::new(stream.try_clone().expect("cloned"));
+        let mut line = String::new();
+        reader.read_line(&mut line).expect("an answer");
+        assert_eq!(line.trim(), "HTTP/1.1 200 OK");
+        while line != "\r\n" {
+            line.clear();
+            reader.read_line(&mut line).expect("a header");
+        }
+        let mut body = [0; br#"{"items":[]}"#.len()];
+        std::io::Read::read_exact(&mut reader, &mut body).expect("the body");
+        assert_eq!(&body, br#"{"items":[]}"#);
+    }
+}
+
+#[test]
+fn a_refusal_of_the_kernel_leaves_store_and_state_as_before() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
+    let before = daemon.must("GET", "/v1/allocations", "");
+
+    daemon.recorder.record().refuse = 1;
+    let (status, answer) = daemon.ask("POST", "/v1/allocations", &grant(5_001, "1mbit", ""));
+    assert_eq!((status, text(&answer, "/error/code")), (500, "kernel"), "{answer}");
+    let message = text(&answer, "/error/message");
+    assert!(message.contains("class 5150:4001 refused: No space left on device"), "{message}");
+    assert_eq!(daemon.must("GET", "/v1/allocations", ""), before);
+
+    daemon.recorder.record().refuse = 1;
+    assert_eq!(daemon.ask("DELETE", "/v1/allocations/1", "").0, 500);
+    assert_eq!(daemon.must("GET", "/v1/allocations", ""), before);
+
+    let daemon = daemon.restart();
+    assert_eq!(daemon.must("GET", "/v1/allocations", ""), before, "in the store too");
+    daemon.must("POST", "/v1/allocations", &grant(5_001, "1mbit", ""));
+}
+
+#[test]
+fn a_restart_brings_everything_back_and_drops_what_expired() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    daemon.must("PUT", "/v1/profiles/voice", r#"{"dscp":46}"#);
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
+    daemon.must("POST", "/v1/allocations", &grant(5_001, "1mbit", r#","duration":"PT1S""#));
+    let lists = ["/v1/providers", "/v1/applications", "/v1/sessions", "/v1/profiles"];
+    let before: Vec<_> = lists.iter().map(|path| daemon.must("GET", path, "")).collect();
+    let one = daemon.must("GET", "/v1/allocations/1", "");
+
+    let daemon = daemon.restart();
+    thread::sleep(Duration::from_millis(1_100));
+    let daemon = daemon.restart();
+    let after: Vec<_> = lists.iter().map(|path| daemon.must("GET", path, "")).collect();
+    assert_eq!(after, before);
+    assert_eq!(daemon.must("GET", "/v1/allocations", "")["items"], json!([one]));
+    let record = daemon.recorder.record();
+    let state = record.started_with.as_ref().expect("started");
+    assert_eq!(state.allocations.keys().collect::<Vec<_>>(), [&AllocationId(1)]);
+}
+
+#[test]
+fn an_allocation_ends_when_its_time_has_come() {
+    let daemon = TestDaemon::start_with("reconcile_interval = '1h'");
+    daemon.furnish();
+    let answer = daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", r#","duration":"1s""#));
+    let end: jiff::Timestamp = text(&answer, "/result/expires_at").parse().expect("a time");
+    eventually("the end", || ids(&daemon).is_empty());
+    let late = jiff::Timestamp::now().duration_since(end);
+    assert!(late.is_positive() && late < jiff::SignedDuration::from_millis(500), "{late:?} after its end");
+    assert!(text(&daemon.must("GET", "/v1/allocations/1", ""), "/reason").contains("expired"));
+    assert!(matches!(daemon.recorder.record().applied.last(), Some(Change::EndAllocation(_))));
+}
+
+#[test]
+fn drift_is_repaired_by_itself_and_reported() {
+    let daemon = TestDaemon::start_with("reconcile_interval = '100ms'");
+    daemon.recorder.record().drift.push("lan0: class 5150:2 was missing".to_owned());
+    let repaired = || daemon.must("GET", "/v1/status", "")["gateway"]["repairs"].clone();
+    eventually("the repair", || repaired() != json!([]));
+    assert_eq!(repaired()[0]["what"], "lan0: class 5150:2 was missing");
+
+    daemon.recorder.record().refuse_reconcile = true;
+    let error = || daemon.must("GET", "/v1/status", "")["reconcile_error"].clone();
+    eventually("the error", || error() != Value::Null);
+    assert!(error().as_str().expect("text").contains("cannot bring the kernel to the state"));
+    daemon.recorder.record().refuse_reconcile = false;
+    eventually("that it is well again", || error() == Value::Null);
+}
+
+#[test]
+fn reconciliation_on_demand_says_what_it_repaired() {
+    let daemon = TestDaemon::start_with("reconcile_interval = '1h'");
+    daemon.recorder.record().drift.push("program detached from lan0".to_owned());
+    assert_eq!(daemon.must("POST", "/v1/reconcile", "")["items"], json!(["program detached from lan0"]));
+    assert_eq!(daemon.must("POST", "/v1/reconcile", "")["items"], json!([]));
+}
+
+#[test]
+fn debugging_is_on_as_long_as_somebody_listens() {
+    let daemon = TestDaemon::start();
+    let mut stream = UnixStream::connect(daemon.socket()).expect("connected");
+    stream.write_all(b"GET /v1/trace HTTP/1.1\r\nhost: q\r\n\r\n").expect("sent");
+    eventually("that it is on", || daemon.recorder.record().tracing);
+    daemon.recorder.record().trace_lines.push("one packet".to_owned());
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    while !line.contains("one packet") {
+        line.clear();
+        assert_ne!(reader.read_line(&mut line).expect("a line"), 0, "the stream ended");
+    }
+    drop(reader);
+    eventually("that it is off", || !daemon.recorder.record().tracing);
+}
+
+#[test]
+fn a_listener_to_debugging_does_not_hold_the_end_up() {
+    let daemon = TestDaemon::start();
+    let mut stream = UnixStream::connect(daemon.socket()).expect("connected");
+    stream.write_all(b"GET /v1/trace HTTP/1.1\r\nhost: q\r\n\r\n").expect("sent");
+    eventually("that it is on", || daemon.recorder.record().tracing);
+    let start = Instant::now();
+    drop(daemon);
+    assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
+}
+
+#[test]
+fn statistics_explanations_and_status_are_passed_on() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
+    let statistics = daemon.must("GET", "/v1/statistics", "");
+    assert_eq!(statistics["allocations"]["1"]["down"]["passed"]["bytes"], 1_500_000);
+    let explained =
+        daemon.must("POST", "/v1/explain", r#"{"direction":"down","packet":"0x45 00","layer3":true}"#);
+    assert_eq!(explained["explanation"]["charged"], 2);
+    assert_eq!(explained["explanation"]["direction"], "down");
+    assert_eq!(explained["allocation"]["id"], 1);
+    let status = daemon.must("GET", "/v1/status", "");
+    assert_eq!(
+        status["counted"],
+        json!({"providers":1,"applications":1,"sessions":1,"profiles":0,"allocations":1})
+    );
+    assert_eq!(status["link"], json!({"up":100_000_000,"down":100_000_000}));
+    let checks = daemon.must("GET", "/v1/doctor", "");
+    let checks = checks["items"].as_array().expect("items");
+    assert!(checks.iter().any(|check| check["name"] == "interface lan0" && check["severity"] == "error"));
+    assert!(checks.iter().any(|check| check["name"] == "programs on lan0" && check["severity"] == "ok"));
+}
+
+#[test]
+fn after_detach_nothing_is_done_any_more() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    assert_eq!(daemon.ask("POST", "/v1/detach", ""), (204, Value::Null));
+    assert!(daemon.recorder.record().detached);
+    let (status, answer) = daemon.ask("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
+    assert_eq!((status, text(&answer, "/error/code")), (503, "stopping"), "{answer}");
+}
+
+/// Asks from a thread of its own that has become another user.
+fn ask_as(daemon: &TestDaemon, uid: u32, groups: &[u32]) -> (u16, Value) {
+    let (socket, groups) = (daemon.socket(), groups.to_vec());
+    thread::spawn(move || {
+        // The calls of libc would change all threads of the process; the kernel's own change one.
+        // SAFETY: the arguments are numbers and a pointer to as many groups as are said.
+        unsafe {
+            assert_eq!(libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()), 0);
+            assert_eq!(libc::syscall(libc::SYS_setresgid, uid, uid, uid), 0);
+            assert_eq!(libc::syscall(libc::SYS_setresuid, uid, uid, uid), 0);
+        }
+        let mut stream = UnixStream::connect(socket).expect("connected");
+        ask(&mut stream, "GET", "/v1/status", b"")
+    })
+    .join()
+    .expect("no panic")
+}
+
+#[test]
+fn only_those_who_may_use_the_socket_are_served() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can become other users");
+        return;
+    }
+    let daemon = TestDaemon::start_with("allow_users = [4001]\nallow_groups = [4002]");
+    for (uid, groups, status) in [
+        (0, vec![], 200),
+        (4_001, vec![], 200),
+        (4_003, vec![4_002], 200),
+        (4_003, vec![4_001], 403),
+        (4_003, vec![], 403),
+    ] {
+        let (found, answer) = ask_as(&daemon, uid, &groups);
+        assert_eq!(found, status, "uid {uid}, groups {groups:?}: {answer}");
+        if found == 403 {
+            assert_eq!(text(&answer, "/error/code"), "peer_refused");
+            assert_eq!((text(&answer, "/error/field"), text(&answer, "/error/value")), ("uid", "4003"));
+        }
+    }
+}
+
+fn add_provider(name: &str) -> Command {
+    Command::AddProvider(NewProvider {
+        name: name.parse::<Name>().expect("a name"),
+        kind: ProviderKind::Application,
+        networks: vec!["203.0.113.0/24".parse().expect("a network")],
+        aggregate: Directed { down: Some(BitsPerSecond(1_000_000)), up: None },
+    })
+}
+
+#[test]
+fn a_full_disk_changes_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let recorder = Recorder::default();
+    // One commit is that of the start.
+    let mut service = service(directory.path(), &recorder, 1).expect("started");
+    let before = service.state().clone();
+    let error = service.execute(&add_provider("acme"), false).expect_err("full");
+    assert!(matches!(error, ServiceError::Store(_)), "{error}");
+    assert_eq!(service.state(), &before);
+    assert!(recorder.record().applied.is_empty());
+}
+
+#[test]
+fn a_refusal_that_cannot_be_undone_is_told_and_tried_again() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let recorder = Recorder::default();
+    let mut service = service(directory.path(), &recorder, 2).expect("started");
+    recorder.record().refuse = 1;
+    let error = service.execute(&add_provider("acme"), false).expect_err("refused");
+    assert!(matches!(error, ServiceError::NotUndone { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("class 5150:4001 refused") && text.contains("no space is left"), "{text}");
+    // State and store have it; the kernel is brought to it at once.
+    assert_eq!(service.state().providers.len(), 1);
+    assert_eq!(service.idle(), Duration::ZERO);
+    let before = recorder.record().reconciled;
+    service.tick();
+    assert_eq!(recorder.record().reconciled, before + 1);
+}
+
+#[test]
+fn the_last_hundred_repairs_are_kept() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let recorder = Recorder::default();
+    let mut service = service(directory.path(), &recorder, 1).expect("started");
+    recorder.record().drift = (0..150).map(|number| format!("repair {number}")).collect();
+    service.reconcile().expect("repaired");
+    let repairs = service.status().expect("status").gateway.repairs;
+    assert_eq!(
+        (repairs.len(), repairs[0].what.as_str(), repairs[99].what.as_str()),
+        (100, "repair 50", "repair 149")
+    );
+}

@@ -1,0 +1,299 @@
+//! Packets a second through a gateway between two veth pairs.
+//!
+//! Each way of being a gateway has namespaces of its own, all made at once, and rounds go round them.
+//! Packets are put into the gateway by a live-frame test run (`BPF_F_TEST_XDP_LIVE_FRAMES`) as if its
+//! LAN interface had received them, so that no sender's work is counted: the driving program writes
+//! the next packet and goes on with the gateway's own XDP program, if it has one; then comes the
+//! stack, routing, tc and the WAN interface. What is counted is what left it.
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use aya::programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
+use jiff::Timestamp;
+use qos_tests::netlink::Netlink;
+use qos_tests::netns::Namespace;
+use qos_userspace::domain::selector::{Range16, Selector};
+use qos_userspace::domain::{BitsPerSecond, Directed, Direction, Enforcement, ProviderKind};
+use qos_userspace::gateway::object::remove_pins;
+use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role};
+use qos_userspace::manager::{
+    self, GrantRequest, LevelRequest, LineSide, NewProvider, Network, State,
+};
+use serde::Serialize;
+
+use crate::median;
+use crate::programs::{Driver, Step};
+use crate::world;
+
+/// Rules of every gateway that has any, and flows that meet them.
+const RULES: u32 = 1_000;
+const FLOWS: u32 = 1_000;
+/// Time of one round of one gateway.
+const ROUND: Duration = Duration::from_millis(300);
+/// Packets of one test run.
+const BURST: u32 = 20_000;
+const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
+
+/// What one gateway forwards.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figure {
+    pub(crate) name: String,
+    /// Median.
+    pub(crate) packets_per_second: f64,
+    /// Median over that of plain forwarding.
+    pub(crate) ratio_to_plain: f64,
+}
+
+/// A gateway, and what stands around it.
+struct Gateway {
+    name: &'static str,
+    namespace: Namespace,
+    driver: Driver,
+    lan: u32,
+    kernel: Option<Kernel>,
+    pins: Option<PathBuf>,
+    _sink: Namespace,
+    _source: Namespace,
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.kernel.take();
+        if let Some(pins) = &self.pins {
+            // What can't be removed is named by the next run, which finds it.
+            let _ = remove_pins(pins, &[]);
+        }
+    }
+}
+
+/// Measures all gateways. What this machine lacks is said in `skipped`.
+pub(crate) fn measure(rounds: usize, skipped: &mut Vec<String>) -> Result<Vec<Figure>> {
+    let mut gateways = vec![
+        Gateway::plain("plain kernel forwarding")?,
+        Gateway::with_programs("qos, observe mode, 1000 rules", true)?,
+        Gateway::with_programs("qos, police, 1000 rules", false)?,
+    ];
+    let mut nft = Gateway::plain("nftables, 1000 limits in a map")?;
+    match nft.load_nftables()? {
+        ControlFlow::Continue(()) => gateways.push(nft),
+        ControlFlow::Break(reason) => skipped.push(reason),
+    }
+    let mut samples = vec![Vec::new(); gateways.len()];
+    // The first round resolves neighbours and warms caches.
+    for round in 0..=rounds {
+        for (gateway, samples) in gateways.iter_mut().zip(&mut samples) {
+            let rate = gateway.run()?;
+            if round > 0 {
+                samples.push(rate);
+            }
+        }
+    }
+    let medians: Vec<f64> = samples.iter_mut().map(|values| median(values)).collect();
+    Ok(gateways
+        .iter()
+        .zip(&medians)
+        .map(|(gateway, rate)| Figure {
+            name: gateway.name.to_owned(),
+            packets_per_second: *rate,
+            ratio_to_plain: rate / medians[0],
+        })
+        .collect())
+}
+
+impl Gateway {
+    /// A router without anything.
+    fn plain(name: &'static str) -> Result<Self> {
+        let (namespace, source, sink) =
+            (Namespace::new("gateway")?, Namespace::new("source")?, Namespace::new("sink")?);
+        namespace.set_sysctl("ipv4/ip_forward", "1")?;
+        for key in ["ipv4/conf/all/rp_filter", "ipv4/conf/default/rp_filter"] {
+            namespace.set_sysctl(key, "0")?;
+        }
+        let mut netlink = Netlink::open(&namespace)?;
+        netlink.add_veth("lan0", "lan-peer", &source, 1_500)?;
+        netlink.add_veth("wan0", "wan-peer", &sink, 1_500)?;
+        let (lan, wan) = (netlink.link("lan0")?, netlink.link("wan0")?);
+        netlink.add_address(lan.index, "10.64.0.1/14".parse()?)?;
+        netlink.add_address(wan.index, "198.51.100.1/24".parse()?)?;
+        netlink.set_up(lan.index)?;
+        netlink.set_up(wan.index)?;
+        Netlink::open(&source)?.set_up(Netlink::open(&source)?.link("lan-peer")?.index)?;
+        let mut at_sink = Netlink::open(&sink)?;
+        let wan_peer = at_sink.link("wan-peer")?;
+        at_sink.add_address(wan_peer.index, "198.51.100.2/24".parse()?)?;
+        at_sink.set_up(wan_peer.index)?;
+        netlink.add_route("203.0.113.0/24".parse()?, Some("198.51.100.2".parse()?), wan.index)?;
+        let mut driver = Driver::load()?;
+        let mac = lan.mac;
+        let steps: Vec<_> = world::flows(RULES, FLOWS)
+            .into_iter()
+            .map(|(rule, flow)| Step {
+                headers: world::headers(rule, flow, mac),
+                reserved: [0; 2],
+                mark: 0,
+            })
+            .collect();
+        driver.set_steps(&steps)?;
+        // IPv4 packets end at once, so that the far end costs every gateway the same and little.
+        sink.run(|| -> Result<()> {
+            let drop: &mut Xdp = driver.object.program_mut("bench_drop").context("bench_drop")?.try_into()?;
+            drop.attach("wan-peer", XdpMode::Driver)?;
+            Ok(())
+        })?;
+        Ok(Self {
+            name,
+            namespace,
+            driver,
+            lan: lan.index,
+            kernel: None,
+            pins: None,
+            _sink: sink,
+            _source: source,
+        })
+    }
+
+    /// A router with our programs and as many policed allocations as there are rules.
+    fn with_programs(name: &'static str, observe: bool) -> Result<Self> {
+        let mut gateway = Self::plain(name)?;
+        let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}-{observe}", std::process::id()));
+        gateway.pins = Some(pins.clone());
+        let interface =
+            |name: &str, role| InterfaceConfig { name: name.to_owned(), role, capacity: CAPACITY };
+        let config = GatewayConfig {
+            interfaces: vec![interface("lan0", Role::Lan), interface("wan0", Role::Wan)],
+            bpffs_dir: pins,
+            observe,
+            mark_mask: 0xffff_e000,
+        };
+        let state = state()?;
+        let kernel = gateway.namespace.run(|| Kernel::start(&config, &state))?;
+        gateway.driver.set_target(kernel.object().program_fd("qos_xdp_lan")?, true)?;
+        gateway.kernel = Some(kernel);
+        Ok(gateway)
+    }
+
+    /// The same limits by nftables: a named limit for each subscriber, found by one map look-up.
+    fn load_nftables(&mut self) -> Result<ControlFlow<String>> {
+        use std::fmt::Write as _;
+        let mut text = String::from("table ip qos {\n");
+        for number in 0..RULES {
+            writeln!(text, "limit l{number} {{ rate over 12500 mbytes/second burst 1 mbytes; }}")?;
+        }
+        text.push_str("map limits { type ipv4_addr . ipv4_addr . inet_service : limit; flags interval; elements = {\n");
+        for number in 0..RULES {
+            let [from, to] = [world::subscriber(number), world::provider(number)].map(std::net::Ipv4Addr::from);
+            writeln!(text, "{from} . {to} . {}-{} : \"l{number}\",", world::PORTS.0, world::PORTS.0 + world::PORTS.1 - 1)?;
+        }
+        text.push_str(
+            "} }\nchain forward { type filter hook forward priority 0; \
+             limit name ip saddr . ip daddr . udp dport map @limits drop; } }\n",
+        );
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), text)?;
+        let mut command = Command::new("nft");
+        command.arg("-f").arg(file.path()).stdin(Stdio::null());
+        let output = match self.namespace.output(command) {
+            Ok(output) => output,
+            Err(_) => return Ok(ControlFlow::Break("nftables: no `nft` on this machine".to_owned())),
+        };
+        if output.status.success() {
+            return Ok(ControlFlow::Continue(()));
+        }
+        let reason = String::from_utf8_lossy(&output.stderr);
+        Ok(ControlFlow::Break(format!("nftables: nft refused the rule set: {}", reason.lines().next().unwrap_or(""))))
+    }
+
+    /// Packets a second that left the WAN interface during one round.
+    fn run(&mut self) -> Result<f64> {
+        let Self { namespace, driver, lan, .. } = self;
+        let sent = |netlink: &mut Netlink| -> Result<u64> { Ok(netlink.link("wan0")?.counters.tx_packets) };
+        let mut netlink = Netlink::open(namespace)?;
+        let before = sent(&mut netlink)?;
+        let start = Instant::now();
+        namespace.run(|| -> Result<()> {
+            while start.elapsed() < ROUND {
+                live_frames(driver, *lan)?;
+            }
+            Ok(())
+        })?;
+        let time = start.elapsed();
+        let packets = sent(&mut netlink)? - before;
+        if packets == 0 {
+            bail!("{}: no packet left the gateway", self.name);
+        }
+        Ok(packets as f64 / time.as_secs_f64())
+    }
+}
+
+/// Puts packets into the stack of the calling thread's namespace, as received by interface `lan`.
+fn live_frames(driver: &mut Driver, lan: u32) -> Result<()> {
+    let frame = [0u8; 60];
+    // `struct xdp_md`, linux/bpf.h: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
+    // egress_ifindex.
+    let context: Vec<u8> =
+        [0, frame.len() as u32, 0, lan, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let options = TestRunOptions {
+        data_in: Some(&frame),
+        ctx_in: Some(&context),
+        repeat: BURST,
+        attrs: TestRunAttrs::new().xdp_live_frames(64),
+        ..TestRunOptions::default()
+    };
+    let program: &mut Xdp = driver.object.program_mut("bench_xdp").context("bench_xdp")?.try_into()?;
+    program.test_run(options).context("live frames")?;
+    Ok(())
+}
+
+/// One provider for all, and an allocation for each rule of [`world`].
+fn state() -> Result<State> {
+    let mut state = State::new(Network {
+        link: Directed { up: CAPACITY, down: CAPACITY },
+        line_side: LineSide::Lan,
+        soft_share: 0.95,
+        mtu: 1_500,
+        require_session: false,
+    });
+    let mut carry_out = |command: manager::Command| -> Result<()> {
+        let decision = manager::decide(&state, &command, Timestamp::now())?;
+        for change in &decision.changes {
+            state.apply(change);
+        }
+        Ok(())
+    };
+    carry_out(manager::Command::AddProvider(NewProvider {
+        name: "bench".parse()?,
+        kind: ProviderKind::Application,
+        networks: vec!["203.0.113.0/24".parse()?],
+        aggregate: Directed { up: Some(CAPACITY), down: None },
+    }))?;
+    for number in 0..RULES {
+        let [source, destination] = [world::subscriber(number), world::provider(number)]
+            .map(|octets| ipnet::IpNet::from(std::net::IpAddr::from(octets)));
+        let selector = Selector {
+            direction: Some(Direction::Upstream),
+            protocol: Some(17),
+            source: Some(source),
+            destination: Some(destination),
+            destination_ports: Some(Range16::new(world::PORTS.0, world::PORTS.0 + world::PORTS.1 - 1)?),
+            ..Selector::default()
+        };
+        carry_out(manager::Command::Grant(Box::new(GrantRequest {
+            provider: "bench".parse()?,
+            application: None,
+            selectors: vec![selector],
+            profile: None,
+            level: LevelRequest {
+                maximum: Directed { up: Some(CAPACITY), down: None },
+                enforcement: Some(Enforcement::Police),
+                ..LevelRequest::default()
+            },
+            precedence: 0,
+            duration: None,
+        })))?;
+    }
+    Ok(state)
+}

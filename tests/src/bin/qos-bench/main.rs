@@ -1,0 +1,102 @@
+//! `cargo xtask bench datapath`: what the programs cost a packet, and what is left of forwarding.
+//!
+//! Every figure is a median over rounds that take turns, and stands beside its baseline of the same
+//! run: machines are noisy, ratios less so.
+
+mod forwarding;
+mod programs;
+mod world;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+#[derive(Debug, Parser)]
+#[command(name = "qos-bench", about = "Benchmarks of qos; needs root")]
+struct Arguments {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// The kernel programs: ns a packet over an empty program, and packets a second forwarded.
+    Datapath {
+        /// Also writes the figures as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Rounds that the medians are taken over.
+        #[arg(long, default_value_t = 9)]
+        rounds: usize,
+    },
+}
+
+/// Everything that one run measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    kernel: String,
+    cpus: usize,
+    rounds: usize,
+    programs: Vec<programs::Figure>,
+    forwarding: Vec<forwarding::Figure>,
+    skipped: Vec<String>,
+}
+
+fn main() -> Result<()> {
+    let What::Datapath { json, rounds } = Arguments::parse().what;
+    let mut skipped = Vec::new();
+    let programs = programs::measure(rounds)?;
+    let forwarding = forwarding::measure(rounds, &mut skipped)?;
+    let report = Report {
+        kernel: nix::sys::utsname::uname()?.release().to_string_lossy().into_owned(),
+        cpus: std::thread::available_parallelism()?.get(),
+        rounds,
+        programs,
+        forwarding,
+        skipped,
+    };
+    print(&report);
+    if let Some(path) = json {
+        let text = serde_json::to_string_pretty(&report)?;
+        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "a program that reports to its terminal")]
+fn print(report: &Report) {
+    println!("kernel {}, {} CPUs, medians of {} rounds in turn\n", report.kernel, report.cpus, report.rounds);
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["program, headers changing from packet to packet", "ns a packet", "over empty"]);
+    for figure in &report.programs {
+        table.add_row([
+            figure.name.clone(),
+            format!("{:.0}", figure.ns),
+            format!("{:+.0} ns", figure.ns_over_empty),
+        ]);
+    }
+    println!("{table}\n");
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["gateway, one CPU, 60-byte packets, 1,000 flows", "packets/s", "of plain"]);
+    for figure in &report.forwarding {
+        table.add_row([
+            figure.name.clone(),
+            format!("{:.0}", figure.packets_per_second),
+            format!("{:.2}×", figure.ratio_to_plain),
+        ]);
+    }
+    println!("{table}");
+    for line in &report.skipped {
+        println!("skipped: {line}");
+    }
+}
+
+/// Middle of several values.
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}

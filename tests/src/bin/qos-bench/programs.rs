@@ -1,0 +1,264 @@
+//! The programs by `BPF_PROG_TEST_RUN`: a driving program writes the next packet's headers into the
+//! frame and tail-calls the program that is measured.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::{Array, ProgramArray};
+use aya::programs::{ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use aya::{Ebpf, Pod};
+use qos_common::abi::{self, ALLOCATION_SLOTS, Allocation, Clocks, IN_USE, POLICE, Provider, directed};
+use qos_common::classify::Direction;
+use qos_common::clock::Meter;
+use qos_common::mark::{MarkLayout, Marked};
+use qos_userspace::gateway::classifier::Classifier;
+use qos_userspace::gateway::memory::SharedArray;
+use qos_userspace::gateway::object::{Object, remove_pins};
+use serde::Serialize;
+
+use crate::median;
+use crate::world::{self, HEADERS};
+
+/// Packets of one measurement.
+const REPEAT: u32 = 200_000;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/qos-bench-kernel"));
+
+/// What one program costs.
+#[derive(Debug, Serialize)]
+pub(crate) struct Figure {
+    pub(crate) name: String,
+    /// Median, the driving program included.
+    pub(crate) ns: f64,
+    /// Median over that of the empty program.
+    pub(crate) ns_over_empty: f64,
+}
+
+/// A packet of the driving program's list, as `Step` of its source.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Step {
+    pub(crate) headers: [u8; HEADERS],
+    pub(crate) reserved: [u8; 2],
+    pub(crate) mark: u32,
+}
+
+// SAFETY: `repr(C)`, integers only, padding named.
+unsafe impl Pod for Step {}
+
+/// The driving programs.
+pub(crate) struct Driver {
+    pub(crate) object: Ebpf,
+    steps: SharedArray<Step>,
+}
+
+impl Driver {
+    pub(crate) fn load() -> Result<Self> {
+        let mut object = Ebpf::load(OBJECT).context("loading the benchmark's programs")?;
+        for (name, program) in object.programs_mut() {
+            match program {
+                aya::programs::Program::Xdp(program) => program.load(),
+                aya::programs::Program::SchedClassifier(program) => program.load(),
+                _ => bail!("{name} is of no type that is measured"),
+            }
+            .with_context(|| format!("loading {name}"))?;
+        }
+        let steps = match object.map("steps") {
+            Some(aya::maps::Map::Array(map)) => {
+                use std::os::fd::AsFd as _;
+                SharedArray::of_map(map.fd().as_fd(), 16_384)?
+            }
+            _ => bail!("the benchmark's object has no map `steps`"),
+        };
+        Ok(Self { object, steps })
+    }
+
+    /// Sets the list of packets.
+    pub(crate) fn set_steps(&mut self, steps: &[Step]) -> Result<()> {
+        for (step, position) in steps.iter().zip(0..) {
+            self.steps.write(position, *step);
+        }
+        let mut length: Array<_, u32> = self.object.map_mut("length").context("map `length`")?.try_into()?;
+        length.set(0, steps.len() as u32, 0)?;
+        Ok(())
+    }
+
+    /// Sets the program that the driving ones go on with.
+    pub(crate) fn set_target(&mut self, target: &ProgramFd, xdp: bool) -> Result<()> {
+        let map = if xdp { "xdp_targets" } else { "tc_targets" };
+        let mut targets = ProgramArray::try_from(self.object.map_mut(map).context(map)?)?;
+        targets.set(0, target, 0)?;
+        Ok(())
+    }
+
+    fn own_fd(&self, name: &str) -> Result<ProgramFd> {
+        let program = self.object.program(name).with_context(|| format!("program {name}"))?;
+        Ok(match program {
+            aya::programs::Program::Xdp(program) => program.fd()?.try_clone()?,
+            aya::programs::Program::SchedClassifier(program) => program.fd()?.try_clone()?,
+            _ => bail!("{name} is of no type that is measured"),
+        })
+    }
+
+    /// Mean time of one run in ns, over [`REPEAT`] of them.
+    fn run(&mut self, xdp: bool) -> Result<f64> {
+        let frame = [0u8; 60];
+        let options = TestRunOptions { data_in: Some(&frame), repeat: REPEAT, ..TestRunOptions::default() };
+        let result = if xdp {
+            let program: &mut Xdp = self.object.program_mut("bench_xdp").context("bench_xdp")?.try_into()?;
+            program.test_run(options)?
+        } else {
+            let program: &mut SchedClassifier =
+                self.object.program_mut("bench_tc").context("bench_tc")?.try_into()?;
+            program.test_run(options)?
+        };
+        Ok(result.duration.as_nanos() as f64)
+    }
+}
+
+/// One thing to measure.
+struct Case {
+    name: String,
+    xdp: bool,
+    target: ProgramFd,
+    steps: Vec<Step>,
+    /// Rules that must be in force.
+    rules: u32,
+}
+
+/// The object with rules, allocations and providers, pinned in a place of its own.
+struct Loaded {
+    object: Option<Object>,
+    pins: PathBuf,
+    classifier: Classifier,
+    installed: u32,
+    mark: MarkLayout,
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        self.object.take();
+        // What can't be removed is named by the next run, which finds it.
+        let _ = remove_pins(&self.pins, &[]);
+    }
+}
+
+impl Loaded {
+    fn new() -> Result<Self> {
+        let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}", std::process::id()));
+        let mut object = Object::load(&pins)?;
+        let mark = MarkLayout::new(0xffff_e000, 0).context("19 bits")?;
+        let mut settings: Array<_, abi::Settings> = object.take("settings")?;
+        settings.set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)?;
+        let classifier =
+            Classifier::new(object.shared("tables")?, object.shared("rule_index")?, object.shared("rules")?);
+        let allocations: SharedArray<Allocation> = object.shared("allocations")?;
+        let clocks: SharedArray<Clocks> = object.shared("clocks")?;
+        for slot in 1..ALLOCATION_SLOTS {
+            let record = directed(slot, Direction::Upstream);
+            clocks.write(record, Clocks::default());
+            allocations.write(
+                record,
+                Allocation {
+                    id: u64::from(slot),
+                    expires_ns: u64::MAX,
+                    guaranteed: Meter::new(1_000_000, 25_000),
+                    maximum: Meter::new(400_000_000_000, 1_000_000),
+                    flags: IN_USE | POLICE,
+                    class: 0x5150_4000 + slot,
+                    provider: slot % 64 + 1,
+                    overhead: 14,
+                    ..Default::default()
+                },
+            );
+        }
+        let providers: SharedArray<Provider> = object.shared("providers")?;
+        for slot in 1..=64 {
+            let aggregate = [Meter::new(400_000_000_000, 1_000_000); 2];
+            providers.write(slot, Provider { aggregate, kind: 1, ..Default::default() });
+        }
+        Ok(Self { object: Some(object), pins, classifier, installed: 0, mark })
+    }
+
+    fn fd(&self, program: &'static str) -> Result<ProgramFd> {
+        let object = self.object.as_ref().context("loaded until dropped")?;
+        Ok(object.program_fd(program)?.try_clone()?)
+    }
+
+    fn install(&mut self, rules: u32) -> Result<()> {
+        if rules != self.installed {
+            let old: Vec<_> = (0..self.installed).map(world::rule).collect();
+            self.classifier.remove(&old)?;
+            self.classifier.insert(&(0..rules).map(world::rule).collect::<Vec<_>>())?;
+            self.installed = rules;
+        }
+        Ok(())
+    }
+
+    fn steps(&self, rules: u32, flows: u32, marked: bool) -> Vec<Step> {
+        world::flows(rules, flows)
+            .into_iter()
+            .map(|(rule, flow)| {
+                let slot = rule + 1;
+                let mark = self.mark.write(0, Marked { direction: Direction::Upstream, slot });
+                let headers = world::headers(rule, flow, [2, 0, 0, 0, 0, 1]);
+                Step { headers, reserved: [0; 2], mark: if marked { mark } else { 0 } }
+            })
+            .collect()
+    }
+}
+
+/// Measures all programs.
+pub(crate) fn measure(rounds: usize) -> Result<Vec<Figure>> {
+    let mut driver = Driver::load()?;
+    let mut loaded = Loaded::new()?;
+    let case =
+        |name: &str, xdp, target, steps, rules| Case { name: name.to_owned(), xdp, target, steps, rules };
+    let mut cases = vec![
+        case("XDP: empty", true, driver.own_fd("bench_empty")?, loaded.steps(1_000, 1_000, false), 1_000),
+        case(
+            "XDP: parse only",
+            true,
+            driver.own_fd("bench_parse")?,
+            loaded.steps(1_000, 1_000, false),
+            1_000,
+        ),
+        case("tc: empty", false, driver.own_fd("bench_empty_tc")?, loaded.steps(1_000, 1_000, true), 1_000),
+    ];
+    for (rules, flows) in [(10, 1_000), (1_000, 1_000), (10_000, 1_000), (10_000, 10_000)] {
+        cases.push(Case {
+            name: format!("XDP: whole ingress path with police, {rules} rules, {flows} flows"),
+            xdp: true,
+            target: loaded.fd("qos_xdp_lan")?,
+            steps: loaded.steps(rules, flows, false),
+            rules,
+        });
+    }
+    for (marked, what) in [(true, "classified at ingress"), (false, "classified here")] {
+        cases.push(Case {
+            name: format!("tc: egress path, {what}, 1000 rules, 1000 flows"),
+            xdp: false,
+            target: loaded.fd("qos_egress_wan")?,
+            steps: loaded.steps(1_000, 1_000, marked),
+            rules: 1_000,
+        });
+    }
+    let mut samples = vec![Vec::new(); cases.len()];
+    for _ in 0..rounds {
+        for (case, samples) in cases.iter().zip(&mut samples) {
+            loaded.install(case.rules)?;
+            driver.set_steps(&case.steps)?;
+            driver.set_target(&case.target, case.xdp)?;
+            // Once to warm up, once to measure.
+            driver.run(case.xdp)?;
+            samples.push(driver.run(case.xdp)?);
+        }
+    }
+    let medians: Vec<f64> = samples.iter_mut().map(|values| median(values)).collect();
+    let empty = |xdp: bool| if xdp { medians[0] } else { medians[2] };
+    Ok(cases
+        .iter()
+        .zip(&medians)
+        .map(|(case, ns)| Figure { name: case.name.clone(), ns: *ns, ns_over_empty: ns - empty(case.xdp) })
+        .collect())
+}
