@@ -38,6 +38,7 @@ pub mod api;
 pub mod ask;
 pub mod capture;
 pub mod daemon;
+pub mod frames;
 pub mod kernel;
 pub mod netlink;
 pub mod netns;
