@@ -92,7 +92,10 @@ pub fn run<G: Gateway + 'static>(
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System { what: "make threads", source })?;
-    runtime.block_on(live(Arc::new(config), mtu, start_gateway))
+    let result = runtime.block_on(live(Arc::new(config), mtu, start_gateway));
+    // Whoever was not waited for on purpose is not waited for here either.
+    runtime.shutdown_background();
+    result
 }
 
 async fn live<G: Gateway + 'static>(
@@ -132,11 +135,19 @@ async fn live<G: Gateway + 'static>(
         () = worker.ended() => {}
     }
     let _ = closing.send(());
-    // What was asked before is done; listeners to debugging are let go, or the server would wait.
-    let ended = tokio::task::spawn_blocking(|| worker.stop()).await;
-    if tokio::time::timeout(LAST_ANSWERS, server).await.is_err() {
-        warn!("some connections did not end in time and are cut");
-    }
+    let finish = async {
+        // What was asked before is done; listeners to debugging are let go, or the server would wait.
+        let ended = tokio::task::spawn_blocking(|| worker.stop()).await;
+        if tokio::time::timeout(LAST_ANSWERS, server).await.is_err() {
+            warn!("some connections did not end in time and are cut");
+        }
+        ended
+    };
+    let ended = tokio::select! {
+        ended = finish => ended,
+        _ = terminate.recv() => return Ok(at_once("SIGTERM")),
+        _ = interrupt.recv() => return Ok(at_once("SIGINT")),
+    };
     if detached {
         info!("stopped; nothing is left in the kernel to enforce");
     }
@@ -144,6 +155,11 @@ async fn live<G: Gateway + 'static>(
         Ok(Ok(())) => Ok(()),
         _ => Err(DaemonError::Panicked),
     }
+}
+
+/// A decision under way is in the store whole or not at all, and the next start carries it out.
+fn at_once(signal: &str) {
+    warn!("{signal} again: ending at once, without the answers under way");
 }
 
 /// Holds the state directory: while it lives no daemon runs, or this process is the daemon.

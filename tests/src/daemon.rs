@@ -285,7 +285,7 @@ impl Daemon {
     fn stop(&mut self) {
         if self.process.is_some() {
             // Whatever fails here, the pins and the process go below.
-            let _ = self.qos(["detach"]);
+            let _ = self.qos(["detach", "--yes"]);
             let _ = self.terminate();
         }
         self.process = None;

@@ -34,6 +34,7 @@
 //! # anyhow::Ok(())
 //! ```
 
+pub mod ask;
 pub mod capture;
 pub mod daemon;
 pub mod netlink;

@@ -22,11 +22,8 @@ pub(crate) struct Program {
     pub(crate) package: String,
     /// `lib`, `bin`, `test`, …
     kind: String,
-<<<<<<< HEAD
-=======
     /// Name of the target: an integration test's file name.
     pub(crate) name: String,
->>>>>>> main
     /// Where cargo would run it.
     folder: PathBuf,
     path: PathBuf,
@@ -44,14 +41,11 @@ impl Program {
         self.package == "qos-userspace" && self.kind == "lib"
     }
 
-<<<<<<< HEAD
-=======
     /// Whether it needs root but no other namespace.
     pub(crate) fn is_testrun(&self) -> bool {
         self.package == TESTS && self.name == "testrun"
     }
 
->>>>>>> main
     /// Reads a line of `--message-format=json`; `None` for what isn't a test program.
     fn read(message: &Value) -> Option<Self> {
         if message["reason"] != "compiler-artifact" || message["profile"]["test"] != true {
@@ -62,10 +56,7 @@ impl Program {
             // path+file:///checkout/tests#qos-tests@0.1.0, or …/xtask#0.1.0 where the folder says it.
             package: message["package_id"].as_str()?.rsplit(['/', '#']).find_map(package_name)?.to_owned(),
             kind: message["target"]["kind"][0].as_str()?.to_owned(),
-<<<<<<< HEAD
-=======
             name: message["target"]["name"].as_str()?.to_owned(),
->>>>>>> main
             folder: folder.to_owned(),
             path: message["executable"].as_str()?.into(),
         })
@@ -147,11 +138,7 @@ mod tests {
                 "reason": "compiler-artifact",
                 "package_id": id,
                 "manifest_path": "/checkout/tests/Cargo.toml",
-<<<<<<< HEAD
-                "target": {"kind": ["lib"]},
-=======
                 "target": {"kind": ["lib"], "name": "qos_tests"},
->>>>>>> main
                 "profile": {"test": test},
                 "executable": "/checkout/target/debug/deps/qos_tests-1",
             })
@@ -162,10 +149,7 @@ mod tests {
         ] {
             let program = Program::read(&artifact(id, true)).expect("a test program");
             assert_eq!((program.package.as_str(), program.kind.as_str()), (package, "lib"));
-<<<<<<< HEAD
-=======
             assert_eq!(program.name, "qos_tests");
->>>>>>> main
             assert_eq!(program.folder, Path::new("/checkout/tests"));
             assert!(Program::read(&artifact(id, false)).is_none());
         }

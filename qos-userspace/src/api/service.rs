@@ -5,7 +5,7 @@
 //! back, so that store, state and kernel agree again. Everything here blocks and knows nothing of
 //! HTTP; [`super::worker`] runs it on a thread of its own, one thing at a time.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -15,12 +15,10 @@ use tracing::{debug, error, info, warn};
 use super::types::{Counted, Status};
 use crate::config::Config;
 use crate::domain::{Allocation, AllocationId, Direction};
-use crate::gateway::report::{Explanation, RepairReport, Statistics};
+use crate::gateway::report::{Explanation, Statistics};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
 use crate::store::{Store, StoreError};
 
-/// Repairs that are remembered for `qos status`.
-const REPAIRS_KEPT: usize = 100;
 /// Ended allocations among which one that is asked for by number is looked for.
 pub(super) const HISTORY_SEARCHED: usize = 1_000;
 /// Time between two readings of the programs' debugging while somebody listens.
@@ -163,7 +161,6 @@ pub struct Service<S, G> {
     reconcile_at: Instant,
     reconciled_at: Option<Timestamp>,
     reconcile_error: Option<String>,
-    repairs: VecDeque<RepairReport>,
     listeners: Vec<mpsc::Sender<String>>,
 }
 
@@ -200,7 +197,6 @@ impl<S: Store, G: Gateway> Service<S, G> {
             reconcile_at: Instant::now(),
             reconciled_at: None,
             reconcile_error: None,
-            repairs: VecDeque::new(),
             listeners: Vec::new(),
         };
         service.reconcile()?;
@@ -305,14 +301,6 @@ impl<S: Store, G: Gateway> Service<S, G> {
             }
         }
     }
-
-    fn remember_repair(&mut self, what: &str) {
-        warn!("repaired: {what}");
-        if self.repairs.len() == REPAIRS_KEPT {
-            self.repairs.pop_front();
-        }
-        self.repairs.push_back(RepairReport { at: Timestamp::now(), what: what.to_owned() });
-    }
 }
 
 impl<S: Store, G: Gateway> Operations for Service<S, G> {
@@ -345,8 +333,7 @@ impl<S: Store, G: Gateway> Operations for Service<S, G> {
     }
 
     fn status(&self) -> Result<Status, ServiceError> {
-        let mut gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?.status();
-        gateway.repairs = self.repairs.iter().cloned().collect();
+        let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?.status();
         Ok(Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -389,12 +376,9 @@ impl<S: Store, G: Gateway> Operations for Service<S, G> {
         let result = gateway.reconcile(&self.state).map_err(gateway_failed("bring the kernel to the state"));
         self.reconcile_at = Instant::now() + self.config.reconcile_interval;
         match &result {
-            Ok(repairs) => {
+            Ok(_) => {
                 self.reconciled_at = Some(Timestamp::now());
                 self.reconcile_error = None;
-                for repair in repairs {
-                    self.remember_repair(repair);
-                }
             }
             Err(failed) => {
                 error!("{failed}");

@@ -3,11 +3,13 @@
 //! What must stand in the maps and trees follows from the state alone, so that carrying out a change, taking over at start and repairing drift are one piece of code.
 
 use std::collections::{HashMap, VecDeque};
+use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
+use nix::fcntl::Flock;
 use nix::time::{ClockId, clock_gettime};
 use qos_common::abi::{self, Line, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question, Settings};
 use qos_common::classify::{Address, Direction, Family, Rule, selector_of};
@@ -19,7 +21,7 @@ use super::Role;
 use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
-use super::object::{Attachment, Object, ObjectError, remove_pins};
+use super::object::{Attachment, Object, ObjectError, lock_pins, remove_pins};
 use super::report::{DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics};
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
@@ -114,6 +116,8 @@ pub struct Kernel {
     repairs: VecDeque<RepairReport>,
     taken_over: bool,
     allocations: u32,
+    /// Nobody else works with the pins.
+    _lock: Flock<File>,
 }
 
 /// An interface as it is now.
@@ -143,11 +147,13 @@ impl Kernel {
     /// says.
     ///
     /// # Errors
-    /// Where an interface is missing or anything is refused.
+    /// Where an interface is missing, another instance runs, or anything is refused. What was not
+    /// there before is then removed again, and what was goes on enforcing.
     pub fn start(config: &GatewayConfig, state: &State) -> Result<Self, GatewayError> {
         let mark = MarkLayout::new(config.mark_mask, 0).ok_or(GatewayError::MarkMask(config.mark_mask))?;
         let links = config.interfaces.iter().map(|interface| usable_link(&interface.name));
         let links = links.collect::<Result<Vec<_>, _>>()?;
+        let lock = lock_pins(&config.bpffs_dir)?;
         let mut object = Object::load(&config.bpffs_dir)?;
         let maps = Maps::new(&mut object)?;
         let memory = (object.shared("tables")?, object.shared("rule_index")?, object.shared("rules")?);
@@ -173,30 +179,46 @@ impl Kernel {
             interfaces: interfaces.collect(),
             repairs: VecDeque::new(),
             allocations: 0,
+            _lock: lock,
         };
-        kernel.establish(state)?;
-        Ok(kernel)
+        match kernel.establish(state) {
+            Ok(()) => Ok(kernel),
+            Err(error) => {
+                if !kernel.taken_over
+                    && let Err(second) = kernel.detach()
+                {
+                    tracing::warn!(error = %second, "what was made could not be removed");
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// Compares the kernel with the state and repairs what differs. Returns what was wrong.
+    /// Compares the kernel with the state and repairs what differs. Returns what was wrong; that and
+    /// what is wrong with an interface that can't be repaired is in the status too.
     ///
     /// # Errors
-    /// Where something could not be repaired.
+    /// Where something could not be repaired; the rest is.
     pub fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
         let mut wrong = Vec::new();
+        let mut failed = None;
         for number in 0..self.interfaces.len() {
-            wrong.extend(self.reconcile_interface(number, state)?);
+            if let Err(error) = self.reconcile_interface(number, state, &mut wrong) {
+                failed.get_or_insert(error);
+            }
         }
-        wrong.extend(self.reconcile_maps(state)?);
-        wrong.extend(self.classifier.repair());
+        if let Err(error) = self.reconcile_pins(state, &mut wrong) {
+            failed.get_or_insert(error);
+        }
         let now = Timestamp::now();
         for what in &wrong {
+            tracing::warn!("repaired: {what}");
             if self.repairs.len() == REPAIRS_KEPT {
                 self.repairs.pop_front();
             }
             self.repairs.push_back(RepairReport { at: now, what: what.clone() });
         }
-        Ok(wrong)
+        failed.map_or(Ok(wrong), Err)
     }
 
     /// Reads all counters.
@@ -305,6 +327,7 @@ impl Kernel {
     /// # Errors
     /// Where something can't be removed.
     pub fn detach_leftovers(config: &GatewayConfig) -> Result<(), GatewayError> {
+        let _lock = lock_pins(&config.bpffs_dir)?;
         for interface in &config.interfaces {
             match Link::by_name(&interface.name) {
                 Ok(link) => Htb::new(&link, LeafQueue::Best)?.detach()?,
@@ -318,6 +341,9 @@ impl Kernel {
     /// Brings the kernel from whatever it holds to what the state says. Maps before programs, rules
     /// last: a packet never meets a rule whose allocation is not there.
     fn establish(&mut self, state: &State) -> Result<(), GatewayError> {
+        for link in self.interfaces.iter().filter_map(|interface| interface.link.as_ref()) {
+            self.object.refuse_foreign(link)?;
+        }
         for number in 0..self.interfaces.len() {
             self.schedule(number, state)?;
         }
@@ -334,7 +360,7 @@ impl Kernel {
     fn attach(&mut self, number: usize) -> Result<(), GatewayError> {
         let interface = &mut self.interfaces[number];
         if let Some(link) = &interface.link {
-            let attachment = self.object.attach(&interface.config.name, link.index, interface.config.role)?;
+            let attachment = self.object.attach(link, interface.config.role)?;
             interface.attachment = Some(attachment);
         }
         Ok(())
@@ -361,7 +387,12 @@ impl Kernel {
         Ok(())
     }
 
-    fn reconcile_interface(&mut self, number: usize, state: &State) -> Result<Vec<String>, GatewayError> {
+    fn reconcile_interface(
+        &mut self,
+        number: usize,
+        state: &State,
+        wrong: &mut Vec<String>,
+    ) -> Result<(), GatewayError> {
         let name = self.interfaces[number].config.name.clone();
         let before = self.interfaces[number].link.as_ref().map(|link| link.index);
         let link = match usable_link(&name) {
@@ -370,40 +401,54 @@ impl Kernel {
                 let interface = &mut self.interfaces[number];
                 interface.attachment = None;
                 interface.scheduler = None;
-                let gone = interface.link.take().is_some();
-                return Ok(if gone { vec![format!("interface {name} has gone")] } else { Vec::new() });
+                if interface.link.take().is_some() {
+                    wrong.push(format!("interface {name} has gone"));
+                    self.object.remove_dead_links()?;
+                }
+                return Ok(());
             }
             Err(error) => return Err(error),
         };
-        let mut wrong = Vec::new();
-        let returned = before != Some(link.index);
         let interface = &mut self.interfaces[number];
-        if returned {
+        if before != Some(link.index) {
             wrong.push(format!("interface {name} appeared as number {}; attached", link.index));
             interface.attachment = None;
             interface.scheduler = None;
+            self.object.remove_dead_links()?;
         }
-        interface.link = Some(link.clone());
-        match interface.attachment {
-            Some(attachment) => {
-                let missing = self.object.missing(link.index, attachment);
-                if !missing.is_empty() {
-                    wrong
-                        .push(format!("{name}: {} had lost our program; attached again", missing.join(", ")));
-                    self.attach(number)?;
-                }
-            }
-            None => self.attach(number)?,
-        }
-        match &mut self.interfaces[number].scheduler {
-            Some(scheduler) => {
-                let drift = scheduler.repair()?;
+        self.interfaces[number].link = Some(link.clone());
+        // The tree before the programs, as at the start; but each is repaired whatever ails the other.
+        let scheduled = match &mut self.interfaces[number].scheduler {
+            Some(scheduler) => scheduler.repair().map_err(GatewayError::from).map(|drift| {
                 wrong.extend(drift.into_iter().map(|drift| format!("{name}: {}", drift.what)));
+            }),
+            None if !self.config.observe => self.schedule(number, state),
+            None => Ok(()),
+        };
+        self.reattach(number, wrong)?;
+        scheduled
+    }
+
+    /// Attaches what an interface lacks.
+    fn reattach(&mut self, number: usize, wrong: &mut Vec<String>) -> Result<(), GatewayError> {
+        let interface = &self.interfaces[number];
+        if let (Some(attachment), Some(link)) = (interface.attachment, &interface.link) {
+            let missing = self.object.missing(link.index, attachment);
+            if missing.is_empty() {
+                return Ok(());
             }
-            None if !self.config.observe => self.schedule(number, state)?,
-            None => {}
+            let name = &interface.config.name;
+            wrong.push(format!("{name}: {} had lost our program; attached again", missing.join(", ")));
         }
-        Ok(wrong)
+        self.attach(number)
+    }
+
+    fn reconcile_pins(&mut self, state: &State, wrong: &mut Vec<String>) -> Result<(), GatewayError> {
+        let again = self.object.repin_maps()?;
+        wrong.extend(again.into_iter().map(|map| format!("map {map} was not pinned")));
+        wrong.extend(self.reconcile_maps(state)?);
+        wrong.extend(self.classifier.repair());
+        Ok(())
     }
 
     /// Makes every map but the classifier's equal to the state.
@@ -552,7 +597,8 @@ impl Kernel {
         }
     }
 
-    /// Carries out one change, maps only.
+    /// Carries out one change in the maps. What ends leaves its record behind, so that it can be
+    /// taken back with its clocks and counters; [`Kernel::forget`] removes it.
     fn apply_to_maps(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
         match change {
             Change::PutProvider(provider) => {
@@ -563,6 +609,7 @@ impl Kernel {
                 self.maps.put_application(application.slot, record);
             }
             Change::PutSession(session) => {
+                // Lines first: a prefix length that no line has yet costs a look-up and nothing else.
                 let line = self.line(session);
                 for net in &session.addresses {
                     self.maps.put_line(line_key(*net), line)?;
@@ -576,7 +623,10 @@ impl Kernel {
             }
             Change::EndAllocation(allocation) => {
                 self.classifier.remove(&allocation_rules(allocation))?;
-                self.maps.put_allocation(allocation.slot, [None, None]);
+                // What is on its way still goes to its line, or to the rest of the link.
+                let rest = |record: abi::Allocation| abi::Allocation { class: 0, ..record };
+                let records = self.records(state, allocation).map(|record| record.map(rest));
+                self.maps.put_allocation(allocation.slot, records);
             }
             // What these leave behind is named by the state alone.
             Change::DeleteProvider(_) | Change::DeleteApplication(..) | Change::DeleteSession(_) => {
@@ -584,7 +634,35 @@ impl Kernel {
             }
             Change::PutProfile(_) | Change::DeleteProfile(_) => {}
         }
-        self.allocations = state.allocations.len() as u32;
+        Ok(())
+    }
+
+    /// Removes what is left of an allocation that has ended.
+    fn forget(&mut self, change: &Change) {
+        if let Change::EndAllocation(allocation) = change {
+            self.maps.put_allocation(allocation.slot, [None, None]);
+        }
+    }
+
+    /// Takes one change back in the maps as far as packets are concerned. What a provider, an
+    /// application or a removed session leaves there is nothing to them.
+    fn take_back(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
+        match change {
+            Change::PutAllocation(allocation) => {
+                self.classifier.remove(&allocation_rules(allocation))?;
+                self.maps.put_allocation(allocation.slot, [None, None]);
+            }
+            Change::EndAllocation(allocation) => {
+                self.maps.put_allocation(allocation.slot, self.records(state, allocation));
+                self.classifier.insert(&allocation_rules(allocation))?;
+            }
+            Change::PutSession(session) => {
+                for net in &session.addresses {
+                    self.maps.remove_line(&line_key(*net))?;
+                }
+            }
+            _ => {}
+        }
         Ok(())
     }
 
@@ -596,22 +674,70 @@ impl Kernel {
         }
         Ok(())
     }
+
+    /// Goes back to trees as they were.
+    fn schedule_again(&mut self, trees: Vec<Option<Tree>>) {
+        for (interface, tree) in self.interfaces.iter_mut().zip(trees) {
+            let (Some(scheduler), Some(tree)) = (&mut interface.scheduler, tree) else { continue };
+            if interface.tree.as_ref() == Some(&tree) {
+                continue;
+            }
+            match scheduler.apply(&tree) {
+                Ok(()) => interface.tree = Some(tree),
+                Err(error) => tracing::warn!(%error, "a change of the tree could not be taken back"),
+            }
+        }
+    }
+
+    /// Carries out changes, the first `ends` of which end something. `done` tells afterwards how many
+    /// of them reached the maps.
+    fn carry_out(
+        &mut self,
+        state: &State,
+        changes: &[&Change],
+        ends: usize,
+        done: &mut usize,
+    ) -> Result<(), GatewayError> {
+        // Packets leave a class before it goes, and find it before they come.
+        for change in &changes[..ends] {
+            *done += 1;
+            self.apply_to_maps(state, change)?;
+        }
+        self.schedule_all(state)?;
+        for change in &changes[ends..] {
+            *done += 1;
+            self.apply_to_maps(state, change)?;
+        }
+        Ok(())
+    }
 }
 
 impl Gateway for Kernel {
     type Error = GatewayError;
 
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), GatewayError> {
-        let ends = |change: &&Change| matches!(change, Change::EndAllocation(_) | Change::DeleteSession(_));
-        // Packets leave a class before it goes, and find it before they come.
-        for change in changes.iter().filter(ends) {
-            self.apply_to_maps(state, change)?;
+        let (mut ordered, others): (Vec<_>, Vec<_>) = changes
+            .iter()
+            .partition(|change| matches!(change, Change::EndAllocation(_) | Change::DeleteSession(_)));
+        let ends = ordered.len();
+        ordered.extend(others);
+        let trees = self.interfaces.iter().map(|interface| interface.tree.clone()).collect();
+        let settings = self.maps.settings()?;
+        let mut done = 0;
+        let result = self.carry_out(state, &ordered, ends, &mut done);
+        if result.is_ok() {
+            ordered[..ends].iter().for_each(|change| self.forget(change));
+            self.allocations = state.allocations.len() as u32;
+            return result;
         }
-        self.schedule_all(state)?;
-        for change in changes.iter().filter(|change| !ends(change)) {
-            self.apply_to_maps(state, change)?;
+        for change in ordered[..done].iter().rev() {
+            if let Err(error) = self.take_back(state, change) {
+                tracing::warn!(%error, "a change of the maps could not be taken back");
+            }
         }
-        Ok(())
+        self.maps.put_settings(&settings)?;
+        self.schedule_again(trees);
+        result
     }
 
     fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {

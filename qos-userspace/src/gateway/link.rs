@@ -2,7 +2,7 @@
 
 use netlink_packet_core::Parseable as _;
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp};
 
 use super::netlink::{NetlinkError, RouteSocket, malformed};
 
@@ -27,6 +27,8 @@ pub struct Link {
     pub tx_queues: u32,
     /// Ethernet address.
     pub mac: Option<[u8; 6]>,
+    /// Number of the XDP program that is attached to it.
+    pub xdp_program: Option<u32>,
 }
 
 /// Why an interface could not be looked up.
@@ -95,6 +97,7 @@ impl Link {
             ethernet: matches!(layer, LinkLayerType::Ether | LinkLayerType::Loopback),
             tx_queues: 1,
             mac: None,
+            xdp_program: None,
         };
         for attribute in message.attributes {
             match attribute {
@@ -102,6 +105,12 @@ impl Link {
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
                 LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
+                LinkAttribute::Xdp(parts) => {
+                    link.xdp_program = parts.into_iter().find_map(|part| match part {
+                        LinkXdp::ProgId(id) => Some(id),
+                        _ => None,
+                    });
+                }
                 LinkAttribute::LinkInfo(infos) => {
                     link.kind = infos.into_iter().find_map(|info| match info {
                         LinkInfo::Kind(kind) => Some(kind.to_string()),

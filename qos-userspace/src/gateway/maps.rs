@@ -1,7 +1,7 @@
 //! The maps of the object, typed. What must stand in them is decided in [`super::kernel`]; here is
 //! how it gets there so that no packet meets a half-written record.
 
-use aya::maps::{Array, HashMap, MapData, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
 use qos_common::abi::{
     ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES,
     PROVIDER_SLOTS, Provider, Question, Settings, directed,
@@ -54,10 +54,14 @@ impl Maps {
         })
     }
 
+    /// The settings as they stand.
+    pub(super) fn settings(&self) -> Result<Settings, ObjectError> {
+        self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))
+    }
+
     /// Writes the settings, unless they stand there already. Tells whether they differed.
     pub(super) fn put_settings(&mut self, settings: &Settings) -> Result<bool, ObjectError> {
-        let differs =
-            self.settings.get(&0, 0).map_err(|reason| ObjectError::map("settings", reason))? != *settings;
+        let differs = self.settings()? != *settings;
         if differs {
             self.settings.set(0, settings, 0).map_err(|reason| ObjectError::map("settings", reason))?;
         }
@@ -141,6 +145,14 @@ impl Maps {
 
     pub(super) fn put_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
         self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
+    }
+
+    /// Removes a line's prefix, if it is there.
+    pub(super) fn remove_line(&mut self, key: &LineKey) -> Result<(), ObjectError> {
+        match self.lines.remove(key) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(reason) => Err(ObjectError::map("lines", reason)),
+        }
     }
 
     /// Counters of one direction of an allocation's slot, all CPUs together.

@@ -2,20 +2,21 @@
 //!
 //! Maps are pinned in a folder per ABI version, links in one beside it. A daemon that starts finds
 //! them, loads its own programs over the same maps, and replaces the program of each link in one
-//! step; dropping an [`Object`] leaves everything enforcing. Only [`remove_pins`] ends that.
+//! step; dropping an [`Object`] leaves everything enforcing. Only [`remove_pins`] ends that. Whoever
+//! changes anything here holds [`lock_pins`].
 //!
 //! ```text
 //! BPFFS_DIR/maps_1/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
 //! ```
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use aya::maps::{MapError, MapInfo};
+use aya::maps::{MapData, MapError, MapInfo};
 use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
 use aya::programs::xdp::XdpLink;
@@ -23,11 +24,13 @@ use aya::programs::{
     ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
 };
 use aya::{Ebpf, EbpfLoader, Pod};
+use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
 
 use super::Role;
+use super::link::Link;
 use super::memory::SharedArray;
 
 /// The object, built by this crate's build script.
@@ -68,6 +71,24 @@ pub enum ObjectError {
         path: PathBuf,
         /// What the kernel said.
         reason: io::Error,
+    },
+    /// Another instance works with the pins.
+    #[error(
+        "another qosd works with {0}; stop it, or give this one its own `bpffs_dir` and interfaces"
+    )]
+    InUse(PathBuf),
+    /// A hook that takes one program has somebody else's.
+    #[error(
+        "interface {interface}: XDP program `{program}` (id {id}) is attached, which is not ours; \
+         remove it with `ip link set dev {interface} xdp off`, or detach the link that holds it"
+    )]
+    ForeignProgram {
+        /// Where.
+        interface: String,
+        /// Its name, as far as the kernel keeps it.
+        program: String,
+        /// Its number, as `bpftool prog` shows it.
+        id: u32,
     },
     /// A pinned map has another shape than this version's.
     #[error(
@@ -118,7 +139,7 @@ pub enum ObjectError {
         reason: io::Error,
     },
     /// A program could not be attached.
-    #[error("attaching {program} to {interface}: {reason}{}", attach_advice(.reason))]
+    #[error("attaching {program} to {interface}: {reason}")]
     Attach {
         /// Its name.
         program: &'static str,
@@ -155,14 +176,6 @@ fn program_error(error: &ProgramError) -> String {
     }
 }
 
-fn attach_advice(reason: &str) -> &'static str {
-    if reason.contains("busy") || reason.contains("os error 16") {
-        "; another program holds the hook: `bpftool net` shows whose it is"
-    } else {
-        ""
-    }
-}
-
 /// How programs are attached to one interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attachment {
@@ -179,6 +192,8 @@ pub struct Attachment {
 pub struct Object {
     ebpf: Ebpf,
     links_dir: PathBuf,
+    /// The pinned maps and where their pins are.
+    pinned: Vec<(PathBuf, MapData)>,
     /// The maps were there before.
     maps_taken_over: bool,
 }
@@ -220,7 +235,67 @@ impl Object {
                 reason: Box::new(reason),
             })?;
         }
-        Ok(Self { ebpf, links_dir, maps_taken_over })
+        let pinned = shapes.keys().map(|name| {
+            let path = maps_dir.join(name);
+            let map = MapData::from_pin(&path)
+                .map_err(|reason| pin_error("opening", &path, io::Error::other(reason.to_string())))?;
+            Ok((path, map))
+        });
+        let pinned = pinned.collect::<Result<_, ObjectError>>()?;
+        let object = Self { ebpf, links_dir, pinned, maps_taken_over };
+        object.remove_dead_links()?;
+        Ok(object)
+    }
+
+    /// Pins again what somebody has unpinned, and returns the names of those maps. Programs and this
+    /// instance hold them all the while; without the pin the next instance would begin anew.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn repin_maps(&self) -> Result<Vec<String>, ObjectError> {
+        let mut again = Vec::new();
+        for (path, map) in self.pinned.iter().filter(|(path, _)| !path.exists()) {
+            if let Some(folder) = path.parent() {
+                fs::create_dir_all(folder).map_err(|reason| pin_error("creating", folder, reason))?;
+            }
+            map.pin(path).map_err(|reason| pin_error("pinning", path, io::Error::other(reason)))?;
+            again.extend(path.file_name().map(|name| name.to_string_lossy().into_owned()));
+        }
+        Ok(again)
+    }
+
+    /// Removes the pins of links that lead nowhere: their interface has gone, or somebody detached
+    /// them.
+    ///
+    /// # Errors
+    /// Where a pin can't be removed.
+    pub fn remove_dead_links(&self) -> Result<(), ObjectError> {
+        let Ok(entries) = fs::read_dir(&self.links_dir) else {
+            return Ok(());
+        };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            if pinned_target(&path).map_err(|reason| pin_error("opening", &path, reason))? == Some(0) {
+                fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an interface whose XDP hook has somebody else's program.
+    ///
+    /// # Errors
+    /// In this case.
+    pub fn refuse_foreign(&self, link: &Link) -> Result<(), ObjectError> {
+        let Some(id) = link.xdp_program else { return Ok(()) };
+        let ours = ["xdp_native", "xdp_generic"]
+            .iter()
+            .any(|hook| pinned_target(&self.pin(link.index, hook)).ok().flatten() == Some(link.index));
+        if ours {
+            return Ok(());
+        }
+        let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
+        let program = found.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_default();
+        Err(ObjectError::ForeignProgram { interface: link.name.clone(), program, id })
     }
 
     /// Tells whether the maps were there before, with all that they hold.
@@ -261,12 +336,15 @@ impl Object {
     ///
     /// # Errors
     /// Where the kernel refuses; programs that were attached stay attached.
-    pub fn attach(&mut self, interface: &str, index: u32, role: Role) -> Result<Attachment, ObjectError> {
+    pub fn attach(&mut self, interface: &Link, role: Role) -> Result<Attachment, ObjectError> {
         let (xdp, egress) = match role {
             Role::Lan => ("qos_xdp_lan", "qos_egress_lan"),
             Role::Wan => ("qos_xdp_wan", "qos_egress_wan"),
         };
-        let place = Place { interface, index };
+        self.refuse_foreign(interface)?;
+        fs::create_dir_all(&self.links_dir)
+            .map_err(|reason| pin_error("creating", &self.links_dir, reason))?;
+        let place = Place { interface: &interface.name, index: interface.index };
         // Egress first and ingress before XDP: a packet that carries an answer finds its reader.
         let (tcx, egress_kept) = self.attach_tc(place, "egress", egress, TcAttachType::Egress)?;
         let (_, ingress_kept) = self.attach_tc(place, "ingress", "qos_ingress", TcAttachType::Ingress)?;
@@ -342,7 +420,8 @@ impl Object {
                 let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
                 let xdp: &mut Xdp = self.program(program)?;
                 let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
-                std::mem::forget(xdp.take_link(id).map_err(|reason| place.error(program, &reason))?);
+                // The pin holds it; were it held here too, removing the pin would not end it.
+                drop(xdp.take_link(id).map_err(|reason| place.error(program, &reason))?);
                 return Ok((native, true));
             }
         }
@@ -352,7 +431,7 @@ impl Object {
             Ok(id) => (id, true),
             Err(native_error) => match xdp.attach_to_if_index(index, XdpMode::Skb) {
                 Ok(id) => (id, false),
-                // The first reason is the one that matters: EBUSY is the same in both modes.
+                // The first reason is the one that matters.
                 Err(_) => return Err(place.error(program, &native_error)),
             },
         };
@@ -376,7 +455,7 @@ impl Object {
         if let Some(link) = old {
             let link = SchedClassifierLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
             let id = classifier.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
-            std::mem::forget(classifier.take_link(id).map_err(|reason| place.error(program, &reason))?);
+            drop(classifier.take_link(id).map_err(|reason| place.error(program, &reason))?);
             return Ok((true, true));
         }
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
@@ -431,6 +510,21 @@ impl Place<'_> {
         }
         ObjectError::Attach { program, interface: self.interface.to_owned(), reason: text }
     }
+}
+
+/// The right to change what is pinned below `bpffs_dir`, until it is dropped or the process ends.
+/// Makes the directory.
+///
+/// # Errors
+/// Where another instance has it, or there is no BPF file system.
+pub fn lock_pins(bpffs_dir: &Path) -> Result<Flock<File>, ObjectError> {
+    mount_bpffs(bpffs_dir)?;
+    fs::create_dir_all(bpffs_dir).map_err(|reason| pin_error("creating", bpffs_dir, reason))?;
+    let folder = File::open(bpffs_dir).map_err(|reason| pin_error("opening", bpffs_dir, reason))?;
+    Flock::lock(folder, FlockArg::LockExclusiveNonblock).map_err(|(_, reason)| match reason {
+        nix::Error::EWOULDBLOCK => ObjectError::InUse(bpffs_dir.to_path_buf()),
+        other => pin_error("locking", bpffs_dir, other.into()),
+    })
 }
 
 /// Removes every pin below `bpffs_dir`. The kernel ends what nothing else holds: programs leave their

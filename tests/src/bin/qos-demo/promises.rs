@@ -32,10 +32,10 @@ pub(crate) fn broken(results: &Results) -> Vec<String> {
             milliseconds(LATENCY)
         ));
     }
-    for (what, ended) in [("revoked", &results.revoked), ("expired", &results.expired)] {
+    for (what, ended) in [("was revoked", &results.revoked), ("expired", &results.expired)] {
         if ended.after >= ended.before {
             broken.push(format!(
-                "{} has {} after its level was {what}, and had {} before",
+                "{} has {} after its level {what}, and had {} before",
                 ended.title,
                 rate(ended.after),
                 rate(ended.before)

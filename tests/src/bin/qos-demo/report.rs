@@ -99,9 +99,9 @@ pub(crate) fn print(results: &Results, broken: &[String], took: Duration) -> Res
     println!("Latency of the game on Anna's overloaded line, 1,500-byte packets:");
     println!("{}", latencies(results).trim_fmt());
     println!();
-    for (what, ended) in [("revoked", &results.revoked), ("expired", &results.expired)] {
+    for (what, ended) in [("was revoked", &results.revoked), ("expired", &results.expired)] {
         println!(
-            "{}: {} with its level, {} after allocation {} was {what}",
+            "{}: {} with its level, {} after allocation {} {what}",
             ended.title,
             rate(ended.before),
             rate(ended.after),

@@ -1,0 +1,163 @@
+//! What tests of levels ask of the daemon, in the product's own types.
+
+use std::fmt;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use qos_userspace::api::types::{Explained, Outcome, Status};
+use qos_userspace::domain::units::BitsPerSecond;
+use qos_userspace::domain::{Allocation, AllocationId, Direction};
+use qos_userspace::gateway::report::{Counts, DirectedCounts, Statistics};
+use qos_userspace::hex;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::daemon::Daemon;
+use crate::traffic::{Flow, Measured, measure};
+
+/// How often a measurement that the machine spoilt is repeated.
+const REPEATS: usize = 4;
+/// A sender that got less than this share of its rate out was kept from it by the machine.
+const OFFERED: f64 = 0.97;
+
+impl Daemon {
+    /// Runs `qos grant ARGS` and returns what was granted.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn grant(&self, args: &str) -> Result<Allocation> {
+        let outcome: Outcome<Allocation> = typed(self.qos_line(&format!("grant {args}"))?)?;
+        Ok(outcome.result)
+    }
+
+    /// Runs `qos revoke`.
+    ///
+    /// # Errors
+    /// When there is no such allocation.
+    pub fn revoke(&self, id: AllocationId) -> Result<()> {
+        self.qos(["revoke", &id.to_string()]).map(drop)
+    }
+
+    /// Runs `qos stats`.
+    ///
+    /// # Errors
+    /// When the daemon doesn't answer.
+    pub fn statistics(&self) -> Result<Statistics> {
+        typed(self.qos_line("stats")?)
+    }
+
+    /// What `qos stats` says of an allocation.
+    ///
+    /// # Errors
+    /// When it isn't there.
+    pub fn counts(&self, id: AllocationId) -> Result<DirectedCounts> {
+        self.statistics()?.allocations.get(&id).copied().with_context(|| format!("no counts of {id}"))
+    }
+
+    /// Runs `qos status`.
+    ///
+    /// # Errors
+    /// When the daemon doesn't answer.
+    pub fn status(&self) -> Result<Status> {
+        typed(self.qos_line("status")?)
+    }
+
+    /// Runs `qos explain` on a frame.
+    ///
+    /// # Errors
+    /// When the frame can't be run.
+    pub fn explain(&self, direction: Direction, frame: &[u8]) -> Result<Explained> {
+        let direction = match direction {
+            Direction::Upstream => "up",
+            Direction::Downstream => "down",
+        };
+        typed(self.qos(["explain", "--direction", direction, "--hex", &hex::encode(frame)])?)
+    }
+}
+
+fn typed<T: DeserializeOwned>(answer: Value) -> Result<T> {
+    serde_json::from_value(answer.clone()).with_context(|| format!("an answer of another kind: {answer}"))
+}
+
+/// Like [`measure`], and again, up to four times, when the machine and not what is tested fell short:
+/// a sender that didn't get its rate out, or an overrun receiver. `offered` is what each flow was
+/// told to send; zero for one that sends what it can.
+///
+/// # Errors
+/// When a flow's sockets failed.
+pub fn measure_undisturbed(
+    flows: &[(&dyn Flow, BitsPerSecond)],
+    warm_up: Duration,
+    window: Duration,
+) -> Result<Vec<Measured>> {
+    let watched: Vec<&dyn Flow> = flows.iter().map(|(flow, _)| *flow).collect();
+    let mut repeats = 1;
+    loop {
+        let measured = measure(&watched, warm_up, window)?;
+        let spoilt = measured.iter().zip(flows).any(|(measured, (_, offered))| {
+            measured.receiver_dropped > 0 || (measured.offered.0 as f64) < offered.0 as f64 * OFFERED
+        });
+        if !spoilt || repeats == REPEATS {
+            return Ok(measured);
+        }
+        repeats += 1;
+    }
+}
+
+/// Sends for `time` from a pause to a pause, so that every packet counts, and waits for the last one.
+/// The flow pauses afterwards.
+///
+/// # Errors
+/// When its sockets failed.
+pub fn send_for(flow: &crate::traffic::RunningUdp, rate: BitsPerSecond, time: Duration) -> Result<Measured> {
+    flow.set_rate(BitsPerSecond(0));
+    // A sender looks at its rate every 50 ms, or more often.
+    std::thread::sleep(Duration::from_millis(120));
+    flow.begin();
+    flow.set_rate(rate);
+    std::thread::sleep(time);
+    flow.set_rate(BitsPerSecond(0));
+    std::thread::sleep(Duration::from_millis(120));
+    flow.end();
+    flow.collect()
+}
+
+/// What was counted between two readings.
+#[must_use]
+pub fn since(before: &Counts, after: &Counts) -> Counts {
+    let count = |pick: fn(&Counts) -> qos_userspace::gateway::report::Count| {
+        let (before, after) = (pick(before), pick(after));
+        qos_userspace::gateway::report::Count {
+            packets: after.packets - before.packets,
+            bytes: after.bytes - before.bytes,
+        }
+    };
+    Counts {
+        passed: count(|counts| counts.passed),
+        dropped: count(|counts| counts.dropped),
+        queue_dropped: count(|counts| counts.queue_dropped),
+        marked: count(|counts| counts.marked),
+        in_profile: count(|counts| counts.in_profile),
+        excess: count(|counts| counts.excess),
+    }
+}
+
+/// A result in one line, without its arrivals.
+pub struct Brief<'a>(pub &'a Measured);
+
+impl fmt::Debug for Brief<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let m = self.0;
+        write!(
+            f,
+            "offered {}, achieved {}, sent {}, received {}, lost {}, reordered {}, overran {}",
+            m.offered, m.achieved, m.sent, m.received, m.lost, m.reordered, m.receiver_dropped
+        )?;
+        match &m.latency {
+            Some(latency) => {
+                write!(f, ", p50 {:?}, p99 {:?}, max {:?}", latency.p50(), latency.p99(), latency.max())
+            }
+            None => Ok(()),
+        }
+    }
+}
