@@ -23,6 +23,7 @@ mod limit;
 mod maps;
 mod mark;
 mod packet;
+mod trace;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::macros::{classifier, xdp};
@@ -48,6 +49,22 @@ pub fn qos_xdp_lan(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 pub fn qos_xdp_wan(ctx: XdpContext) -> u32 {
     xdp_verdict(ingress::xdp::<DOWN>(&ctx))
+}
+
+/// Takes the place of `qos_xdp_lan` while somebody listens.
+#[xdp(frags)]
+pub fn qos_trace_lan(ctx: XdpContext) -> u32 {
+    let outcome = ingress::xdp::<UP>(&ctx);
+    trace::packet(&ctx, outcome);
+    xdp_verdict(outcome)
+}
+
+/// Takes the place of `qos_xdp_wan` while somebody listens.
+#[xdp(frags)]
+pub fn qos_trace_wan(ctx: XdpContext) -> u32 {
+    let outcome = ingress::xdp::<DOWN>(&ctx);
+    trace::packet(&ctx, outcome);
+    xdp_verdict(outcome)
 }
 
 /// In on any interface, behind XDP.

@@ -55,6 +55,8 @@ static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { MAX_FRAGMENTS as usize }> 
 /// interrupted by a packet.
 #[btf_map(name = "searches")]
 static SEARCHES: PerCpuArray<Search, 2> = PerCpuArray::new();
+#[btf_map(name = "last_trace")]
+static LAST_TRACE: PerCpuArray<u64, 1> = PerCpuArray::new();
 #[btf_map(name = "question")]
 static QUESTION: Array<Question, 1, MMAPABLE> = Array::new();
 #[btf_map(name = "answer")]
@@ -79,6 +81,13 @@ pub(crate) fn search() -> Option<&'static mut Search> {
 pub(crate) fn explaining_search() -> Option<&'static mut Search> {
     // SAFETY: as above; the daemon runs that program once at a time.
     SEARCHES.get_ptr_mut(1).map(|search| unsafe { &mut *search })
+}
+
+/// When this CPU told of a packet last, in ns of CLOCK_MONOTONIC.
+#[inline(always)]
+pub(crate) fn last_trace() -> Option<&'static mut u64> {
+    // SAFETY: as for `search`.
+    LAST_TRACE.get_ptr_mut(0).map(|last| unsafe { &mut *last })
 }
 
 #[inline(always)]

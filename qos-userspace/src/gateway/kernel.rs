@@ -22,6 +22,7 @@ use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
 use super::object::{Attachment, Object, ObjectError, lock_pins, remove_pins};
+use super::trace::Tracer;
 use super::report::{DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics};
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
@@ -99,9 +100,6 @@ pub enum GatewayError {
     /// A packet to explain is too short or too long to be run.
     #[error("a packet of {0} bytes can't be run: 14 to 3,520 can")]
     PacketLength(usize),
-    /// Debugging is asked of programs that have none.
-    #[error("the loaded programs were built without debugging")]
-    NoTrace,
 }
 
 /// The programs, maps and trees of this gateway. Dropping it leaves them enforcing.
@@ -118,6 +116,8 @@ pub struct Kernel {
     allocations: u32,
     /// Nobody else works with the pins.
     _lock: Flock<File>,
+    /// None until somebody traces.
+    tracer: Option<Tracer>,
 }
 
 /// An interface as it is now.
@@ -179,6 +179,7 @@ impl Kernel {
             interfaces: interfaces.collect(),
             repairs: VecDeque::new(),
             allocations: 0,
+            tracer: None,
             _lock: lock,
         };
         match kernel.establish(state) {
@@ -762,11 +763,19 @@ impl Gateway for Kernel {
     }
 
     fn trace(&mut self, on: bool) -> Result<(), GatewayError> {
-        if on { Err(GatewayError::NoTrace) } else { Ok(()) }
+        if on && self.tracer.is_none() {
+            self.tracer = Some(self.object.tracer()?);
+        }
+        for interface in &self.interfaces {
+            if let Some(link) = &interface.link {
+                self.object.trace(&interface.config.name, link.index, interface.config.role, on)?;
+            }
+        }
+        Ok(())
     }
 
     fn traced(&mut self) -> Vec<String> {
-        Vec::new()
+        self.tracer.as_mut().map(Tracer::take).unwrap_or_default()
     }
 
     fn detach(self) -> Result<(), GatewayError> {
@@ -961,7 +970,7 @@ fn explanation(direction: Direction, answer: &abi::Answer) -> Explanation {
     }
 }
 
-const fn outcome_name(outcome: Outcome) -> &'static str {
+pub(super) const fn outcome_name(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Admitted => "admitted",
         Outcome::Unclassified => "unclassified",

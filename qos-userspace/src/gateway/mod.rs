@@ -10,6 +10,7 @@ pub mod object;
 pub mod port;
 pub mod report;
 pub mod scheduler;
+mod trace;
 
 /// Which side of the gateway an interface is on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]

@@ -32,6 +32,10 @@ use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
 use super::Role;
 use super::link::Link;
 use super::memory::SharedArray;
+use super::trace::Tracer;
+
+/// Start of the names of programs that are loaded when somebody traces.
+const TRACING: &str = "qos_trace_";
 
 /// The object, built by this crate's build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/qos-kernel"));
@@ -224,7 +228,7 @@ impl Object {
             loader.map_pin_path(name, path);
         }
         let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
-        for (name, program) in ebpf.programs_mut() {
+        for (name, program) in ebpf.programs_mut().filter(|(name, _)| !name.starts_with(TRACING)) {
             let loaded = match program {
                 aya::programs::Program::Xdp(program) => program.load(),
                 aya::programs::Program::SchedClassifier(program) => program.load(),
@@ -350,6 +354,37 @@ impl Object {
         let (_, ingress_kept) = self.attach_tc(place, "ingress", "qos_ingress", TcAttachType::Ingress)?;
         let (native, xdp_kept) = self.attach_xdp(place, xdp)?;
         Ok(Attachment { native, tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
+    }
+
+    /// Replaces the XDP program of an interface by one that also tells of packets, or puts the plain
+    /// one back. No packet is missed in between.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn trace(&mut self, interface: &str, index: u32, role: Role, on: bool) -> Result<(), ObjectError> {
+        let program = match (role, on) {
+            (Role::Lan, true) => "qos_trace_lan",
+            (Role::Wan, true) => "qos_trace_wan",
+            (Role::Lan, false) => "qos_xdp_lan",
+            (Role::Wan, false) => "qos_xdp_wan",
+        };
+        let xdp: &mut Xdp = self.program(program)?;
+        if xdp.fd().is_err() {
+            xdp.load().map_err(|reason| ObjectError::Program {
+                program: program.to_owned(),
+                reason: Box::new(reason),
+            })?;
+        }
+        self.attach_xdp(Place { interface, index }, program).map(|_| ())
+    }
+
+    /// The reader of what tracing programs tell; there is one.
+    ///
+    /// # Errors
+    /// Where it was taken before.
+    pub(super) fn tracer(&mut self) -> Result<Tracer, ObjectError> {
+        Tracer::new(&mut self.ebpf)
+            .map_err(|_| ObjectError::Missing { kind: "map", name: "AYA_LOGS".to_owned() })
     }
 
     /// Names the hooks of an interface that have lost our program.
