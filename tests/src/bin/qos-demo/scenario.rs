@@ -5,7 +5,7 @@
 //! ben   fibre 60/20 ┤ lan0  gateway, 100 Mbit/s each way  wan0     ┤ game, voip, backup
 //! cafe  fibre 40/20 ┘                                              └ internet (asks for nothing)
 //! ```
-//! Anna's line is overloaded, and so is the link: all of it together is some 210 Mbit/s.
+//! Downstream, Anna's line is overloaded, and so is the link.
 
 use qos_userspace::domain::units::BitsPerSecond;
 
