@@ -4,8 +4,9 @@ fn main() {
     if let Ok(linker) = which::which("bpf-linker") {
         println!("cargo:rerun-if-changed={}", linker.display());
     }
-    // Version 3 of the instruction set (Linux 5.1) has 32-bit arithmetic, which `atomic_cxchg` needs,
-    // and 32-bit jumps. With the one and not the other LLVM 22 compares a number extended with zeros
-    // to one extended with ones, and `Ok(())` of a `Result<(), Enum>` is never found to be that.
-    println!("cargo:rustc-link-arg-bins=--cpu=v3");
+    // `core::intrinsics::atomic_cxchg` compiles to BPF_CMPXCHG only with 32-bit ALU enabled. rustc
+    // names the CPU itself, and the linker takes no second name, so that the 32-bit jumps of v3 can't
+    // be had here. Without them LLVM 22 compares a number extended with zeros to one extended with
+    // ones: `Ok(())` of a `Result<(), Enum>` that a function returns is never found to be that.
+    println!("cargo:rustc-link-arg-bins=--cpu-features=+alu32");
 }

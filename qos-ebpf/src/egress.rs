@@ -29,7 +29,7 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
         Some(marked) if marked.direction == direction => (Outcome::Admitted, marked.slot),
         _ => police(ctx, search, direction),
     };
-    if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate) || settings.observe != 0 {
+    if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate) {
         return outcome;
     }
     let allocation = match slot {
@@ -60,7 +60,7 @@ fn police(ctx: &TcContext, search: &mut Search, direction: Direction) -> (Outcom
     (outcome, if search.limits_only == 0 { search.slot } else { 0 })
 }
 
-/// Sets class and code point.
+/// Sets class and code point; observing, only counts what would be marked.
 #[inline(always)]
 fn send(
     ctx: &TcContext,
@@ -70,20 +70,26 @@ fn send(
     direction: Direction,
     search: &mut Search,
 ) {
+    let observes = settings.observe != 0;
     let remark = allocation.filter(|allocation| allocation.flags & MARK_DSCP != 0);
     let mut class = match allocation {
         Some(allocation) => allocation.class,
         None => 0,
     };
-    let lines = settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
+    let lines = !observes && settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
     let packet = &mut search.packet;
     if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || read(ctx, packet)) {
-        if class == 0 {
+        if class == 0 && lines {
             class = line_class(settings, &packet.key, direction);
         }
         if let Some(allocation) = remark {
             let bytes = Bytes::new(ctx.data(), ctx.data_end());
-            if write_dscp(bytes, packet, allocation.dscp) {
+            let marked = if observes {
+                packet.key.dscp != allocation.dscp
+            } else {
+                write_dscp(bytes, packet, allocation.dscp)
+            };
+            if marked {
                 count_marked(allocation, slot, direction, charge_of(ctx, packet, allocation));
             }
         }
@@ -91,7 +97,7 @@ fn send(
     if class == 0 {
         class = settings.default_class[direction as usize];
     }
-    if class != 0 {
+    if class != 0 && !observes {
         // SAFETY: `priority` is a field that programs of this type may write.
         unsafe { (*ctx.skb.skb).priority = class };
     }

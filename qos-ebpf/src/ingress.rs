@@ -30,7 +30,9 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
         Ok(()) => police(search, direction),
         Err(reason) => reason,
     };
-    let slot = if search.limits_only == 0 { search.slot } else { 0 };
+    // Observing, a packet that would be dropped goes on, and is nothing that would be marked.
+    let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate);
+    let slot = if search.limits_only == 0 && !over { search.slot } else { 0 };
     write_metadata(ctx, settings, Marked { direction, slot });
     outcome
 }

@@ -1,0 +1,488 @@
+//! Lines and links under overload: guarantees, priorities, ceilings, delay, and how cells are
+//! counted. Real `qosd`, real traffic. Needs root.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use qos_common::length::{LinkLayer, charged};
+use qos_tests::ask::{Brief, measure_undisturbed, send_for, since};
+use qos_tests::daemon::{Config, Daemon};
+use qos_tests::topology::{Host, Topology};
+use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, UdpFlow, charged_length};
+use qos_userspace::domain::AllocationId;
+use qos_userspace::domain::units::BitsPerSecond;
+
+const WARM_UP: Duration = Duration::from_millis(1_000);
+const WINDOW: Duration = Duration::from_secs(3);
+/// The contract's tolerance.
+const TOLERANCE: f64 = 0.03;
+
+fn mbit(mbit: f64) -> BitsPerSecond {
+    BitsPerSecond((mbit * 1e6) as u64)
+}
+
+fn to(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}
+
+/// Two subscribers' lines, a subscriber on no line, and three providers with one address each.
+fn street(config: &Config) -> (Topology, Daemon) {
+    let net = Topology::builder()
+        .subscriber("one", &["192.0.2.10"])
+        .subscriber("two", &["192.0.2.20"])
+        .subscriber("none", &["192.0.2.30"])
+        .provider("video", &["203.0.113.10"])
+        .provider("games", &["203.0.113.20"])
+        .provider("other", &["198.51.100.10"])
+        .build()
+        .unwrap();
+    let daemon = Daemon::start(&net.gateway, config).unwrap();
+    for line in [
+        "provider add video --kind application --network 203.0.113.10/32",
+        "provider add games --kind application --network 203.0.113.20/32",
+        "provider add isp --kind network --network 192.0.2.0/24",
+    ] {
+        daemon.qos_line(line).unwrap();
+    }
+    (net, daemon)
+}
+
+/// A flow of 1,500-byte packets and, where it has a level, its allocation.
+#[derive(Clone, Copy)]
+struct Sender {
+    name: &'static str,
+    from: &'static str,
+    to: &'static str,
+    /// Mbit/s.
+    offered: f64,
+    /// Arguments of its grant; none: it is the rest.
+    level: Option<&'static str>,
+    /// What it gets at least and at most, in Mbit/s, within the tolerance.
+    gets: (f64, f64),
+}
+
+/// Grants what the senders are to have, lets all of them send at once and checks what each gets.
+/// Returns what all of them together get.
+fn overload(net: &Topology, daemon: &Daemon, up: bool, senders: &[Sender]) -> Vec<Measured> {
+    let mut flows = Vec::new();
+    let mut ids = Vec::new();
+    for (port, sender) in (5_000..).zip(senders) {
+        let (from, target) = if up {
+            (net.subscriber(sender.from), net.provider(sender.to))
+        } else {
+            (net.provider(sender.from), net.subscriber(sender.to))
+        };
+        if let Some(level) = sender.level {
+            let direction = if up { "up" } else { "down" };
+            let provider = if up { "isp" } else { sender.from };
+            let flow = format!("{direction} udp from {} to {}:{port}", from.v4(0), target.v4(0));
+            ids.push(daemon.grant(&format!("--provider {provider} --flow '{flow}' {level}")).unwrap().id);
+        }
+        let offered = mbit(sender.offered);
+        let flow = UdpFlow::new(to(from.v4(0), 0), to(target.v4(0), port), offered);
+        flows.push((flow.start(&from.namespace, &target.namespace).unwrap(), offered));
+    }
+    let watched: Vec<_> = flows.iter().map(|(flow, offered)| (flow as &dyn Flow, *offered)).collect();
+    let measured = measure_undisturbed(&watched, WARM_UP, WINDOW).unwrap();
+    let mut wrong = Vec::new();
+    for (sender, measured) in senders.iter().zip(&measured) {
+        let (low, high) = sender.gets;
+        let text = format!("{}: {low} to {high} Mbit/s were due, {:?}", sender.name, Brief(measured));
+        println!("{text}");
+        // A packet a second is the least that shows.
+        let slack = 0.02;
+        let range = low * (1.0 - TOLERANCE) - slack..=high * (1.0 + TOLERANCE) + slack;
+        if !range.contains(&(measured.achieved.0 as f64 / 1e6)) {
+            wrong.push(text);
+        }
+    }
+    drop(flows);
+    for id in ids {
+        daemon.revoke(id).unwrap();
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    measured
+}
+
+fn total(measured: &[Measured]) -> f64 {
+    measured.iter().map(|measured| measured.achieved.0 as f64 / 1e6).sum()
+}
+
+#[test]
+fn guarantees_are_delivered_while_others_overload_the_link() {
+    let (net, daemon) = street(&Config { lan_capacity: mbit(50.0), ..Config::default() });
+    daemon.qos_line("session add one --address 192.0.2.10 --down 60mbit --up 60mbit").unwrap();
+    daemon.qos_line("session add two --address 192.0.2.20 --down 40mbit --up 40mbit").unwrap();
+    let measured = overload(
+        &net,
+        &daemon,
+        false,
+        &[
+            // Priority 7 gets its guarantee and nothing else, though priority 0 wants more.
+            Sender {
+                name: "guaranteed 10, priority 7",
+                from: "video",
+                to: "one",
+                offered: 14.0,
+                level: Some("--guaranteed-down 10mbit --priority 7"),
+                gets: (10.0, 10.0),
+            },
+            Sender {
+                name: "guaranteed 5 of at most 8, priority 0, police",
+                from: "games",
+                to: "two",
+                offered: 10.0,
+                level: Some("--guaranteed-down 5mbit --max-down 8mbit --priority 0 --enforcement police"),
+                gets: (8.0, 8.0),
+            },
+            Sender {
+                name: "excess of priority 0",
+                from: "games",
+                to: "one",
+                offered: 45.0,
+                level: Some("--priority 0"),
+                gets: (31.9, 32.0),
+            },
+            Sender {
+                name: "rest of line two",
+                from: "other",
+                to: "two",
+                offered: 30.0,
+                level: None,
+                gets: (0.0, 0.02),
+            },
+            Sender {
+                name: "on no line",
+                from: "other",
+                to: "none",
+                offered: 30.0,
+                level: None,
+                gets: (0.0, 0.02),
+            },
+        ],
+    );
+    assert!((total(&measured) / 50.0 - 1.0).abs() < TOLERANCE, "{} Mbit/s of 50", total(&measured));
+}
+
+#[test]
+fn guarantees_are_delivered_and_the_ceiling_holds_while_others_overload_only_the_line() {
+    let (net, daemon) = street(&Config::default());
+    daemon.qos_line("session add one --address 192.0.2.10 --down 20mbit --up 10mbit").unwrap();
+    daemon.qos_line("session add two --address 192.0.2.20 --down 40mbit --up 10mbit").unwrap();
+    let line = [
+        Sender {
+            name: "guaranteed 8, priority 7",
+            from: "video",
+            to: "one",
+            offered: 12.0,
+            level: Some("--guaranteed-down 8mbit --priority 7"),
+            gets: (8.0, 8.0),
+        },
+        Sender {
+            name: "guaranteed 2 of at most 4, priority 3",
+            from: "games",
+            to: "one",
+            offered: 6.0,
+            level: Some("--guaranteed-down 2mbit --max-down 4mbit --priority 3"),
+            gets: (2.0, 2.0),
+        },
+        Sender {
+            name: "excess of priority 0",
+            from: "video",
+            to: "one",
+            offered: 25.0,
+            level: Some("--priority 0"),
+            gets: (9.9, 10.0),
+        },
+        Sender {
+            name: "policed, in the rest",
+            from: "games",
+            to: "one",
+            offered: 5.0,
+            level: Some("--max-down 3mbit --enforcement police"),
+            gets: (0.0, 0.02),
+        },
+        Sender { name: "rest", from: "other", to: "one", offered: 10.0, level: None, gets: (0.0, 0.02) },
+    ];
+    let beside = Sender {
+        name: "another line",
+        from: "other",
+        to: "two",
+        offered: 10.0,
+        level: None,
+        gets: (10.0, 10.0),
+    };
+    let all: Vec<_> = line.into_iter().chain([beside]).collect();
+    let measured = overload(&net, &daemon, false, &all);
+    let line = total(&measured[..5]);
+    println!("the line in all: {line} Mbit/s of 20");
+    assert!((line / 20.0 - 1.0).abs() < TOLERANCE, "{line} Mbit/s of 20");
+
+    // Out of the line: 95 % of its speed, so that the queue stands in the gateway.
+    let measured = overload(
+        &net,
+        &daemon,
+        true,
+        &[
+            Sender {
+                name: "up: guaranteed 4, priority 7",
+                from: "one",
+                to: "video",
+                offered: 6.0,
+                level: Some("--guaranteed-up 4mbit --priority 7"),
+                gets: (4.0, 4.0),
+            },
+            Sender {
+                name: "up: excess of priority 0",
+                from: "one",
+                to: "games",
+                offered: 8.0,
+                level: Some("--priority 0"),
+                gets: (5.4, 5.5),
+            },
+            Sender {
+                name: "up: rest",
+                from: "one",
+                to: "other",
+                offered: 6.0,
+                level: None,
+                gets: (0.0, 0.02),
+            },
+            Sender {
+                name: "up: another line",
+                from: "two",
+                to: "other",
+                offered: 5.0,
+                level: None,
+                gets: (5.0, 5.0),
+            },
+        ],
+    );
+    let line = total(&measured[..3]);
+    println!("the line in all: {line} Mbit/s of 9.5");
+    assert!((line / 9.5 - 1.0).abs() < TOLERANCE, "{line} Mbit/s of 9.5");
+}
+
+#[test]
+fn the_rest_gets_what_is_left_of_its_line_and_no_more() {
+    let (net, daemon) = street(&Config::default());
+    daemon.qos_line("session add one --address 192.0.2.10 --down 10mbit --up 10mbit").unwrap();
+    let measured = overload(
+        &net,
+        &daemon,
+        false,
+        &[
+            Sender {
+                name: "guaranteed 4",
+                from: "video",
+                to: "one",
+                offered: 3.0,
+                level: Some("--guaranteed-down 4mbit --priority 2"),
+                gets: (3.0, 3.0),
+            },
+            Sender { name: "rest", from: "other", to: "one", offered: 12.0, level: None, gets: (7.0, 7.0) },
+        ],
+    );
+    assert!((total(&measured) / 10.0 - 1.0).abs() < TOLERANCE, "{} Mbit/s of 10", total(&measured));
+}
+
+/// Lets `background` overload and watches the latency of a probe among it, up to three windows where
+/// the machine may have spoilt one; the best counts.
+fn latency(probe: &RunningUdp, limit: Duration, percentile: f64) -> Latency {
+    let mut best: Option<Latency> = None;
+    for _ in 0..3 {
+        let measured = probe.measure(WARM_UP, WINDOW).unwrap();
+        println!("  {:?}", Brief(&measured));
+        let latency = measured.latency.expect("the probe gets through");
+        if best.as_ref().is_none_or(|best| latency.percentile(percentile) < best.percentile(percentile)) {
+            best = Some(latency);
+        }
+        if best.as_ref().is_some_and(|best| best.percentile(percentile) <= limit) {
+            break;
+        }
+    }
+    best.expect("measured three times")
+}
+
+#[test]
+fn the_standing_queue_of_the_rest_is_bounded() {
+    let (net, daemon) = street(&Config::default());
+    let (one, video, other) = (net.subscriber("one"), net.provider("video"), net.provider("other"));
+    // Mbit/s; the share of the line that an allocation takes away from the rest.
+    for (speed, share) in [(2.0, 0.0), (2.0, 0.5), (20.0, 0.0), (20.0, 0.8), (100.0, 0.5)] {
+        let bits = mbit(speed).0;
+        daemon
+            .qos_line(&format!("session add one --address 192.0.2.10 --down {bits}bit --up {bits}bit"))
+            .unwrap();
+        let mut flows = Vec::new();
+        let mut start = |from: &Host, port: u16, rate: BitsPerSecond| {
+            let flow = UdpFlow::new(to(from.v4(0), 0), to(one.v4(0), port), rate);
+            flows.push(flow.start(&from.namespace, &one.namespace).unwrap());
+        };
+        let mut grant = None;
+        if share > 0.0 {
+            let flow = format!("down udp from {} to {}:5000", video.v4(0), one.v4(0));
+            let sure = mbit(speed * share);
+            let grant_line = format!(
+                "--provider video --flow '{flow}' --guaranteed-down {}bit --max-down {}bit",
+                sure.0, sure.0
+            );
+            grant = Some(daemon.grant(&grant_line).unwrap().id);
+            start(video, 5_000, mbit(speed * share * 1.2));
+        }
+        start(other, 5_001, mbit(speed * 1.5));
+        let probe = UdpFlow::new(to(other.v4(0), 0), to(one.v4(0), 5_002), mbit(speed / 20.0))
+            .packet(200)
+            .start(&other.namespace, &one.namespace)
+            .unwrap();
+        println!("line of {speed} Mbit/s, {share} of it allocated:");
+        let limit = Duration::from_millis(250);
+        let latency = latency(&probe, limit, 0.99);
+        assert!(latency.p99() <= limit, "{speed} Mbit/s, {share} allocated: p99 {:?}", latency.p99());
+        drop((flows, probe));
+        if let Some(id) = grant {
+            daemon.revoke(id).unwrap();
+        }
+        daemon.qos_line("session remove one").unwrap();
+    }
+}
+
+#[test]
+fn high_priority_waits_five_milliseconds_at_most_on_an_overloaded_line() {
+    let (net, daemon) = street(&Config::default());
+    daemon.qos_line("session add one --address 192.0.2.10 --down 20mbit --up 5mbit").unwrap();
+    let (one, video, games, other) =
+        (net.subscriber("one"), net.provider("video"), net.provider("games"), net.provider("other"));
+    let grant = |provider: &str, from: &Host, port: u16, level: &str| -> AllocationId {
+        let flow = format!("down udp from {} to {}:{port}", from.v4(0), one.v4(0));
+        daemon.grant(&format!("--provider {provider} --flow '{flow}' {level}")).unwrap().id
+    };
+    grant("games", games, 5_001, "--guaranteed-down 10mbit --priority 4");
+    let start = |from: &Host, port: u16, rate: f64| {
+        let flow = UdpFlow::new(to(from.v4(0), 0), to(one.v4(0), port), mbit(rate));
+        flow.start(&from.namespace, &one.namespace).unwrap()
+    };
+    let _overload = [start(games, 5_001, 15.0), start(other, 5_002, 20.0)];
+    let probe = start(video, 5_000, 1.5);
+    println!("without a grant:");
+    let without = latency(&probe, Duration::ZERO, 0.5);
+    println!("with one:");
+    let granted = daemon
+        .grant(&format!(
+            "--provider video --flow 'down udp from {} to {}:5000' --guaranteed-down 2mbit --priority 0",
+            video.v4(0),
+            one.v4(0)
+        ))
+        .unwrap();
+    let limit = Duration::from_millis(5);
+    let with = latency(&probe, limit, 0.99);
+    println!("p99 without {:?}, with {:?}", without.p99(), with.p99());
+    assert!(with.p99() <= limit, "p99 {:?}", with.p99());
+    assert!(without.p50() > 2 * limit, "the overload is none: p50 {:?}", without.p50());
+    let bound = granted.delay_bound_us.down.expect("guaranteed into the line");
+    assert!(with.p99() <= Duration::from_micros(bound.into()), "p99 {:?}, bound {bound} µs", with.p99());
+}
+
+/// How a line frames, and what an IP packet of some length is charged there, computed by hand.
+struct Framed {
+    framing: &'static str,
+    layer: LinkLayer,
+    overhead: i16,
+    /// (IP bytes, charged bytes)
+    packets: &'static [(u32, u32)],
+}
+
+const FRAMED: [Framed; 4] = [
+    Framed {
+        framing: "--link-layer atm --overhead 32",
+        layer: LinkLayer::Atm,
+        overhead: 32,
+        // 64 + 32 fill two cells of 48 to the last byte, and so on.
+        packets: &[(64, 2 * 53), (65, 3 * 53), (640, 14 * 53), (641, 15 * 53), (1_500, 32 * 53)],
+    },
+    Framed {
+        framing: "--link-layer atm --overhead 10",
+        layer: LinkLayer::Atm,
+        overhead: 10,
+        packets: &[(86, 2 * 53), (87, 3 * 53), (1_500, 32 * 53)],
+    },
+    Framed {
+        framing: "--link-layer ptm --overhead 22",
+        layer: LinkLayer::Ptm,
+        overhead: 22,
+        // A byte more for each 64 that were begun.
+        packets: &[(106, 130), (107, 132), (1_500, 1_522 + 24)],
+    },
+    Framed {
+        framing: "--link-layer ethernet --overhead 38",
+        layer: LinkLayer::Ethernet,
+        overhead: 38,
+        packets: &[(100, 138), (1_500, 1_538)],
+    },
+];
+
+/// Rate of a flow of `length`-byte packets on a line that charges `charge` for each.
+fn on_the_line(measured: &Measured, length: u32, charge: u32) -> f64 {
+    measured.achieved.0 as f64 / f64::from(charged_length(length)) * f64::from(charge)
+}
+
+#[test]
+fn cells_and_overhead_are_counted_as_the_line_counts_them() {
+    let (net, daemon) = street(&Config::default());
+    let (one, video, other) = (net.subscriber("one"), net.provider("video"), net.provider("other"));
+    let mut wrong = Vec::new();
+    for Framed { framing, layer, overhead, packets } in FRAMED {
+        daemon
+            .qos_line(&format!("session add one --address 192.0.2.10 --down 4mbit --up 4mbit {framing}"))
+            .unwrap();
+        for &(length, charge) in packets {
+            assert_eq!(charged(length, overhead, layer), charge, "{framing}, {length} bytes");
+            let case = format!("{framing}, {length} bytes");
+            let pace = |rate: f64| mbit(rate * f64::from(charged_length(length)) / f64::from(charge));
+            let start = |from: &Host, rate: f64| {
+                UdpFlow::new(to(from.v4(0), 0), to(one.v4(0), 5_000), pace(rate))
+                    .packet(length)
+                    .start(&from.namespace, &one.namespace)
+                    .unwrap()
+            };
+            for enforcement in ["police", "shape"] {
+                let flow = format!("down udp from {} to {}:5000", video.v4(0), one.v4(0));
+                let id = daemon
+                    .grant(&format!(
+                        "--provider video --flow '{flow}' --max-down 2mbit --enforcement {enforcement}"
+                    ))
+                    .unwrap()
+                    .id;
+                let flow = start(video, 3.0);
+                let measured = measure_undisturbed(&[(&flow, pace(3.0))], WARM_UP / 2, WINDOW * 2 / 3)
+                    .unwrap()
+                    .remove(0);
+                let rate = on_the_line(&measured, length, charge) / 2e6 - 1.0;
+                println!("{case}, {enforcement}: {:+.2} %", rate * 100.0);
+                if rate.abs() > TOLERANCE {
+                    wrong.push(format!("{case}, {enforcement}: {:+.2} %", rate * 100.0));
+                }
+                let before = daemon.counts(id).unwrap().down;
+                let sent = send_for(&flow, pace(1.5), Duration::from_millis(500)).unwrap();
+                let counts = since(&before, &daemon.counts(id).unwrap().down);
+                if (counts.passed.packets, counts.passed.bytes) != (sent.sent, sent.sent * u64::from(charge))
+                {
+                    wrong.push(format!("{case}, {enforcement}: sent {}, counted {counts:?}", sent.sent));
+                }
+                drop(flow);
+                daemon.revoke(id).unwrap();
+            }
+            // The line itself: the rest may have all of it.
+            let flow = start(other, 6.0);
+            let measured =
+                measure_undisturbed(&[(&flow, pace(6.0))], WARM_UP / 2, WINDOW * 2 / 3).unwrap().remove(0);
+            let rate = on_the_line(&measured, length, charge) / 4e6 - 1.0;
+            println!("{case}, the line: {:+.2} %", rate * 100.0);
+            if rate.abs() > TOLERANCE {
+                wrong.push(format!("{case}, the line: {:+.2} %", rate * 100.0));
+            }
+        }
+        daemon.qos_line("session remove one").unwrap();
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
