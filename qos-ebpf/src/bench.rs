@@ -3,7 +3,12 @@
 //! changes would measure nothing but warm caches.
 #![no_std]
 #![no_main]
-#![expect(unreachable_pub, missing_docs, reason = "the macros of aya wrap entry points in public functions")]
+#![expect(
+    unreachable_pub,
+    missing_docs,
+    clippy::needless_pass_by_value,
+    reason = "the macros of aya wrap entry points in public functions that hand a context over"
+)]
 
 #[expect(dead_code, reason = "the benchmark parses and nothing else")]
 mod packet;
