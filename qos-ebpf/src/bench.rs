@@ -20,7 +20,7 @@ const HEADERS: usize = 42;
 
 /// A packet of the list: Ethernet, IPv4 and UDP headers, and the mark it comes with at tc.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Step {
     headers: [u8; HEADERS],
     reserved: [u8; 2],

@@ -18,7 +18,7 @@ use tracing::{info, warn};
 use crate::api::service::{Service, ServiceError};
 use crate::api::socket::{self, SocketError};
 use crate::api::worker::Worker;
-use crate::api::{self, Api};
+use crate::api::{self, Api, doctor};
 use crate::config::Config;
 use crate::gateway::GatewayConfig;
 use crate::gateway::link::{Link, LinkError};
@@ -43,6 +43,14 @@ pub enum DaemonError {
         state_dir: PathBuf,
         /// The other one's process.
         pid: Option<u32>,
+    },
+    /// The process may not do what it has to.
+    #[error("qosd must run as root, or with {}; it runs as uid {uid} without", missing.join(", "))]
+    Unprivileged {
+        /// Who it runs as.
+        uid: u32,
+        /// Capabilities that it lacks.
+        missing: Vec<&'static str>,
     },
     /// The state directory can't be used.
     #[error("cannot {what} {}: {source}", path.display())]
@@ -85,6 +93,11 @@ pub fn run<G: Gateway + 'static>(
     config: Config,
     start_gateway: impl FnOnce(&GatewayConfig, &State) -> Result<G, G::Error> + Send + 'static,
 ) -> Result<(), DaemonError> {
+    // First, for whatever fails later would tell of a consequence.
+    let missing = doctor::missing_capabilities().unwrap_or_default();
+    if !missing.is_empty() {
+        return Err(DaemonError::Unprivileged { uid: nix::unistd::geteuid().as_raw(), missing });
+    }
     let _lock = lock(&config)?;
     let mtu = largest_mtu(&config)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -145,8 +158,14 @@ async fn live<G: Gateway + 'static>(
     };
     let ended = tokio::select! {
         ended = finish => ended,
-        _ = terminate.recv() => return Ok(at_once("SIGTERM")),
-        _ = interrupt.recv() => return Ok(at_once("SIGINT")),
+        _ = terminate.recv() => {
+            at_once("SIGTERM");
+            return Ok(());
+        }
+        _ = interrupt.recv() => {
+            at_once("SIGINT");
+            return Ok(());
+        }
     };
     if detached {
         info!("stopped; nothing is left in the kernel to enforce");

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, thread};
@@ -23,7 +23,7 @@ use crate::netns::{Namespace, Process};
 use crate::topology::{LAN, WAN};
 
 /// How long a daemon may take to answer after its start.
-const START: Duration = Duration::from_secs(20);
+const START: Duration = Duration::from_secs(60);
 /// How long it may take to end after SIGTERM.
 const STOP: Duration = Duration::from_secs(10);
 
@@ -73,7 +73,7 @@ impl Daemon {
     /// Writes the configuration, starts `qosd` in `gateway` and waits until its socket answers.
     ///
     /// # Errors
-    /// When the binary can't be found, or ends or doesn't answer within 20 s; the end of its log is
+    /// When the binary can't be found, or ends or doesn't answer within a minute; the end of its log is
     /// in the text.
     pub fn start(gateway: &Namespace, config: &Config) -> Result<Self> {
         let mut daemon = Self::prepare(gateway, config)?;
@@ -102,6 +102,14 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::start`].
     pub fn restart(&mut self) -> Result<()> {
+        self.restart_with(|_| {})
+    }
+
+    /// Like [`Daemon::restart`] with something done to the command first.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub fn restart_with(&mut self, prepare: impl FnOnce(&mut Command)) -> Result<()> {
         let log =
             File::options().create(true).append(true).open(self.log_path()).context("opening qosd's log")?;
         let mut command = Command::new(self.binaries.join("qosd"));
@@ -110,6 +118,7 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("qosd's log")?)
             .stderr(log);
+        prepare(&mut command);
         let process = self.process.insert(self.gateway.spawn(command)?);
         let deadline = Instant::now() + START;
         loop {
@@ -146,6 +155,29 @@ impl Daemon {
         let status = process.wait(STOP)?;
         ensure!(status.success(), "qosd ended with {status}; its log ends:\n{}", self.log_tail());
         Ok(())
+    }
+
+    /// Sends a signal and waits for nothing.
+    ///
+    /// # Errors
+    /// When it doesn't run.
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        self.process.as_mut().context("qosd doesn't run")?.signal(signal)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When it doesn't run, or still does after `limit`.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let mut process = self.process.take().context("qosd doesn't run")?;
+        process.wait(limit)
+    }
+
+    /// The folder of `qosd` and `qos`.
+    #[must_use]
+    pub fn binaries(&self) -> &Path {
+        &self.binaries
     }
 
     /// Whether it runs.
@@ -211,12 +243,6 @@ impl Daemon {
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.folder.path().join("qosd.sock")
-    }
-
-    /// Folder of `qosd` and `qos`.
-    #[must_use]
-    pub fn binaries(&self) -> &Path {
-        &self.binaries
     }
 
     /// Folder of the pins.

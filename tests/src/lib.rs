@@ -34,10 +34,12 @@
 //! # anyhow::Ok(())
 //! ```
 
+pub mod api;
 pub mod ask;
 pub mod capture;
 pub mod daemon;
 pub mod frames;
+pub mod kernel;
 pub mod netlink;
 pub mod netns;
 pub mod random;

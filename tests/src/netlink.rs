@@ -10,7 +10,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
 use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    Emitable as _, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
+    NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -80,6 +81,9 @@ pub struct TrafficControl {
     pub handle: u32,
     /// Handle of the parent; `0xffff_ffff` at the root.
     pub parent: u32,
+    /// Of a class: its parameters as the kernel writes them. Empty for a qdisc, whose options have
+    /// counters among them.
+    pub options: Vec<u8>,
 }
 
 impl Netlink {
@@ -432,11 +436,11 @@ fn traffic_control(answers: Vec<RouteNetlinkMessage>) -> Vec<TrafficControl> {
     let mut found: Vec<_> = answers
         .into_iter()
         .filter_map(|answer| match answer {
-            RouteNetlinkMessage::NewQueueDiscipline(message)
-            | RouteNetlinkMessage::NewTrafficClass(message) => Some(message),
+            RouteNetlinkMessage::NewQueueDiscipline(message) => Some((message, false)),
+            RouteNetlinkMessage::NewTrafficClass(message) => Some((message, true)),
             _ => None,
         })
-        .map(|message| TrafficControl {
+        .map(|(message, is_class)| TrafficControl {
             index: message.header.index,
             kind: message
                 .attributes
@@ -448,10 +452,25 @@ fn traffic_control(answers: Vec<RouteNetlinkMessage>) -> Vec<TrafficControl> {
                 .unwrap_or_default(),
             handle: message.header.handle.into(),
             parent: message.header.parent.into(),
+            options: if is_class { options(&message) } else { Vec::new() },
         })
         .collect();
     found.sort();
     found
+}
+
+fn options(message: &TcMessage) -> Vec<u8> {
+    let options = message.attributes.iter().filter_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    });
+    let mut bytes = Vec::new();
+    for option in options.flatten() {
+        let start = bytes.len();
+        bytes.resize(start + option.buffer_len(), 0);
+        option.emit(&mut bytes[start..]);
+    }
+    bytes
 }
 
 fn family(address: IpAddr) -> AddressFamily {

@@ -159,28 +159,31 @@ pub fn worst(checks: &[Check]) -> Severity {
 
 fn privileges() -> Check {
     const NAME: &str = "privileges";
+    match missing_capabilities() {
+        None => Check::warning(NAME, "/proc/self/status does not tell", "mount /proc"),
+        Some(missing) if missing.is_empty() => Check::ok(NAME, "all that qosd needs"),
+        Some(missing) => Check::error(
+            NAME,
+            format!("this process lacks {}", missing.join(", ")),
+            "run as root, or start qosd and let it look: `qos doctor` asks it",
+        ),
+    }
+}
+
+/// Capabilities that qosd needs and this process lacks; none: the system does not tell.
+pub(crate) fn missing_capabilities() -> Option<Vec<&'static str>> {
     // include/uapi/linux/capability.h
     const NEEDED: [(&str, u32); 3] = [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
     const CAP_SYS_ADMIN: u32 = 21;
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let Some(held) = line.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()) else {
-        return Check::warning(NAME, "/proc/self/status does not tell", "mount /proc");
-    };
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let held = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let held = u64::from_str_radix(held.trim(), 16).ok()?;
     let has = |capability: u32| held & 1 << capability != 0;
-    let missing: Vec<_> = NEEDED
+    let missing = NEEDED
         .iter()
         .filter(|(_, number)| !(has(*number) || has(CAP_SYS_ADMIN) && *number > CAP_SYS_ADMIN))
-        .map(|(name, _)| *name)
-        .collect();
-    if missing.is_empty() {
-        return Check::ok(NAME, "all that qosd needs");
-    }
-    Check::error(
-        NAME,
-        format!("this process lacks {}", missing.join(", ")),
-        "run as root, or start qosd and let it look: `qos doctor` asks it",
-    )
+        .map(|(name, _)| *name);
+    Some(missing.collect())
 }
 
 fn kernel() -> Check {

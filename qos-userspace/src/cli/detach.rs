@@ -37,13 +37,15 @@ pub(super) fn run(
         return output.line("nothing was changed");
     }
     match client.post("/v1/detach", &Value::Object(serde_json::Map::new())) {
-        Ok(_) => output.line("detached; qosd is stopping"),
+        Ok(answer) => output.show(answer, |output, _: Value| output.line("detached; qosd is stopping")),
         Err(CliError::Unreachable { .. }) => {
             let config = Config::load(&detach.config)?;
             // A daemon that does not answer may be about to start, or listen on another socket.
             let _lock = daemon::lock(&config).map_err(|error| CliError::Detach(Box::new(error)))?;
             detach_leftovers(&config.gateway).map_err(CliError::Detach)?;
-            output.line("detached what an earlier qosd left in the kernel")
+            output.show(Value::Null, |output, _: Value| {
+                output.line("detached what an earlier qosd left in the kernel")
+            })
         }
         Err(error) => Err(error),
     }

@@ -77,9 +77,7 @@ pub enum ObjectError {
         reason: io::Error,
     },
     /// Another instance works with the pins.
-    #[error(
-        "another qosd works with {0}; stop it, or give this one its own `bpffs_dir` and interfaces"
-    )]
+    #[error("another qosd works with {0}; stop it, or give this one its own `bpffs_dir` and interfaces")]
     InUse(PathBuf),
     /// A hook that takes one program has somebody else's.
     #[error(

@@ -181,6 +181,12 @@ impl RunningUdp {
         self.shared.rate.store(rate.0, Ordering::Relaxed);
     }
 
+    /// Packets sent since the start.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::SeqCst)
+    }
+
     /// Where it comes from, with the port that was taken.
     #[must_use]
     pub fn source(&self) -> SocketAddr {

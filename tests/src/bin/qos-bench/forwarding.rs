@@ -20,9 +20,7 @@ use qos_userspace::domain::selector::{Range16, Selector};
 use qos_userspace::domain::{BitsPerSecond, Directed, Direction, Enforcement, ProviderKind};
 use qos_userspace::gateway::object::remove_pins;
 use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role};
-use qos_userspace::manager::{
-    self, GrantRequest, LevelRequest, LineSide, NewProvider, Network, State,
-};
+use qos_userspace::manager::{self, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State};
 use serde::Serialize;
 
 use crate::median;
@@ -131,11 +129,7 @@ impl Gateway {
         let mac = lan.mac;
         let steps: Vec<_> = world::flows(RULES, FLOWS)
             .into_iter()
-            .map(|(rule, flow)| Step {
-                headers: world::headers(rule, flow, mac),
-                reserved: [0; 2],
-                mark: 0,
-            })
+            .map(|(rule, flow)| Step { headers: world::headers(rule, flow, mac), reserved: [0; 2], mark: 0 })
             .collect();
         driver.set_steps(&steps)?;
         // IPv4 packets end at once, so that the far end costs every gateway the same and little.
@@ -183,10 +177,18 @@ impl Gateway {
         for number in 0..RULES {
             writeln!(text, "limit l{number} {{ rate over 12500 mbytes/second burst 1 mbytes; }}")?;
         }
-        text.push_str("map limits { type ipv4_addr . ipv4_addr . inet_service : limit; flags interval; elements = {\n");
+        text.push_str(
+            "map limits { type ipv4_addr . ipv4_addr . inet_service : limit; flags interval; elements = {\n",
+        );
         for number in 0..RULES {
-            let [from, to] = [world::subscriber(number), world::provider(number)].map(std::net::Ipv4Addr::from);
-            writeln!(text, "{from} . {to} . {}-{} : \"l{number}\",", world::PORTS.0, world::PORTS.0 + world::PORTS.1 - 1)?;
+            let [from, to] =
+                [world::subscriber(number), world::provider(number)].map(std::net::Ipv4Addr::from);
+            writeln!(
+                text,
+                "{from} . {to} . {}-{} : \"l{number}\",",
+                world::PORTS.0,
+                world::PORTS.0 + world::PORTS.1 - 1
+            )?;
         }
         text.push_str(
             "} }\nchain forward { type filter hook forward priority 0; \
@@ -204,7 +206,10 @@ impl Gateway {
             return Ok(ControlFlow::Continue(()));
         }
         let reason = String::from_utf8_lossy(&output.stderr);
-        Ok(ControlFlow::Break(format!("nftables: nft refused the rule set: {}", reason.lines().next().unwrap_or(""))))
+        Ok(ControlFlow::Break(format!(
+            "nftables: nft refused the rule set: {}",
+            reason.lines().next().unwrap_or("")
+        )))
     }
 
     /// Packets a second that left the WAN interface during one round.

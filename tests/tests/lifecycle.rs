@@ -1,0 +1,988 @@
+//! The daemon comes and goes, is killed, is flooded with requests; what it granted is held to all the
+//! while. Real traffic, real `qosd` and `qos`. Faults are in `faults.rs`. Needs root.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+use nix::sys::signal::Signal;
+use qos_common::abi::{self, directed};
+use qos_common::classify::{Direction, Rule};
+use qos_tests::api::Client;
+use qos_tests::ask::Brief;
+use qos_tests::daemon::{Config, Daemon};
+use qos_tests::kernel::{Kernel, Maps, detach_link, pinned_links, programs};
+use qos_tests::netlink::{Netlink, TrafficControl, set_offloads};
+use qos_tests::topology::{HOST_LINK, LAN, Topology, WAN, reach};
+use qos_tests::traffic::{Flow, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, measure};
+use qos_userspace::domain::units::BitsPerSecond;
+use qos_userspace::domain::{Allocation, AllocationId, Status};
+use serde_json::{Value, json};
+
+const WARM_UP: Duration = Duration::from_millis(1_000);
+const INTERVAL: Duration = Duration::from_millis(500);
+
+fn mbit(mbit: u64) -> BitsPerSecond {
+    BitsPerSecond(mbit * 1_000_000)
+}
+
+fn to(address: impl Into<IpAddr>, port: u16) -> SocketAddr {
+    SocketAddr::new(address.into(), port)
+}
+
+/// A gateway between `home`, on a line of `line`, and `video`, reconciled twice a second.
+fn gateway(line: BitsPerSecond) -> (Topology, Daemon) {
+    let net = Topology::pair().unwrap();
+    let config =
+        Config { more: format!("reconcile_interval = \"{}ms\"", INTERVAL.as_millis()), ..Config::default() };
+    let daemon = Daemon::start(&net.gateway, &config).unwrap();
+    register(&daemon, line);
+    (net, daemon)
+}
+
+fn register(daemon: &Daemon, line: BitsPerSecond) {
+    let rate = format!("{}bit", line.0);
+    daemon
+        .qos_line(&format!(
+            "session add home --address 192.0.2.10 --address 2001:db8:1::10 --down {rate} --up {rate}"
+        ))
+        .unwrap();
+    daemon
+        .qos_line("provider add video --kind application --network 203.0.113.0/24 --network 2001:db8:2::/48")
+        .unwrap();
+}
+
+/// UDP from `video` to `home`.
+fn down(net: &Topology, port: u16, rate: BitsPerSecond, packet: u32) -> RunningUdp {
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    UdpFlow::new(to(video.v4(0), 0), to(home.v4(0), port), rate)
+        .packet(packet)
+        .start(&video.namespace, &home.namespace)
+        .unwrap()
+}
+
+/// UDP from `home` to `video`.
+fn up(net: &Topology, port: u16, rate: BitsPerSecond, packet: u32) -> RunningUdp {
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    UdpFlow::new(to(home.v4(0), 0), to(video.v4(0), port), rate)
+        .packet(packet)
+        .start(&home.namespace, &video.namespace)
+        .unwrap()
+}
+
+fn within(measured: BitsPerSecond, expected: BitsPerSecond, tolerance: f64) -> bool {
+    (measured.0 as f64 / expected.0 as f64 - 1.0).abs() <= tolerance
+}
+
+fn eventually(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) -> Duration {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < limit, "not within {limit:?}: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    began.elapsed()
+}
+
+fn link_index(net: &Topology, name: &str) -> u32 {
+    Netlink::open(&net.gateway).unwrap().link(name).unwrap().index
+}
+
+fn list(daemon: &Daemon, what: &str) -> Vec<Allocation> {
+    serde_json::from_value(daemon.qos_line(what).unwrap()["items"].clone()).unwrap()
+}
+
+/// Everything that the store knows, as the API tells it.
+fn store(daemon: &Daemon) -> BTreeMap<&'static str, Value> {
+    ["provider list", "app list", "session list", "profile list", "list"]
+        .map(|verb| (verb, daemon.qos_line(verb).unwrap()))
+        .into()
+}
+
+#[test]
+fn an_expired_allocation_is_neither_held_nor_preferred_though_the_daemon_is_dead() {
+    let (net, mut daemon) = gateway(mbit(10));
+    let held = down(&net, 5_000, mbit(3), 500);
+    let preferred = down(&net, 5_001, mbit(4), 1_000);
+    let flood = down(&net, 5_002, mbit(20), 1_500);
+    let limit = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit --enforcement police --for 6s")
+        .unwrap();
+    let guarantee = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5001' --guaranteed-down 5mbit --priority 0 --for 6s")
+        .unwrap();
+    daemon.kill().unwrap();
+
+    let flows: [&dyn Flow; 3] = [&held, &preferred, &flood];
+    let before = measure(&flows, WARM_UP, Duration::from_millis(1_500)).unwrap();
+    println!("before: {:?}", before.iter().map(Brief).collect::<Vec<_>>());
+    assert!(within(before[0].achieved, mbit(1), 0.05), "{:?}", Brief(&before[0]));
+    assert_eq!(before[1].lost, 0, "{:?}", Brief(&before[1]));
+
+    // Over the end.
+    flood.set_rate(BitsPerSecond(0));
+    let expires = limit.expires_at.unwrap();
+    held.begin();
+    let began = SystemTime::now();
+    eventually(Duration::from_secs(10), "the end of the allocation", || {
+        SystemTime::now() > SystemTime::from(expires) + Duration::from_millis(500)
+    });
+    held.end();
+    let over = held.collect().unwrap();
+    let bin = Duration::from_millis(20);
+    let series = over.series(bin);
+    let free = series.iter().rposition(|rate| *rate < BitsPerSecond(2_000_000)).map_or(0, |at| at + 1);
+    let ended = began + bin * free as u32;
+    let late = ended
+        .duration_since(SystemTime::from(expires))
+        .map_or_else(|early| -(early.duration().as_secs_f64()), |late| late.as_secs_f64());
+    println!("no longer held {:.0} ms after the end", late * 1e3);
+    assert!(late.abs() < 0.1, "{late} s; {series:?}");
+
+    flood.set_rate(mbit(20));
+    let after = measure(&flows, WARM_UP, Duration::from_millis(1_500)).unwrap();
+    println!("after: {:?}", after.iter().map(Brief).collect::<Vec<_>>());
+    assert!(
+        after[0].achieved.0 > 1_060_000 || after[0].lost * 10 > after[0].sent,
+        "held still: {:?}",
+        Brief(&after[0])
+    );
+    // 27 Mbit/s share 10: nobody is preferred.
+    assert!(after[1].lost * 3 > after[1].sent, "{:?}", Brief(&after[1]));
+    let share = |at: usize| after[at].received as f64 / after[at].sent as f64;
+    assert!((share(0) - share(2)).abs() < 0.25 && (share(1) - share(2)).abs() < 0.25, "one queue for all");
+
+    daemon.restart().unwrap();
+    assert_eq!(list(&daemon, "list"), []);
+    let mut ended = list(&daemon, "list --ended 5");
+    ended.sort_by_key(|allocation| allocation.id);
+    assert_eq!(ended.iter().map(|ended| ended.id).collect::<Vec<_>>(), [limit.id, guarantee.id]);
+    for ended in ended {
+        assert_eq!((ended.status, ended.reason.as_deref()), (Status::Unavailable, Some("expired")));
+        assert!(ended.ended_at.is_some());
+    }
+    let kernel = Kernel::read(&daemon, &net.gateway).unwrap();
+    assert!(kernel.maps.allocations.is_empty() && kernel.maps.rules.is_empty(), "{:?}", kernel.maps);
+}
+
+#[test]
+fn limits_and_counts_hold_through_kill_and_restart_under_load() {
+    const CYCLES: usize = 5;
+    let (net, mut daemon) = gateway(mbit(200));
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    let police = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 8mbit --enforcement police")
+        .unwrap();
+    let police_up = daemon
+        .grant("--provider video --flow 'up udp from 192.0.2.10 to 203.0.113.0/24:5001' --max-up 4mbit --enforcement police")
+        .unwrap();
+    let shape = daemon
+        .grant("--provider video --flow 'between 192.0.2.10:5002 and 203.0.113.0/24 tcp' --max-down 20mbit --max-up 20mbit")
+        .unwrap();
+    let guarantee = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5003' --guaranteed-down 5mbit --priority 0")
+        .unwrap();
+
+    // 214 bytes are charged: 10,000 packets a second.
+    let offered = BitsPerSecond(10_000 * 214 * 8);
+    assert_eq!(charged_length(200), 214);
+    let policed = down(&net, 5_000, offered, 200);
+    let policed_up = up(&net, 5_001, mbit(8), 200);
+    let guaranteed = down(&net, 5_003, mbit(4), 600);
+    let shaped = TcpFlow::new(to(video.v4(0), 0), to(home.v4(0), 5_002))
+        .connections(2)
+        .start(&video.namespace, &home.namespace)
+        .unwrap();
+    thread::sleep(WARM_UP);
+
+    let before = Kernel::read(&daemon, &net.gateway).unwrap();
+    let stats = daemon.statistics().unwrap();
+    let flows: [&dyn Flow; 4] = [&policed, &policed_up, &shaped, &guaranteed];
+    flows.iter().for_each(|flow| flow.begin());
+    let mut dead = Duration::ZERO;
+    for cycle in 0..CYCLES {
+        thread::sleep(Duration::from_millis(500));
+        daemon.kill().unwrap();
+        let killed = Instant::now();
+        thread::sleep(Duration::from_millis(200));
+        daemon.restart().unwrap();
+        dead += killed.elapsed();
+        assert!(daemon.status().unwrap().gateway.taken_over, "cycle {cycle}");
+        // Nothing was repaired that was not broken.
+        assert_eq!(daemon.status().unwrap().gateway.repairs, [], "cycle {cycle}");
+    }
+    thread::sleep(Duration::from_millis(500));
+    flows.iter().for_each(|flow| flow.end());
+    let measured: Vec<Measured> = flows.iter().map(|flow| flow.collect().unwrap()).collect();
+    println!(
+        "{CYCLES} restarts, {dead:?} without a daemon: {:#?}",
+        measured.iter().map(Brief).collect::<Vec<_>>()
+    );
+
+    for (flow, limit) in measured.iter().zip([mbit(8), mbit(4), mbit(20)]) {
+        let series = flow.series(Duration::from_millis(250));
+        let worst = series.iter().max().unwrap();
+        println!("limit {limit}: largest of {} windows {worst}", series.len());
+        assert!(worst.0 as f64 <= limit.0 as f64 * 1.05, "limit {limit}: {series:?}");
+        assert!(within(flow.achieved, limit, 0.03), "limit {limit}: {:?}", Brief(flow));
+    }
+    assert_eq!(measured[3].lost, 0, "{:?}", Brief(&measured[3]));
+
+    let after = Kernel::read(&daemon, &net.gateway).unwrap();
+    let ids = |kernel: &Kernel| {
+        kernel.links.iter().map(|(name, (link, _))| (name.clone(), *link)).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&before), ids(&after), "the links are those of the beginning");
+    assert!(
+        before.links.iter().all(|(name, (_, program))| after.links[name].1 != *program),
+        "with new programs"
+    );
+    assert_eq!(before.clone().without_programs(), after.clone().without_programs());
+
+    // Pausing gives all counters time to stand.
+    for flow in [&policed, &policed_up, &guaranteed] {
+        flow.set_rate(BitsPerSecond(0));
+    }
+    drop(shaped);
+    thread::sleep(Duration::from_millis(300));
+    let now = daemon.statistics().unwrap();
+    let delta = |outcome: &str| now.outcomes[outcome] - stats.outcomes[outcome];
+    println!(
+        "outcomes: admitted {}, unclassified {}, stale mark {}, no metadata {}",
+        delta("admitted"),
+        delta("unclassified"),
+        delta("stale_mark"),
+        delta("no_metadata")
+    );
+    // A router or neighbour solicitation now and then is nobody's.
+    assert!(delta("unclassified") <= 10, "unclassified: {}", delta("unclassified"));
+    for outcome in ["stale_mark", "missing_entry", "no_metadata", "truncated", "malformed"] {
+        assert_eq!(delta(outcome), 0, "{outcome}");
+    }
+    let counts = |id: AllocationId| now.allocations[&id];
+    for (id, up, flow) in
+        [(police.id, false, &policed), (police_up.id, true, &policed_up), (guarantee.id, false, &guaranteed)]
+    {
+        let counts = if up { counts(id).up } else { counts(id).down };
+        let counted = counts.passed.packets + counts.dropped.packets;
+        println!(
+            "allocation {id}: {} sent, {counted} counted, {} dropped",
+            flow.sent(),
+            counts.dropped.packets
+        );
+        // The counters began with the allocation, before the flow, and were carried over every time.
+        assert_eq!(counted, flow.sent(), "allocation {id}");
+    }
+    assert!(counts(shape.id).down.passed.packets > 0);
+
+    // With nothing to charge, clocks stand where they were.
+    let maps = Maps::of(&daemon);
+    let slots = [police.slot, police_up.slot, shape.slot, guarantee.slot];
+    let clocks = || {
+        slots.map(|slot| {
+            Direction::BOTH.map(|direction| maps.clocks(directed(u32::from(slot), direction)).unwrap())
+        })
+    };
+    let stood = clocks();
+    assert!(stood[0][1].maximum != 0 && stood[3][1].guaranteed != 0);
+    daemon.kill().unwrap();
+    daemon.restart().unwrap();
+    assert_eq!(clocks(), stood);
+}
+
+#[test]
+fn hundreds_of_grants_and_revokes_a_second_disturb_nobody() {
+    const PACE: f64 = 200.0;
+    let (net, daemon) = gateway(mbit(200));
+    daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --guaranteed-down 20mbit --max-down 20mbit")
+        .unwrap();
+    daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5001' --max-down 10mbit --enforcement police")
+        .unwrap();
+    // Half of what is guaranteed: a sender that is late sends on in bursts.
+    let steady = down(&net, 5_000, mbit(10), 1_000);
+    let policed = down(&net, 5_001, mbit(20), 1_000);
+    let flood = down(&net, 5_002, mbit(60), 1_500);
+    thread::sleep(WARM_UP);
+    let kernel = Kernel::read(&daemon, &net.gateway).unwrap();
+    let known = store(&daemon);
+
+    let mut client = Client::connect(&daemon.socket()).unwrap();
+    let request = |port: u16| {
+        json!({
+            "provider": "video",
+            "selectors": [format!("down udp from 203.0.113.0/24 to 192.0.2.10:{port}")],
+            "level": {"guaranteed": {"down": "64kbit"}, "maximum": {"down": "1mbit"}},
+        })
+    };
+    let mut grants = Vec::new();
+    let mut revokes = Vec::new();
+    // A few live at once, as in a real network.
+    let mut live = std::collections::VecDeque::new();
+    let mut cycle = |number: u32, live: &mut std::collections::VecDeque<u64>| {
+        let began = Instant::now();
+        let answer =
+            client.ask("POST", "/v1/allocations", Some(&request(10_000 + (number % 10_000) as u16))).unwrap();
+        grants.push(began.elapsed());
+        assert_eq!(answer.status, 201, "{answer:?}");
+        live.push_back(answer.body["result"]["id"].as_u64().unwrap());
+        if live.len() > 20 {
+            let began = Instant::now();
+            let id = live.pop_front().unwrap();
+            let answer = client.ask("DELETE", &format!("/v1/allocations/{id}"), None).unwrap();
+            revokes.push(began.elapsed());
+            assert_eq!(answer.status, 200, "{answer:?}");
+        }
+    };
+
+    let flows: [&dyn Flow; 3] = [&steady, &policed, &flood];
+    flows.iter().for_each(|flow| flow.begin());
+    let began = Instant::now();
+    let time = Duration::from_secs(5);
+    let mut done = 0;
+    while began.elapsed() < time {
+        cycle(done, &mut live);
+        done += 1;
+        let next = began + Duration::from_secs_f64(f64::from(done) / PACE);
+        thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    let reached = f64::from(done) / began.elapsed().as_secs_f64();
+    flows.iter().for_each(|flow| flow.end());
+    let measured: Vec<Measured> = flows.iter().map(|flow| flow.collect().unwrap()).collect();
+    for flow in &measured {
+        println!("{:?}", Brief(flow));
+    }
+    let began = Instant::now();
+    let mut more = 0;
+    while began.elapsed() < Duration::from_secs(2) {
+        cycle(done + more, &mut live);
+        more += 1;
+    }
+    let fastest = f64::from(more) / began.elapsed().as_secs_f64();
+    for id in live {
+        assert_eq!(client.ask("DELETE", &format!("/v1/allocations/{id}"), None).unwrap().status, 200);
+    }
+    for (what, mut times) in [("grant", grants), ("revoke", revokes)] {
+        times.sort_unstable();
+        let at = |share: f64| times[((times.len() - 1) as f64 * share) as usize];
+        println!("{what}: {} of them, p50 {:?}, p99 {:?}, max {:?}", times.len(), at(0.5), at(0.99), at(1.0));
+    }
+    println!("{reached:.0} grants and as many revokes a second of {PACE} asked; {fastest:.0} unpaced");
+    assert!(reached > PACE * 0.98, "{reached} a second");
+    assert_eq!(measured[0].lost, 0, "{:?}", Brief(&measured[0]));
+    assert!(within(measured[0].achieved, measured[0].offered, 0.01), "{:?}", Brief(&measured[0]));
+    assert!(within(measured[1].achieved, mbit(10), 0.03), "{:?}", Brief(&measured[1]));
+
+    drop((steady, policed, flood));
+    // The last class drains within a reconciliation or two.
+    eventually(Duration::from_secs(5), "classes and maps are as before", || {
+        Kernel::read(&daemon, &net.gateway).unwrap() == kernel
+    });
+    assert_eq!(store(&daemon), known);
+    assert_eq!(daemon.status().unwrap().gateway.repairs, []);
+}
+
+#[test]
+fn two_hundred_allocations_come_back_with_their_numbers_and_slots() {
+    let (net, mut daemon) = gateway(mbit(500));
+    let mut client = Client::connect(&daemon.socket()).unwrap();
+    let mut grant = |port: u16| {
+        let request = json!({
+            "provider": "video",
+            "selectors": [format!("down udp from 203.0.113.0/24 to 192.0.2.10:{port}"),
+                          format!("up udp from 192.0.2.10 to 203.0.113.0/24:{port}")],
+            "level": {"guaranteed": {"down": "1mbit"}, "maximum": {"down": "2mbit", "up": "1mbit"}},
+            "duration": if port % 2 == 0 { json!("1h") } else { Value::Null },
+        });
+        let answer = client.ask("POST", "/v1/allocations", Some(&request)).unwrap();
+        assert_eq!(answer.status, 201, "{answer:?}");
+        answer.body["result"]["id"].as_u64().unwrap()
+    };
+    let ids: Vec<u64> = (0..210).map(|number| grant(5_000 + number)).collect();
+    for id in ids.iter().skip(3).step_by(21) {
+        daemon.revoke(AllocationId(*id)).unwrap();
+    }
+    eventually(Duration::from_secs(5), "revoked classes are gone", || {
+        let kernel = Kernel::read(&daemon, &net.gateway).unwrap();
+        kernel.classes.iter().filter(|class| class.handle & 0xffff >= 0x4000).count() == 400
+    });
+    let (known, ended) = (store(&daemon), list(&daemon, "list --ended 50"));
+    assert_eq!((known["list"]["items"].as_array().unwrap().len(), ended.len()), (200, 10));
+    let kernel = Kernel::read(&daemon, &net.gateway).unwrap();
+
+    for kill in [true, false] {
+        if kill {
+            daemon.kill().unwrap()
+        } else {
+            daemon.terminate().unwrap()
+        }
+        let began = Instant::now();
+        daemon.restart().unwrap();
+        println!("200 allocations are back after {:?}", began.elapsed());
+        assert_eq!(store(&daemon), known);
+        assert_eq!(list(&daemon, "list --ended 50"), ended);
+        let after = Kernel::read(&daemon, &net.gateway).unwrap();
+        // Ends are computed from the wall clock: the same within its jitter.
+        let without_ends = |mut kernel: Kernel| {
+            kernel.maps.allocations.values_mut().for_each(|record| record.expires_ns = 0);
+            kernel.without_programs()
+        };
+        for (slot, record) in &kernel.maps.allocations {
+            let moved = record.expires_ns.abs_diff(after.maps.allocations[slot].expires_ns);
+            assert!(moved < 50_000_000, "slot {slot}: the end moved by {moved} ns");
+        }
+        let differences = without_ends(kernel.clone()).differences(&without_ends(after));
+        assert_eq!(differences, [""; 0]);
+        assert_eq!(daemon.status().unwrap().gateway.repairs, []);
+    }
+
+    // The next one takes a fresh slot, not one of those just freed, and a fresh number.
+    let next = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:4000' --max-down 1mbit")
+        .unwrap();
+    assert_eq!((next.id, next.slot), (AllocationId(211), 211));
+}
+
+#[test]
+fn a_revoked_class_drains_and_others_lose_nothing() {
+    let (net, daemon) = gateway(mbit(100));
+    let slow = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit")
+        .unwrap();
+    let other = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5001' --guaranteed-down 10mbit")
+        .unwrap();
+    let slow_flow = down(&net, 5_000, mbit(3), 500);
+    let other_flow = down(&net, 5_001, mbit(9), 1_000);
+    thread::sleep(WARM_UP);
+    let class = 0x5150_4000 + u32::from(slow.slot);
+    let has_class = || {
+        let index = link_index(&net, LAN);
+        let classes = Netlink::open(&net.gateway).unwrap().classes(index).unwrap();
+        classes.iter().any(|found| found.handle == class)
+    };
+    assert!(has_class());
+    // Several times, for the backlog is there for a moment only.
+    other_flow.begin();
+    slow_flow.begin();
+    thread::sleep(Duration::from_millis(500));
+    slow_flow.set_rate(BitsPerSecond(0));
+    thread::sleep(Duration::from_millis(60));
+    // Granted afresh right before, so that packets wait when it goes.
+    let counts = daemon.counts(slow.id).unwrap().down;
+    slow_flow.set_rate(mbit(3));
+    thread::sleep(Duration::from_millis(100));
+    daemon.revoke(slow.id).unwrap();
+    let gone = eventually(Duration::from_secs(3), "the class is gone", || !has_class());
+    println!("the class was gone {gone:?} after `qos revoke`");
+    assert!(gone > Duration::ZERO);
+    thread::sleep(Duration::from_millis(200));
+    slow_flow.set_rate(BitsPerSecond(0));
+    thread::sleep(Duration::from_millis(200));
+    slow_flow.end();
+    other_flow.end();
+    let (slow_measured, other_measured) = (slow_flow.collect().unwrap(), other_flow.collect().unwrap());
+    println!("slow {:?}; other {:?}", Brief(&slow_measured), Brief(&other_measured));
+    assert!(counts.queue_dropped.packets + counts.dropped.packets > 0, "it never queued: {counts:?}");
+    assert_eq!(other_measured.lost, 0);
+    assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped.packets, 0);
+    // Free of its limit it runs at what is offered.
+    slow_flow.set_rate(mbit(3));
+    let free = slow_flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    assert_eq!(free.lost, 0, "{:?}", Brief(&free));
+    assert_eq!(daemon.status().unwrap().gateway.repairs, []);
+}
+
+#[test]
+fn what_waits_in_a_revoked_class_arrives() {
+    let (net, daemon) = gateway(mbit(100));
+    let flow = down(&net, 5_000, BitsPerSecond(0), 1_500);
+    for round in 0..5 {
+        let slow = daemon
+            .grant(
+                "--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 2mbit",
+            )
+            .unwrap();
+        flow.begin();
+        flow.set_rate(mbit(4));
+        thread::sleep(Duration::from_millis(300));
+        flow.set_rate(BitsPerSecond(0));
+        // At once: what is queued now is a few tens of milliseconds.
+        let counts = daemon.counts(slow.id).unwrap().down;
+        daemon.revoke(slow.id).unwrap();
+        thread::sleep(Duration::from_millis(700));
+        flow.end();
+        let measured = flow.collect().unwrap();
+        let dropped = counts.dropped.packets + counts.queue_dropped.packets;
+        println!("round {round}: {:?}, {dropped} dropped before the revoke", Brief(&measured));
+        // A burst may still have been on its way between the count and the end.
+        assert!(measured.lost <= dropped + 20, "round {round}: {} lost, {dropped} dropped", measured.lost);
+    }
+}
+
+#[test]
+fn detach_leaves_the_namespace_as_it_was_found() {
+    let net = Topology::pair().unwrap();
+    let found = |net: &Topology| {
+        let mut netlink = Netlink::open(&net.gateway).unwrap();
+        let classes: Vec<_> = [LAN, WAN]
+            .iter()
+            .flat_map(|name| {
+                let index = netlink.link(name).unwrap().index;
+                netlink.classes(index).unwrap()
+            })
+            .collect();
+        let links: Vec<_> = netlink
+            .links()
+            .unwrap()
+            .into_iter()
+            .map(|link| (link.index, link.name, link.mtu, link.up, link.xdp))
+            .collect();
+        let attached = [LAN, WAN].map(|name| programs(&net.gateway, name).unwrap());
+        (netlink.qdiscs().unwrap(), classes, links, attached)
+    };
+    let flow = down(&net, 5_000, mbit(5), 1_000);
+    let before = found(&net);
+    for dead in [false, true] {
+        let mut daemon = Daemon::start(&net.gateway, &Config::default()).unwrap();
+        if !dead {
+            register(&daemon, mbit(100));
+            daemon
+                .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit --guaranteed-down 500kbit")
+                .unwrap();
+        } else {
+            register(&daemon, mbit(50));
+            daemon
+                .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit")
+                .unwrap();
+        }
+        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
+        assert_ne!(found(&net), before);
+
+        if dead {
+            daemon.kill().unwrap();
+            let config = daemon.config_path();
+            daemon
+                .qos(["detach".as_ref(), "--yes".as_ref(), "--config".as_ref(), config.as_os_str()])
+                .unwrap();
+        } else {
+            let asked = daemon.qos_output(["detach"]).unwrap();
+            assert_eq!(asked.status.code(), Some(2), "nobody to ask");
+            assert!(String::from_utf8_lossy(&asked.stderr).contains("--yes"));
+            daemon.qos(["detach", "--yes"]).unwrap();
+            assert!(daemon.wait(Duration::from_secs(5)).unwrap().success());
+        }
+        assert_eq!(found(&net), before, "dead: {dead}");
+        assert!(!daemon.bpffs_dir().exists(), "pins are left");
+        assert!(dead || !daemon.socket().exists(), "the socket is left");
+        let free = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        assert_eq!(free.lost, 0, "{:?}", Brief(&free));
+
+        // What was granted comes back with the next start, and only then.
+        daemon.restart().unwrap();
+        assert!(!daemon.status().unwrap().gateway.taken_over);
+        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
+        daemon.qos(["detach", "--yes"]).unwrap();
+        daemon.wait(Duration::from_secs(5)).unwrap();
+        assert_eq!(found(&net), before);
+    }
+}
+
+#[test]
+fn detach_without_a_daemon_does_not_touch_a_living_one() {
+    let (net, daemon) = gateway(mbit(100));
+    let kernel = Kernel::read(&daemon, &net.gateway).unwrap();
+    let config = daemon.config_path();
+    let mut command = std::process::Command::new(daemon.binaries().join("qos"));
+    command.args(["--socket", "/nonexistent/qosd.sock", "detach", "--yes", "--config"]).arg(config);
+    let output = net.gateway.output(command).unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{text}");
+    assert!(text.contains(&format!("another qosd (pid {}) ", daemon.id().unwrap())), "{text}");
+    assert_eq!(Kernel::read(&daemon, &net.gateway).unwrap(), kernel);
+}
+
+/// A way to break what is in the kernel, and what the status must say of it.
+struct Break {
+    name: &'static str,
+    told: &'static str,
+    act: fn(&Topology, &Daemon, &Allocation),
+}
+
+const BREAKS: &[Break] = &[
+    Break {
+        name: "a class is deleted",
+        told: "was missing",
+        act: |net, _, allocation| {
+            delete_class(net, LAN, 0x5150_4000 + u32::from(allocation.slot));
+        },
+    },
+    Break {
+        name: "a class is changed",
+        told: "instead of",
+        act: |net, _, allocation| {
+            change_class(net, LAN, 0x5150_4000 + u32::from(allocation.slot), mbit(50));
+        },
+    },
+    Break {
+        name: "the root qdisc is deleted",
+        told: "root qdisc 5150: was missing",
+        act: |net, _, _| {
+            let mut netlink = Netlink::open(&net.gateway).unwrap();
+            netlink.request(RouteNetlinkMessage::DelQueueDiscipline(root_of(net, LAN)), NLM_F_ACK).unwrap();
+        },
+    },
+    Break {
+        name: "an allocation's record is changed",
+        told: "map allocations, slot",
+        act: |_, daemon, allocation| {
+            let index = directed(u32::from(allocation.slot), Direction::Downstream);
+            let map = Maps::of(daemon).shared::<abi::Allocation>("allocations").unwrap();
+            let found = map.read(index);
+            map.write(index, abi::Allocation { flags: 0, ..found });
+        },
+    },
+    Break {
+        name: "a rule is changed",
+        told: "differed from the rule in force",
+        act: |_, daemon, _| {
+            let map = Maps::of(daemon).shared::<Rule>("rules").unwrap();
+            for index in 0..map.length() {
+                let found = map.read(index);
+                if found != Rule::default() {
+                    map.write(index, Rule { destination_ports: [1, 1], ..found });
+                }
+            }
+        },
+    },
+    Break {
+        name: "the rule index is cleared",
+        told: "pointed to the wrong rules",
+        act: |_, daemon, _| {
+            let map = Maps::of(daemon).shared("rule_index").unwrap();
+            for index in 0..map.length() {
+                map.write(index, qos_common::classify::IndexSlot::EMPTY);
+            }
+        },
+    },
+    Break {
+        name: "an XDP link is detached",
+        told: "xdp had lost our program",
+        act: |net, daemon, _| {
+            let index = link_index(net, WAN);
+            detach_link(&daemon.bpffs_dir().join(format!("links/{index}_xdp_native"))).unwrap();
+        },
+    },
+    Break {
+        name: "both tcx links are detached",
+        told: "tc ingress, tc egress had lost our program",
+        act: |net, daemon, _| {
+            let index = link_index(net, LAN);
+            for hook in ["ingress", "egress"] {
+                detach_link(&daemon.bpffs_dir().join(format!("links/{index}_{hook}"))).unwrap();
+            }
+        },
+    },
+    Break {
+        name: "a link's pin is removed",
+        told: "xdp had lost our program",
+        act: |net, daemon, _| {
+            let index = link_index(net, WAN);
+            fs::remove_file(daemon.bpffs_dir().join(format!("links/{index}_xdp_native"))).unwrap();
+        },
+    },
+    Break {
+        name: "all pins are removed",
+        told: "was not pinned",
+        act: |_, daemon, _| fs::remove_dir_all(daemon.bpffs_dir()).unwrap(),
+    },
+];
+
+/// Each break, first with the daemon that attached everything, then with one that took it over.
+#[test]
+fn drift_is_repaired_and_told() {
+    let (net, mut daemon) = gateway(mbit(100));
+    let allocation = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 2mbit --guaranteed-down 1mbit")
+        .unwrap();
+    let flow = down(&net, 5_000, mbit(6), 1_000);
+    thread::sleep(WARM_UP);
+    for taken_over in [false, true] {
+        if taken_over {
+            daemon.kill().unwrap();
+            daemon.restart().unwrap();
+        }
+        let whole = Kernel::read(&daemon, &net.gateway).unwrap();
+        for Break { name, told, act } in BREAKS {
+            let repairs = daemon.status().unwrap().gateway.repairs.len();
+            act(&net, &daemon, &allocation);
+            let mut new = Vec::new();
+            let took = eventually(2 * INTERVAL + Duration::from_millis(500), name, || {
+                let status = daemon.status().unwrap();
+                assert_eq!(status.reconcile_error, None, "{name}");
+                new = status.gateway.repairs[repairs..].iter().map(|repair| repair.what.clone()).collect();
+                new.iter().any(|what| what.contains(told))
+            });
+            println!("{name}: after {took:?}: {}", new.join("; "));
+            let repaired = Kernel::read(&daemon, &net.gateway).unwrap();
+            assert_eq!(
+                (&repaired.maps, &repaired.classes, &repaired.qdiscs),
+                (&whole.maps, &whole.classes, &whole.qdiscs),
+                "{name}"
+            );
+            assert_eq!(
+                repaired.links.keys().collect::<Vec<_>>(),
+                whole.links.keys().collect::<Vec<_>>(),
+                "{name}"
+            );
+            let held = flow.measure(Duration::from_millis(400), Duration::from_millis(800)).unwrap();
+            assert!(within(held.achieved, mbit(2), 0.06), "{name}: {:?}", Brief(&held));
+            let after: Vec<_> = daemon.status().unwrap().gateway.repairs;
+            assert!(after.len() <= repairs + new.len(), "{name} is repaired once: {after:?}");
+        }
+    }
+}
+
+#[test]
+fn a_foreign_root_qdisc_is_told_and_left_alone_and_the_maximum_holds_without_it() {
+    let (net, daemon) = gateway(mbit(100));
+    daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 2mbit")
+        .unwrap();
+    let flow = down(&net, 5_000, mbit(6), 1_000);
+    thread::sleep(WARM_UP);
+    let whole = Kernel::read(&daemon, &net.gateway).unwrap();
+    replace_root(&net, LAN);
+    eventually(Duration::from_secs(3), "the foreign root is told", || {
+        daemon.status().unwrap().reconcile_error.is_some_and(|error| {
+            error.contains("lan0: the root queueing discipline is tbf") && error.contains("not ours")
+        })
+    });
+    let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    println!("under a foreign root: {:?}", Brief(&held));
+    assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    netlink.request(RouteNetlinkMessage::DelQueueDiscipline(root_of(&net, LAN)), NLM_F_ACK).unwrap();
+    eventually(Duration::from_secs(3), "the tree is back", || {
+        daemon.status().unwrap().reconcile_error.is_none()
+            && Kernel::read(&daemon, &net.gateway).unwrap() == whole
+    });
+    let repairs = daemon.status().unwrap().gateway.repairs;
+    assert!(repairs.iter().any(|repair| repair.what.contains("root qdisc 5150: was missing")), "{repairs:?}");
+}
+
+#[test]
+fn an_interface_that_goes_and_comes_back_is_attached_again() {
+    let (net, mut daemon) = gateway(mbit(100));
+    let kept = daemon
+        .grant("--provider video --flow 'up udp from 192.0.2.10 to 203.0.113.0/24:5000' --max-up 2mbit --guaranteed-up 1mbit")
+        .unwrap();
+    let flow = up(&net, 5_000, mbit(6), 1_000);
+    let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+    drop(flow);
+    let whole = Kernel::read(&daemon, &net.gateway).unwrap();
+
+    for dead in [false, true] {
+        let old = link_index(&net, WAN);
+        if dead {
+            daemon.kill().unwrap();
+        }
+        cut_wan(&net);
+        if !dead {
+            eventually(Duration::from_secs(3), "the loss is told", || {
+                let status = daemon.status().unwrap();
+                status.gateway.interfaces.iter().any(|link| link.name == WAN && link.index.is_none())
+                    && status.gateway.repairs.iter().any(|repair| repair.what == "interface wan0 has gone")
+            });
+            assert!(
+                pinned_links(daemon.bpffs_dir())
+                    .unwrap()
+                    .keys()
+                    .all(|pin| !pin.starts_with(&format!("{old}_")))
+            );
+            // Grants go on meanwhile, on what is there.
+            let meanwhile = daemon
+                .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5009' --max-down 2mbit")
+                .unwrap();
+            daemon.revoke(meanwhile.id).unwrap();
+        }
+        mend_wan(&net);
+        if dead {
+            daemon.restart().unwrap();
+        } else {
+            eventually(Duration::from_secs(3), "the return is told", || {
+                let repairs = daemon.status().unwrap().gateway.repairs;
+                repairs.iter().any(|repair| repair.what.starts_with("interface wan0 appeared as number "))
+            });
+        }
+        let new = link_index(&net, WAN);
+        assert_ne!(old, new);
+        let now = Kernel::read(&daemon, &net.gateway).unwrap();
+        let shape = |kernel: &Kernel| {
+            kernel
+                .classes
+                .iter()
+                .map(|class| (class.handle, class.parent, class.options.clone()))
+                .collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(shape(&now), shape(&whole));
+        assert_eq!(now.maps, whole.maps);
+        assert_eq!(now.links.len(), 6, "{:?}", now.links);
+        let flow = up(&net, 5_000, mbit(6), 1_000);
+        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        assert!(within(held.achieved, mbit(2), 0.06), "dead: {dead}: {:?}", Brief(&held));
+        assert_eq!(list(&daemon, "list").iter().map(|found| found.id).collect::<Vec<_>>(), [kept.id]);
+    }
+}
+
+#[test]
+fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
+    let (net, mut daemon) = gateway(mbit(100));
+    daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 2mbit")
+        .unwrap();
+    let flow = down(&net, 5_000, mbit(6), 1_000);
+    for (signal, name) in [(Signal::SIGTERM, "SIGTERM"), (Signal::SIGINT, "SIGINT")] {
+        daemon.signal(signal).unwrap();
+        let began = Instant::now();
+        assert!(daemon.wait(Duration::from_secs(5)).unwrap().success());
+        println!("{name}: ended after {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(2));
+        let log = daemon.log_tail();
+        assert!(
+            log.contains(&format!("{name}: stopping; the programs in the kernel go on enforcing")),
+            "{log}"
+        );
+        assert!(!daemon.socket().exists());
+        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+        let refused = daemon.qos_output(["status"]).unwrap();
+        assert_eq!(refused.status.code(), Some(3));
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("cannot reach qosd on "));
+        daemon.restart().unwrap();
+        assert!(daemon.status().unwrap().gateway.taken_over);
+    }
+
+    // A request that never ends holds the daemon up for a while, unless it is told twice.
+    for again in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut half = Client::connect(&daemon.socket()).unwrap();
+        half.begin("POST", "/v1/allocations", 100, b"{").unwrap();
+        thread::sleep(Duration::from_millis(200));
+        daemon.signal(Signal::SIGTERM).unwrap();
+        thread::sleep(Duration::from_millis(500));
+        assert!(daemon.is_running().unwrap(), "it waits for the rest");
+        daemon.signal(again).unwrap();
+        let began = Instant::now();
+        assert!(daemon.wait(Duration::from_secs(5)).unwrap().success());
+        assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+        let log = daemon.log_tail();
+        assert!(log.contains("again: ending at once"), "{log}");
+        let held = flow.measure(Duration::from_millis(300), Duration::from_secs(1)).unwrap();
+        assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+        daemon.restart().unwrap();
+    }
+    let log = daemon.log_tail();
+    assert!(log.contains("qosd is ready"), "{log}");
+}
+
+/// Deletes the link to the providers.
+fn cut_wan(net: &Topology) {
+    let index = link_index(net, WAN);
+    Netlink::open(&net.gateway).unwrap().delete_link(index).unwrap();
+}
+
+/// Makes it anew, as [`Topology::pair`] had it for IPv4.
+fn mend_wan(net: &Topology) {
+    let video = &net.provider("video").namespace;
+    let mut inside = Netlink::open(&net.gateway).unwrap();
+    inside.add_veth(WAN, HOST_LINK, video, 1_500).unwrap();
+    set_offloads(video, HOST_LINK, false).unwrap();
+    let index = inside.link(WAN).unwrap().index;
+    inside.set_up(index).unwrap();
+    inside.add_address(index, "203.0.113.1/24".parse().unwrap()).unwrap();
+    let mut outside = Netlink::open(video).unwrap();
+    let index = outside.link(HOST_LINK).unwrap().index;
+    outside.set_up(index).unwrap();
+    outside.add_address(index, "203.0.113.10/32".parse().unwrap()).unwrap();
+    let gateway = "203.0.113.1".parse().unwrap();
+    outside.add_route("0.0.0.0/0".parse().unwrap(), Some(gateway), index).unwrap();
+    let home = net.subscriber("home");
+    reach(&home.namespace, video, net.provider("video").v4(0).into()).unwrap();
+}
+
+fn class_message(net: &Topology, link: &str, handle: u32) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header.index = link_index(net, link).cast_signed();
+    message.header.handle = handle.into();
+    message
+}
+
+fn delete_class(net: &Topology, link: &str, handle: u32) {
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    netlink
+        .request(RouteNetlinkMessage::DelTrafficClass(class_message(net, link, handle)), NLM_F_ACK)
+        .unwrap();
+}
+
+/// Gives a class another ceiling, as `tc class change` would.
+fn change_class(net: &Topology, link: &str, handle: u32, rate: BitsPerSecond) {
+    // linux/pkt_sched.h: TCA_HTB_PARMS, struct tc_htb_opt {rate, ceil, buffer, cbuffer, quantum, level, prio}.
+    const PARMS: u16 = 1;
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let index = link_index(net, link);
+    let found: TrafficControl =
+        netlink.classes(index).unwrap().into_iter().find(|class| class.handle == handle).unwrap();
+    let mut parms = found.options;
+    // Attributes of the class follow one another; the parameters are the first of 44 bytes and kind 1.
+    let at = parms.windows(4).position(|head| head == [48, 0, 1, 0]).expect("TCA_HTB_PARMS");
+    parms = parms[at + 4..at + 48].to_vec();
+    parms[20..24].copy_from_slice(&u32::try_from(rate.0 / 8).unwrap().to_ne_bytes());
+    let mut message = class_message(net, link, handle);
+    message.header.parent = found.parent.into();
+    message.attributes = vec![
+        TcAttribute::Kind("htb".to_owned()),
+        TcAttribute::Options(vec![TcOption::Other(DefaultNla::new(PARMS, parms))]),
+    ];
+    netlink.request(RouteNetlinkMessage::NewTrafficClass(message), NLM_F_ACK).unwrap();
+}
+
+fn root_of(net: &Topology, link: &str) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header.index = link_index(net, link).cast_signed();
+    message.header.parent = TcHandle::ROOT;
+    message
+}
+
+/// Puts a token bucket of a gigabit on a link, as an operator's script would.
+fn replace_root(net: &Topology, link: &str) {
+    // linux/pkt_sched.h: struct tc_tbf_qopt {rate, peak rate, limit, buffer, mtu} and its attributes.
+    const PARMS: u16 = 1;
+    const BURST: u16 = 6;
+    let mut parms = Vec::new();
+    parms.extend([0, 1, 0, 0, 0xff, 0xff, 0, 0]);
+    parms.extend(125_000_000_u32.to_ne_bytes());
+    parms.extend([0; 12]);
+    parms.extend(1_000_000_u32.to_ne_bytes());
+    parms.extend([0; 8]);
+    let mut message = root_of(net, link);
+    message.attributes = vec![
+        TcAttribute::Kind("tbf".to_owned()),
+        TcAttribute::Options(vec![
+            TcOption::Other(DefaultNla::new(PARMS, parms)),
+            TcOption::Other(DefaultNla::new(BURST, 100_000_u32.to_ne_bytes().to_vec())),
+        ]),
+    ];
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    netlink
+        .request(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
+        .unwrap();
+}
