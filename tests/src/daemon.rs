@@ -174,12 +174,6 @@ impl Daemon {
         process.wait(limit)
     }
 
-    /// The folder of `qosd` and `qos`.
-    #[must_use]
-    pub fn binaries(&self) -> &Path {
-        &self.binaries
-    }
-
     /// Whether it runs.
     ///
     /// # Errors
