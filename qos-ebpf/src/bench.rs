@@ -3,7 +3,12 @@
 //! changes would measure nothing but warm caches.
 #![no_std]
 #![no_main]
-#![expect(unreachable_pub, missing_docs, reason = "the macros of aya wrap entry points in public functions")]
+#![expect(
+    unreachable_pub,
+    missing_docs,
+    clippy::needless_pass_by_value,
+    reason = "the macros of aya wrap entry points in public functions that hand a context over"
+)]
 
 #[expect(dead_code, reason = "the benchmark parses and nothing else")]
 mod packet;
@@ -20,7 +25,7 @@ const HEADERS: usize = 42;
 
 /// A packet of the list: Ethernet, IPv4 and UDP headers, and the mark it comes with at tc.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Step {
     headers: [u8; HEADERS],
     reserved: [u8; 2],

@@ -186,15 +186,12 @@ fn count(counters: *mut Counters, judgement: Judgement, bytes: u32) {
 /// Counts a packet that was re-marked.
 #[inline(always)]
 pub(crate) fn count_marked(allocation: &Allocation, slot: u32, direction: Direction, bytes: u32) {
-    for counters in [
-        maps::counters(directed(slot, direction)),
-        maps::provider_counters(directed(allocation.provider, direction)),
-    ] {
-        if let Some(counters) = counters {
-            // SAFETY: as in `count`.
-            let counters = unsafe { &mut *counters };
-            counters.marked_packets += 1;
-            counters.marked_bytes += u64::from(bytes);
-        }
+    let of_allocation = maps::counters(directed(slot, direction));
+    let of_provider = maps::provider_counters(directed(allocation.provider, direction));
+    for counters in [of_allocation, of_provider].into_iter().flatten() {
+        // SAFETY: as in `count`.
+        let counters = unsafe { &mut *counters };
+        counters.marked_packets += 1;
+        counters.marked_bytes += u64::from(bytes);
     }
 }

@@ -12,7 +12,12 @@
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
-#![expect(unreachable_pub, missing_docs, reason = "the macros of aya wrap entry points in public functions")]
+#![expect(
+    unreachable_pub,
+    missing_docs,
+    clippy::needless_pass_by_value,
+    reason = "the macros of aya wrap entry points in public functions that hand a context over"
+)]
 #![expect(internal_features, reason = "BPF has no stable atomics; these compile to its own instructions")]
 
 mod classify;

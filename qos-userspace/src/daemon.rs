@@ -158,8 +158,14 @@ async fn live<G: Gateway + 'static>(
     };
     let ended = tokio::select! {
         ended = finish => ended,
-        _ = terminate.recv() => return Ok(at_once("SIGTERM")),
-        _ = interrupt.recv() => return Ok(at_once("SIGINT")),
+        _ = terminate.recv() => {
+            at_once("SIGTERM");
+            return Ok(());
+        }
+        _ = interrupt.recv() => {
+            at_once("SIGINT");
+            return Ok(());
+        }
     };
     if detached {
         info!("stopped; nothing is left in the kernel to enforce");

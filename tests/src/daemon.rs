@@ -239,12 +239,6 @@ impl Daemon {
         self.folder.path().join("qosd.sock")
     }
 
-    /// Folder of `qosd` and `qos`.
-    #[must_use]
-    pub fn binaries(&self) -> &Path {
-        &self.binaries
-    }
-
     /// Folder of the pins.
     #[must_use]
     pub fn bpffs_dir(&self) -> &Path {

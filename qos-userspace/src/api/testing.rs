@@ -19,7 +19,7 @@ use super::{Api, serve, socket};
 use crate::config::Config;
 use crate::domain::{AllocationId, Direction};
 use crate::gateway::report::{
-    Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, Statistics,
+    Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
 };
 use crate::manager::{Change, Gateway, State};
 use crate::store::Store;
@@ -36,6 +36,8 @@ pub(crate) struct Record {
     pub(crate) drift: Vec<String>,
     /// So many of the next changes are refused.
     pub(crate) refuse: usize,
+    /// What it has repaired.
+    pub(crate) repaired: Vec<RepairReport>,
     /// Reconciliations are refused.
     pub(crate) refuse_reconcile: bool,
     /// Debugging is on.
@@ -94,7 +96,11 @@ impl Gateway for Recorder {
         if record.refuse_reconcile {
             return Err(Refused::new());
         }
-        Ok(std::mem::take(&mut record.drift))
+        let drift = std::mem::take(&mut record.drift);
+        let reports =
+            drift.iter().map(|what| RepairReport { at: jiff::Timestamp::now(), what: what.clone() });
+        record.repaired.extend(reports);
+        Ok(drift)
     }
 
     fn statistics(&mut self, state: &State) -> Result<Statistics, Refused> {
@@ -161,7 +167,7 @@ impl Gateway for Recorder {
             rules: (1, 16_384),
             worst_case_comparisons: 1,
             allocations: (1, 16_383),
-            repairs: Vec::new(),
+            repairs: self.record().repaired.clone(),
         }
     }
 

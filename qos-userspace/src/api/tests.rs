@@ -709,17 +709,3 @@ fn a_refusal_that_cannot_be_undone_is_told_and_tried_again() {
     service.tick();
     assert_eq!(recorder.record().reconciled, before + 1);
 }
-
-#[test]
-fn the_last_hundred_repairs_are_kept() {
-    let directory = tempfile::tempdir().expect("temporary directory");
-    let recorder = Recorder::default();
-    let mut service = service(directory.path(), &recorder, 1).expect("started");
-    recorder.record().drift = (0..150).map(|number| format!("repair {number}")).collect();
-    service.reconcile().expect("repaired");
-    let repairs = service.status().expect("status").gateway.repairs;
-    assert_eq!(
-        (repairs.len(), repairs[0].what.as_str(), repairs[99].what.as_str()),
-        (100, "repair 50", "repair 149")
-    );
-}

@@ -69,5 +69,6 @@ fn print(output: &mut Output, checks: &[Check]) -> Result<(), CliError> {
             Cell::new(check.mend.as_deref().unwrap_or_default()),
         ]);
     }
+    output.wrap(&mut table);
     output.print(&table)
 }

@@ -89,10 +89,10 @@ pub struct Cli {
 #[derive(Debug, Args)]
 struct Global {
     /// The socket that qosd listens on
-    #[arg(long, global = true, value_name = "PATH", env = "QOS_SOCKET", default_value = DEFAULT_SOCKET)]
+    #[arg(long, global = true, help_heading = "Global", value_name = "PATH", env = "QOS_SOCKET", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
     /// How to print: tables for people, or the API's JSON
-    #[arg(short, long, global = true, value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
+    #[arg(short, long, global = true, help_heading = "Global", value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     output: Format,
 }
 
@@ -110,31 +110,19 @@ enum Verb {
     /// Named levels
     #[command(subcommand)]
     Profile(profile::Verb),
-    /// Gives the packets of some flows a level
+    // What each of these is for is said where its arguments are.
     Grant(Box<grant::Grant>),
-    /// Ends allocations
     Revoke(revoke::Revoke),
-    /// Shows allocations, one a line
     List(list::List),
-    /// Shows one allocation in full
     Show(list::Show),
-    /// Shows what was counted, and rates
     Stats(stats::Stats),
-    /// Tells what becomes of a packet, and why
     Explain(explain::Explain),
-    /// Looks for what is wrong, and says what to do
     Doctor(doctor::Doctor),
-    /// Shows the daemon and its gateway
     Status(status::Status),
-    /// Compares the kernel with what is granted, and repairs it
     Reconcile(reconcile::Reconcile),
-    /// Prints the programs' sampled debugging as it comes
     Trace(trace::Trace),
-    /// Removes everything from the kernel and stops the daemon
     Detach(detach::Detach),
-    /// Prints a completion script for a shell
     Completions(completions::Completions),
-    /// Writes the manual pages
     Man(man::Man),
 }
 

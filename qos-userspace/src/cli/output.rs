@@ -15,6 +15,9 @@ use super::CliError;
 use super::client::typed;
 use crate::api::types::Outcome;
 
+/// Narrowest terminal that texts are wrapped on, in columns.
+const NARROWEST: u16 = 60;
+
 /// How to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
@@ -161,6 +164,13 @@ impl Output {
         self.line(table.trim_fmt())
     }
 
+    /// Lets long texts wrap within their columns, on a terminal that is wide enough for that.
+    pub(super) fn wrap(&self, table: &mut Table) {
+        if self.terminal && table.width().is_some_and(|width| width >= NARROWEST) {
+            table.set_content_arrangement(ContentArrangement::Dynamic);
+        }
+    }
+
     /// A cell in a colour, where there is colour.
     pub(super) fn coloured(text: impl ToString, colour: Color) -> Cell {
         Cell::new(text).fg(colour)
@@ -169,10 +179,6 @@ impl Output {
     fn bare_table(&self) -> Table {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
-        if self.terminal {
-            // Long texts wrap within their column.
-            table.set_content_arrangement(ContentArrangement::Dynamic);
-        }
         if self.colour {
             table.enforce_styling();
         } else {

@@ -125,6 +125,20 @@ fn every_verb_has_long_help_with_what_it_is_for() {
         let about = verb.get_about().map(ToString::to_string).unwrap_or_default();
         assert!(!about.is_empty() && !about.ends_with('.'), "{}: {about:?}", verb.get_name());
     }
+    let mut long = |verb: &str| {
+        command.find_subcommand_mut(verb).unwrap_or_else(|| panic!("{verb}")).render_long_help().to_string()
+    };
+    for (verb, part) in [
+        ("grant", "between SUBSCRIBER[:PORTS] and REMOTE[:PORTS]"),
+        ("grant", "--enforcement police"),
+        ("revoke", "Each is ended by itself"),
+        ("stats", "qos stats --watch 5 -o json"),
+        ("explain", "charged or counted"),
+        ("doctor", "Exit status"),
+        ("detach", "comes back with the next `qosd run`"),
+    ] {
+        assert!(long(verb).contains(part), "{part} in\n{}", long(verb));
+    }
     let help = command.render_long_help().to_string();
     for part in ["Examples:", "Exit status:", "3  the daemon can't be reached", "QOS_SOCKET"] {
         assert!(help.contains(part), "{part} in\n{help}");

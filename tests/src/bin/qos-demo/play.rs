@@ -5,12 +5,14 @@ use std::env;
 use anyhow::{Context as _, Result};
 
 use crate::network::Network;
+use crate::scenario::GAME;
 use crate::story::Results;
 
 /// Prints the commands.
 pub(crate) fn explain(network: &Network, results: &Results) -> Result<()> {
     let folder = network.daemon().binaries();
-    let id = results.held.first().context("the demo granted something")?.allocation.id;
+    let game = results.held.iter().find(|held| held.title == GAME.title);
+    let id = game.context("the game was granted a level")?.allocation.id;
     println!();
     println!("Network, daemon and traffic go on until Ctrl-C. In another shell, as root:");
     println!();

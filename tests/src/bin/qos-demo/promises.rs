@@ -18,10 +18,10 @@ pub(crate) const LATENCY: Duration = Duration::from_millis(5);
 /// The promises that were not kept, each in a sentence.
 pub(crate) fn broken(results: &Results) -> Vec<String> {
     let mut broken: Vec<_> = results.held.iter().filter_map(broken_by).collect();
-    for (name, capacity, way, achieved) in sums(results) {
-        if exceeds(achieved, capacity) {
+    for Sum { name, way, capacity, carried, .. } in sums(results) {
+        if exceeds(carried, capacity) {
             let word = if way == Way::Down { "downstream" } else { "upstream" };
-            broken.push(format!("{name} {word} carried {}, and has {}", rate(achieved), rate(capacity)));
+            broken.push(format!("{name} {word} carried {}, and has {}", rate(carried), rate(capacity)));
         }
     }
     let p99 = results.with_priority.p99();
@@ -32,10 +32,10 @@ pub(crate) fn broken(results: &Results) -> Vec<String> {
             milliseconds(LATENCY)
         ));
     }
-    for (what, ended) in [("revoked", &results.revoked), ("expired", &results.expired)] {
+    for (what, ended) in [("was revoked", &results.revoked), ("expired", &results.expired)] {
         if ended.after >= ended.before {
             broken.push(format!(
-                "{} has {} after its level was {what}, and had {} before",
+                "{} has {} after its level {what}, and had {} before",
                 ended.title,
                 rate(ended.after),
                 rate(ended.before)
@@ -57,30 +57,37 @@ pub(crate) fn broken_by(held: &Held) -> Option<String> {
     Some(format!("{} got {}, above the maximum of {}", named(), rate(achieved), rate(maximum)))
 }
 
-/// What all measured traffic of each line, and of the link, comes to: name, capacity, direction, rate.
-pub(crate) fn sums(results: &Results) -> Vec<(&'static str, BitsPerSecond, Way, BitsPerSecond)> {
-    let all = || {
-        let held = results.held.iter().map(|held| (held.traffic, &held.measured));
-        held.chain(results.crowd.iter().map(|free| (free.traffic, &free.measured)))
-    };
-    let sum = |way: Way, subscriber: Option<&str>| {
-        let rates = all()
-            .filter(|(traffic, _)| traffic.way == way)
-            .filter(|(traffic, _)| {
+/// All traffic of a line or of the link in one direction.
+pub(crate) struct Sum {
+    pub(crate) name: &'static str,
+    pub(crate) way: Way,
+    pub(crate) capacity: BitsPerSecond,
+    pub(crate) offered: BitsPerSecond,
+    pub(crate) carried: BitsPerSecond,
+}
+
+/// What the measured traffic of each line, and of the link, comes to.
+pub(crate) fn sums(results: &Results) -> Vec<Sum> {
+    let held = results.held.iter().map(|held| (held.traffic, &held.measured));
+    let all: Vec<_> = held.chain(results.crowd.iter().map(|free| (free.traffic, &free.measured))).collect();
+    let sum = |name, subscriber: Option<&str>, way: Way, capacity| {
+        let its = || {
+            all.iter().filter(|(traffic, _)| {
                 let near = if way == Way::Down { traffic.to.0 } else { traffic.from.0 };
-                subscriber.is_none_or(|subscriber| near == subscriber)
+                traffic.way == way && subscriber.is_none_or(|subscriber| near == subscriber)
             })
-            .map(|(_, measured)| measured.achieved.0);
-        BitsPerSecond(rates.sum())
+        };
+        let offered = BitsPerSecond(its().map(|(_, measured)| measured.offered.0).sum());
+        let carried = BitsPerSecond(its().map(|(_, measured)| measured.achieved.0).sum());
+        Sum { name, way, capacity, offered, carried }
     };
-    let mut sums = Vec::new();
-    for line in &LINES {
-        sums.push((line.name, line.down, Way::Down, sum(Way::Down, Some(line.subscriber))));
-        sums.push((line.name, line.up, Way::Up, sum(Way::Up, Some(line.subscriber))));
-    }
-    sums.push(("link", LINK, Way::Down, sum(Way::Down, None)));
-    sums.push(("link", LINK, Way::Up, sum(Way::Up, None)));
-    sums
+    let lines = LINES.iter().flat_map(|line| {
+        [
+            sum(line.name, Some(line.subscriber), Way::Down, line.down),
+            sum(line.name, Some(line.subscriber), Way::Up, line.up),
+        ]
+    });
+    lines.chain([sum("link", None, Way::Down, LINK), sum("link", None, Way::Up, LINK)]).collect()
 }
 
 fn exceeds(achieved: BitsPerSecond, maximum: BitsPerSecond) -> bool {

@@ -9,7 +9,7 @@ use qos_userspace::domain::Enforcement;
 use qos_userspace::domain::units::BitsPerSecond;
 use serde::Serialize;
 
-use crate::promises::{LATENCY, broken_by, sums};
+use crate::promises::{LATENCY, Sum, broken_by, sums};
 use crate::scenario::{Load, Traffic, Way};
 use crate::story::{Ended, Held, Results};
 
@@ -99,9 +99,9 @@ pub(crate) fn print(results: &Results, broken: &[String], took: Duration) -> Res
     println!("Latency of the game on Anna's overloaded line, 1,500-byte packets:");
     println!("{}", latencies(results).trim_fmt());
     println!();
-    for (what, ended) in [("revoked", &results.revoked), ("expired", &results.expired)] {
+    for (what, ended) in [("was revoked", &results.revoked), ("expired", &results.expired)] {
         println!(
-            "{}: {} with its level, {} after allocation {} was {what}",
+            "{}: {} with its level, {} after allocation {} {what}",
             ended.title,
             rate(ended.before),
             rate(ended.after),
@@ -190,9 +190,9 @@ fn crowd(results: &Results) -> Table {
 }
 
 fn capacities(results: &Results) -> Table {
-    let mut table = table(&["", "WAY", "CAPACITY", "CARRIED"], &[2, 3]);
-    for (name, capacity, way, carried) in sums(results) {
-        table.add_row([name.to_owned(), word(way).to_owned(), mbit(capacity), mbit(carried)]);
+    let mut table = table(&["", "WAY", "CAPACITY", "OFFERED", "CARRIED"], &[2, 3, 4]);
+    for Sum { name, way, capacity, offered, carried } in sums(results) {
+        table.add_row([name.to_owned(), word(way).to_owned(), mbit(capacity), mbit(offered), mbit(carried)]);
     }
     table
 }

@@ -3,9 +3,9 @@
 //! ```text
 //! anna  DSL   20/4  ┐                                              ┌ video
 //! ben   fibre 60/20 ┤ lan0  gateway, 100 Mbit/s each way  wan0     ┤ game, voip, backup
-//! cafe  fibre 80/20 ┘                                              └ internet (asks for nothing)
+//! cafe  fibre 40/20 ┘                                              └ internet (asks for nothing)
 //! ```
-//! Anna's line is overloaded, and so is the link: all of it together is some 210 Mbit/s.
+//! Downstream, Anna's line is overloaded, and so is the link.
 
 use qos_userspace::domain::units::BitsPerSecond;
 
@@ -43,7 +43,7 @@ pub(crate) struct Line {
 pub(crate) const LINES: [Line; 3] = [
     Line { name: "dsl-anna", subscriber: "anna", down: mbit(20), up: mbit(4) },
     Line { name: "fibre-ben", subscriber: "ben", down: mbit(60), up: mbit(20) },
-    Line { name: "fibre-cafe", subscriber: "cafe", down: mbit(80), up: mbit(20) },
+    Line { name: "fibre-cafe", subscriber: "cafe", down: mbit(40), up: mbit(20) },
 ];
 
 /// Providers as they are registered: the arguments of `qos provider add`.
@@ -150,8 +150,8 @@ pub(crate) const OTHERS: [Asked; 8] = [
     },
     Asked {
         title: "nightly backup, Ben",
-        grant: "--provider backup --flow 'up tcp from 192.0.2.20 to 203.0.113.48/28' --guaranteed-up 3mbit \
-                --max-up 6mbit --priority 7",
+        grant: "--provider backup --flow 'between 192.0.2.20 and 203.0.113.48/28 tcp' --guaranteed-up 3mbit \
+                --max-up 6mbit --guaranteed-down 300kbit --max-down 500kbit --priority 7",
         traffic: &[up(("ben", "192.0.2.20"), ("backup", "203.0.113.60"), Load::Tcp(2))],
     },
     Asked {
@@ -161,7 +161,7 @@ pub(crate) const OTHERS: [Asked; 8] = [
     },
     Asked {
         title: "192.0.2.32, café guests",
-        grant: "--provider isp --flow 'up from 192.0.2.32' --max-up 5mbit",
+        grant: "--provider isp --flow 'between 192.0.2.32 and any' --max-up 5mbit --max-down 1mbit",
         traffic: &[up(("cafe", "192.0.2.32"), ("internet", "198.51.100.10"), Load::Tcp(2))],
     },
 ];
