@@ -174,6 +174,12 @@ impl Daemon {
         process.wait(limit)
     }
 
+    /// The folder of `qosd` and `qos`.
+    #[must_use]
+    pub fn binaries(&self) -> &Path {
+        &self.binaries
+    }
+
     /// Whether it runs.
     ///
     /// # Errors

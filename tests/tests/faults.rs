@@ -2,6 +2,8 @@
 //! value, and what was before stands, in the store and in the kernel. Real `qosd`, real `qos`. What
 //! goes on under load is in `lifecycle.rs`. Needs root.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
+
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, Write as _};
@@ -250,6 +252,9 @@ fn overlaps_are_granted_with_a_warning_and_all_prefix_lengths_work() {
     achieves(&flow, 9);
 }
 
+/// Method, path and body; status and code of the answer, and what else must be in it.
+type BadRequest = (&'static str, &'static str, Vec<u8>, u16, &'static str, &'static [&'static str]);
+
 #[test]
 fn requests_that_are_no_requests_are_refused_by_place() {
     let net = Topology::pair().unwrap();
@@ -267,7 +272,7 @@ fn requests_that_are_no_requests_are_refused_by_place() {
     };
     let nested = [b"[".repeat(100_000), b"]".repeat(100_000)].concat();
     let path = "/v1/allocations";
-    let cases: Vec<(&str, &str, Vec<u8>, u16, &str, &[&str])> = vec![
+    let cases: Vec<BadRequest> = vec![
         ("POST", path, b"".to_vec(), 400, "malformed", &["not JSON"]),
         ("POST", path, b"{".to_vec(), 400, "malformed", &["not JSON", "line 1"]),
         ("POST", path, b"\xff\xfe{}".to_vec(), 400, "malformed", &["not JSON"]),
@@ -606,7 +611,6 @@ fn refused_start(daemon: &mut Daemon, status: i32) -> String {
     let error = format!("{:#}", daemon.restart().unwrap_err());
     assert!(error.contains(&format!("exit status: {status};")), "{error}");
     let last = error.lines().last().unwrap_or_default().to_owned();
-    println!("{last}");
     last
 }
 
@@ -653,7 +657,7 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
 
     let mut daemon = fresh();
     let state = daemon.state_dir();
-    rewrite(&daemon, &format!("bpffs_dir = {:?}", daemon.bpffs_dir()), &format!("bpffs_dir = {:?}", state));
+    rewrite(&daemon, &format!("bpffs_dir = {:?}", daemon.bpffs_dir()), &format!("bpffs_dir = {state:?}"));
     let text = refused_start(&mut daemon, 1);
     assert!(text.contains("is not on a BPF file system") && text.contains(state.to_str().unwrap()), "{text}");
     leaves_nothing(&daemon, "not on bpffs");

@@ -1,6 +1,8 @@
 //! The daemon comes and goes, is killed, is flooded with requests; what it granted is held to all the
 //! while. Real traffic, real `qosd` and `qos`. Faults are in `faults.rs`. Needs root.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
