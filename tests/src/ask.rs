@@ -26,7 +26,7 @@ impl Daemon {
     /// # Errors
     /// When it is refused.
     pub fn grant(&self, args: &str) -> Result<Allocation> {
-        let outcome: Outcome<Allocation> = typed(self.qos_line(&format!("grant {args}"))?)?;
+        let outcome: Outcome<Allocation> = typed(&self.qos_line(&format!("grant {args}"))?)?;
         Ok(outcome.result)
     }
 
@@ -43,7 +43,7 @@ impl Daemon {
     /// # Errors
     /// When the daemon doesn't answer.
     pub fn statistics(&self) -> Result<Statistics> {
-        typed(self.qos_line("stats")?)
+        typed(&self.qos_line("stats")?)
     }
 
     /// What `qos stats` says of an allocation.
@@ -59,7 +59,7 @@ impl Daemon {
     /// # Errors
     /// When the daemon doesn't answer.
     pub fn status(&self) -> Result<Status> {
-        typed(self.qos_line("status")?)
+        typed(&self.qos_line("status")?)
     }
 
     /// Runs `qos explain` on a frame.
@@ -71,12 +71,12 @@ impl Daemon {
             Direction::Upstream => "up",
             Direction::Downstream => "down",
         };
-        typed(self.qos(["explain", "--direction", direction, "--hex", &hex::encode(frame)])?)
+        typed(&self.qos(["explain", "--direction", direction, "--hex", &hex::encode(frame)])?)
     }
 }
 
-fn typed<T: DeserializeOwned>(answer: Value) -> Result<T> {
-    serde_json::from_value(answer.clone()).with_context(|| format!("an answer of another kind: {answer}"))
+fn typed<T: DeserializeOwned>(answer: &Value) -> Result<T> {
+    T::deserialize(answer).with_context(|| format!("an answer of another kind: {answer}"))
 }
 
 /// Like [`measure`], and again, up to four times, when the machine and not what is tested fell short:

@@ -109,6 +109,16 @@ impl Kernel {
         differences
     }
 
+    /// Without the places of rules, which depend on the order in which they came.
+    #[must_use]
+    pub fn without_places(mut self) -> Self {
+        let mut rules: Vec<Rule> = self.maps.rules.into_values().flatten().collect();
+        rules.sort_by_key(|rule| (rule.rank, rule.direction, rule.family));
+        self.maps.rules = BTreeMap::from([(0, rules)]);
+        self.maps.tables.clear();
+        self
+    }
+
     /// Without the numbers of programs, which change when a new daemon takes over.
     #[must_use]
     pub fn without_programs(mut self) -> Self {

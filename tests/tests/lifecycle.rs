@@ -1,6 +1,8 @@
 //! The daemon comes and goes, is killed, is flooded with requests; what it granted is held to all the
 //! while. Real traffic, real `qosd` and `qos`. Faults are in `faults.rs`. Needs root.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -19,7 +21,7 @@ use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, Maps, detach_link, pinned_links, programs};
 use qos_tests::netlink::{Netlink, TrafficControl, set_offloads};
 use qos_tests::topology::{HOST_LINK, LAN, Topology, WAN, reach};
-use qos_tests::traffic::{Flow, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, measure};
+use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, measure};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{Allocation, AllocationId, Status};
 use serde_json::{Value, json};
@@ -106,9 +108,9 @@ fn store(daemon: &Daemon) -> BTreeMap<&'static str, Value> {
 #[test]
 fn an_expired_allocation_is_neither_held_nor_preferred_though_the_daemon_is_dead() {
     let (net, mut daemon) = gateway(mbit(10));
-    let held = down(&net, 5_000, mbit(3), 500);
+    let held = down(&net, 5_000, mbit(3), 1_000);
     let preferred = down(&net, 5_001, mbit(4), 1_000);
-    let flood = down(&net, 5_002, mbit(20), 1_500);
+    let flood = down(&net, 5_002, mbit(20), 1_000);
     let limit = daemon
         .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit --enforcement police --for 6s")
         .unwrap();
@@ -120,7 +122,8 @@ fn an_expired_allocation_is_neither_held_nor_preferred_though_the_daemon_is_dead
     let flows: [&dyn Flow; 3] = [&held, &preferred, &flood];
     let before = measure(&flows, WARM_UP, Duration::from_millis(1_500)).unwrap();
     println!("before: {:?}", before.iter().map(Brief).collect::<Vec<_>>());
-    assert!(within(before[0].achieved, mbit(1), 0.05), "{:?}", Brief(&before[0]));
+    // What is policed shares the rest of the line with the flood, and loses some of its million there.
+    assert!(before[0].ratio_to(mbit(1)) < 1.03, "{:?}", Brief(&before[0]));
     assert_eq!(before[1].lost, 0, "{:?}", Brief(&before[1]));
 
     // Over the end.
@@ -153,8 +156,9 @@ fn an_expired_allocation_is_neither_held_nor_preferred_though_the_daemon_is_dead
     );
     // 27 Mbit/s share 10: nobody is preferred.
     assert!(after[1].lost * 3 > after[1].sent, "{:?}", Brief(&after[1]));
-    let share = |at: usize| after[at].received as f64 / after[at].sent as f64;
-    assert!((share(0) - share(2)).abs() < 0.25 && (share(1) - share(2)).abs() < 0.25, "one queue for all");
+    let delay = |measured: &Measured| measured.latency.as_ref().map_or(Duration::MAX, Latency::p50);
+    assert!(delay(&before[1]) < Duration::from_millis(2), "{:?}", Brief(&before[1]));
+    assert!(delay(&after[1]) > Duration::from_millis(5), "one queue for all: {:?}", Brief(&after[1]));
 
     daemon.restart().unwrap();
     assert_eq!(list(&daemon, "list"), []);
@@ -430,7 +434,7 @@ fn two_hundred_allocations_come_back_with_their_numbers_and_slots() {
         // Ends are computed from the wall clock: the same within its jitter.
         let without_ends = |mut kernel: Kernel| {
             kernel.maps.allocations.values_mut().for_each(|record| record.expires_ns = 0);
-            kernel.without_programs()
+            kernel.without_programs().without_places()
         };
         for (slot, record) in &kernel.maps.allocations {
             let moved = record.expires_ns.abs_diff(after.maps.allocations[slot].expires_ns);

@@ -16,6 +16,7 @@ use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
 use crate::domain::{Allocation, AllocationId, Application, Level, Name, Profile, Provider, Session};
+use crate::gateway::PACKET_LENGTHS;
 use crate::gateway::report::Statistics;
 use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession};
 
@@ -95,6 +96,15 @@ async fn statistics(Shared(api): Shared<Api>) -> Answer<Statistics> {
 
 async fn explain(Shared(api): Shared<Api>, Body(request): Body<ExplainRequest>) -> Answer<Explained> {
     let packet = from_hex(&request.packet)?;
+    if !PACKET_LENGTHS.contains(&packet.len()) {
+        let message = format!(
+            "packet: {} bytes can't be run: {} to {} can",
+            packet.len(),
+            PACKET_LENGTHS.start(),
+            PACKET_LENGTHS.end()
+        );
+        return Err(ApiError::invalid("packet", packet.len().to_string(), message));
+    }
     let explained = api
         .handle
         .run(move |service| {

@@ -5,6 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -41,6 +42,10 @@ const SHAPED_SLACK_NS: u64 = 150_000_000;
 const SHAPED_SLACK_PACKETS: u64 = 8;
 /// Time that a provider's aggregate may be exceeded at once, in ns.
 const AGGREGATE_BURST_NS: u64 = 25_000_000;
+
+/// Bytes of a packet that can be explained. linux/net/bpf/test_run.c, 6.1: an Ethernet header at
+/// least, a page less headroom at most.
+pub const PACKET_LENGTHS: RangeInclusive<usize> = 14..=3_520;
 
 /// What the gateway is made of.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,7 +103,11 @@ pub enum GatewayError {
         found: usize,
     },
     /// A packet to explain is too short or too long to be run.
-    #[error("a packet of {0} bytes can't be run: 14 to 3,520 can")]
+    #[error(
+        "a packet of {0} bytes can't be run: {first} to {last} can",
+        first = PACKET_LENGTHS.start(),
+        last = PACKET_LENGTHS.end()
+    )]
     PacketLength(usize),
 }
 
@@ -274,8 +283,7 @@ impl Kernel {
         packet: &[u8],
         layer3: bool,
     ) -> Result<Explanation, GatewayError> {
-        // linux/net/bpf/test_run.c, 6.1: an Ethernet header at least, a page less headroom at most.
-        if !(14..=3_520).contains(&packet.len()) {
+        if !PACKET_LENGTHS.contains(&packet.len()) {
             return Err(GatewayError::PacketLength(packet.len()));
         }
         self.maps.ask(Question { direction: direction as u32, layer3: u32::from(layer3) });
@@ -645,8 +653,8 @@ impl Kernel {
         }
     }
 
-    /// Takes one change back in the maps as far as packets are concerned. What a provider, an
-    /// application or a removed session leaves there is nothing to them.
+    /// Takes one change back in the maps as far as packets are concerned: what a provider or an
+    /// application leaves there is nothing to them.
     fn take_back(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
         match change {
             Change::PutAllocation(allocation) => {
@@ -724,6 +732,9 @@ impl Gateway for Kernel {
         ordered.extend(others);
         let trees = self.interfaces.iter().map(|interface| interface.tree.clone()).collect();
         let settings = self.maps.settings()?;
+        // The change itself does not tell which lines a removed session had.
+        let removes = changes.iter().any(|change| matches!(change, Change::DeleteSession(_)));
+        let lines = if removes { Some(self.maps.lines()?) } else { None };
         let mut done = 0;
         let result = self.carry_out(state, &ordered, ends, &mut done);
         if result.is_ok() {
@@ -735,6 +746,9 @@ impl Gateway for Kernel {
             if let Err(error) = self.take_back(state, change) {
                 tracing::warn!(%error, "a change of the maps could not be taken back");
             }
+        }
+        if let Some(lines) = lines {
+            self.maps.put_lines(&lines)?;
         }
         self.maps.put_settings(&settings)?;
         self.schedule_again(trees);

@@ -118,17 +118,18 @@ impl Maps {
         differs
     }
 
+    /// The lines as they stand.
+    pub(super) fn lines(&self) -> Result<std::collections::HashMap<LineKey, Line>, ObjectError> {
+        self.lines.iter().map(|entry| entry.map_err(|reason| ObjectError::map("lines", reason))).collect()
+    }
+
     /// Makes the map of lines hold exactly `wanted`. Tells how many entries differed.
     pub(super) fn put_lines(
         &mut self,
         wanted: &std::collections::HashMap<LineKey, Line>,
     ) -> Result<usize, ObjectError> {
         let error = |reason| ObjectError::map("lines", reason);
-        let mut found = std::collections::HashMap::new();
-        for entry in &self.lines {
-            let (key, line) = entry.map_err(error)?;
-            found.insert(key, line);
-        }
+        let found = self.lines()?;
         let mut differed = 0;
         for (key, line) in wanted {
             if found.get(key) != Some(line) {

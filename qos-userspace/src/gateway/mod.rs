@@ -22,4 +22,4 @@ pub enum Role {
     Wan,
 }
 
-pub use kernel::{GatewayConfig, GatewayError, InterfaceConfig, Kernel};
+pub use kernel::{GatewayConfig, GatewayError, InterfaceConfig, Kernel, PACKET_LENGTHS};
