@@ -76,7 +76,8 @@ impl Daemon {
 }
 
 fn typed<T: DeserializeOwned>(answer: Value) -> Result<T> {
-    serde_json::from_value(answer.clone()).with_context(|| format!("an answer of another kind: {answer}"))
+    let shown = answer.to_string();
+    serde_json::from_value(answer).with_context(|| format!("an answer of another kind: {shown}"))
 }
 
 /// Like [`measure`], and again, up to four times, when the machine and not what is tested fell short:
