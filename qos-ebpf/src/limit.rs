@@ -183,7 +183,8 @@ fn count(counters: *mut Counters, judgement: Judgement, bytes: u32) {
     }
 }
 
-/// Counts a packet that was re-marked.
+/// Counts a packet that was re-marked. One look-up after the other: from a loop over both LLVM makes
+/// `a | b` of the two pointers, which the verifier refuses.
 #[inline(always)]
 pub(crate) fn count_marked(allocation: &Allocation, slot: u32, direction: Direction, bytes: u32) {
     if let Some(counters) = maps::counters(directed(slot, direction)) {
