@@ -610,8 +610,7 @@ fn a_refusal_of_the_kernel_leaves_store_maps_and_trees_as_they_were() {
 fn refused_start(daemon: &mut Daemon, status: i32) -> String {
     let error = format!("{:#}", daemon.restart().unwrap_err());
     assert!(error.contains(&format!("exit status: {status};")), "{error}");
-    let last = error.lines().last().unwrap_or_default().to_owned();
-    last
+    error.lines().last().unwrap_or_default().to_owned()
 }
 
 /// What a namespace has of anybody's.

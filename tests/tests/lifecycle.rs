@@ -401,7 +401,7 @@ fn two_hundred_allocations_come_back_with_their_numbers_and_slots() {
             "selectors": [format!("down udp from 203.0.113.0/24 to 192.0.2.10:{port}"),
                           format!("up udp from 192.0.2.10 to 203.0.113.0/24:{port}")],
             "level": {"guaranteed": {"down": "1mbit"}, "maximum": {"down": "2mbit", "up": "1mbit"}},
-            "duration": if port % 2 == 0 { json!("1h") } else { Value::Null },
+            "duration": if port.is_multiple_of(2) { json!("1h") } else { Value::Null },
         });
         let answer = client.ask("POST", "/v1/allocations", Some(&request)).unwrap();
         assert_eq!(answer.status, 201, "{answer:?}");
@@ -421,9 +421,9 @@ fn two_hundred_allocations_come_back_with_their_numbers_and_slots() {
 
     for kill in [true, false] {
         if kill {
-            daemon.kill().unwrap()
+            daemon.kill().unwrap();
         } else {
-            daemon.terminate().unwrap()
+            daemon.terminate().unwrap();
         }
         let began = Instant::now();
         daemon.restart().unwrap();
