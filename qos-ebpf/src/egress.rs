@@ -115,8 +115,12 @@ fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
     } else {
         (&settings.line_lengths_v6, settings.line_lengths_v6_used)
     };
-    for &length in lengths.iter().take(used as usize) {
-        let length = u32::from(length);
+    #[expect(clippy::needless_range_loop, reason = "the verifier follows an index with a constant bound")]
+    for i in 0..lengths.len() {
+        if i as u32 >= used {
+            break;
+        }
+        let length = u32::from(lengths[i]);
         let key = LineKey { address: subscriber.prefix(length), length, family: key.family };
         if let Some(line) = maps::line(&key) {
             return line.rest_class[direction as usize];

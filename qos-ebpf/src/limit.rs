@@ -183,15 +183,22 @@ fn count(counters: *mut Counters, judgement: Judgement, bytes: u32) {
     }
 }
 
-/// Counts a packet that was re-marked.
+/// Counts a packet that was re-marked. One look-up after the other: from a loop over both LLVM makes
+/// `a | b` of the two pointers, which the verifier refuses.
 #[inline(always)]
 pub(crate) fn count_marked(allocation: &Allocation, slot: u32, direction: Direction, bytes: u32) {
-    let of_allocation = maps::counters(directed(slot, direction));
-    let of_provider = maps::provider_counters(directed(allocation.provider, direction));
-    for counters in [of_allocation, of_provider].into_iter().flatten() {
-        // SAFETY: as in `count`.
-        let counters = unsafe { &mut *counters };
-        counters.marked_packets += 1;
-        counters.marked_bytes += u64::from(bytes);
+    if let Some(counters) = maps::counters(directed(slot, direction)) {
+        add_marked(counters, bytes);
     }
+    if let Some(counters) = maps::provider_counters(directed(allocation.provider, direction)) {
+        add_marked(counters, bytes);
+    }
+}
+
+#[inline(always)]
+fn add_marked(counters: *mut Counters, bytes: u32) {
+    // SAFETY: as in `count`.
+    let counters = unsafe { &mut *counters };
+    counters.marked_packets += 1;
+    counters.marked_bytes += u64::from(bytes);
 }

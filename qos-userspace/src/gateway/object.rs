@@ -788,7 +788,12 @@ mod tests {
     #[ignore = "needs root"]
     fn every_program_passes_the_verifier() {
         let pins = Pins::new("load");
-        let object = Object::load(&pins.0).expect("loads");
+        let mut object = Object::load(&pins.0).expect("loads");
+        for name in ["qos_trace_lan", "qos_trace_wan"] {
+            let program: &mut Xdp = object.program(name).expect("is in the object");
+            assert!(program.fd().is_err(), "{name} is loaded when somebody traces");
+            program.load().unwrap_or_else(|error| panic!("{name}: {}", program_error(&error)));
+        }
         let names: Vec<_> = object.ebpf.programs().map(|(name, _)| name.to_owned()).collect();
         for name in
             ["qos_xdp_lan", "qos_xdp_wan", "qos_ingress", "qos_egress_lan", "qos_egress_wan", "qos_explain"]

@@ -198,9 +198,8 @@ impl Gateway {
         std::fs::write(file.path(), text)?;
         let mut command = Command::new("nft");
         command.arg("-f").arg(file.path()).stdin(Stdio::null());
-        let output = match self.namespace.output(command) {
-            Ok(output) => output,
-            Err(_) => return Ok(ControlFlow::Break("nftables: no `nft` on this machine".to_owned())),
+        let Ok(output) = self.namespace.output(command) else {
+            return Ok(ControlFlow::Break("nftables: no `nft` on this machine".to_owned()));
         };
         if output.status.success() {
             return Ok(ControlFlow::Continue(()));
