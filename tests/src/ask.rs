@@ -104,6 +104,18 @@ pub fn measure_undisturbed(
     }
 }
 
+/// [`measure_undisturbed`] of one UDP flow.
+///
+/// # Errors
+/// When its sockets failed.
+pub fn undisturbed(
+    flow: &crate::traffic::RunningUdp,
+    warm_up: Duration,
+    window: Duration,
+) -> Result<Measured> {
+    Ok(measure_undisturbed(&[(flow, flow.rate())], warm_up, window)?.remove(0))
+}
+
 /// Sends for `time` from a pause to a pause, so that every packet counts, and waits for the last one.
 /// The flow pauses afterwards.
 ///
