@@ -497,7 +497,7 @@ fn a_revoked_class_drains_and_others_lose_nothing() {
     assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped.packets, 0);
     // Free of its limit it runs at what is offered.
     slow_flow.set_rate(mbit(3));
-    let free = slow_undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+    let free = undisturbed(&slow_flow, WARM_UP, Duration::from_secs(1)).unwrap();
     assert_eq!(free.lost, 0, "{:?}", Brief(&free));
     assert_eq!(daemon.status().unwrap().gateway.repairs, []);
 }

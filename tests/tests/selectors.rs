@@ -1,7 +1,6 @@
 //! Selectors on the wire: which allocation a packet is counted to, field by field, and that `qos
 //! explain` says the same. Needs root.
 #![expect(clippy::unwrap_used, reason = "a test and what it calls fail by panicking")]
-#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
