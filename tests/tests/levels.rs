@@ -1,10 +1,6 @@
 //! Levels, granted by `qos` to a real `qosd`, held by real traffic: rates, aggregates, counters,
 //! observation. Lines are in `lines.rs`, single packets in `selectors.rs` and `marking.rs`. Needs root.
 #![expect(clippy::unwrap_used, reason = "a test and what it calls fail by panicking")]
-<<<<<<< HEAD
-#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
-=======
->>>>>>> main
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

@@ -1,11 +1,6 @@
 //! Lines and links under overload: guarantees, priorities, ceilings, delay, and how cells are
 //! counted. Real `qosd`, real traffic. Needs root.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test and what it calls fail by panicking")]
-<<<<<<< HEAD
-#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
-#![expect(clippy::print_stdout, reason = "the figures are what a person wants to see")]
-=======
->>>>>>> main
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

@@ -1,9 +1,5 @@
 //! Re-marking on the wire: code point, checksums, ECN, and everything else as it was. Needs root.
 #![expect(clippy::unwrap_used, reason = "a test and what it calls fail by panicking")]
-<<<<<<< HEAD
-#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
-=======
->>>>>>> main
 
 use std::net::IpAddr;
 use std::time::Duration;
