@@ -129,6 +129,18 @@ fn idle_share(before: (u64, u64), after: (u64, u64)) -> f64 {
     (after.0 - before.0) as f64 / ((after.1 - before.1) as f64).max(1.0)
 }
 
+/// [`measure_undisturbed`] of one UDP flow.
+///
+/// # Errors
+/// When its sockets failed.
+pub fn undisturbed(
+    flow: &crate::traffic::RunningUdp,
+    warm_up: Duration,
+    window: Duration,
+) -> Result<Measured> {
+    Ok(measure_undisturbed(&[(flow, flow.rate())], warm_up, window)?.remove(0))
+}
+
 /// Sends for `time` from a pause to a pause, so that every packet counts, and waits for the last one.
 /// The flow pauses afterwards.
 ///

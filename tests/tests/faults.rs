@@ -19,7 +19,7 @@ use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use qos_tests::api::Client;
-use qos_tests::ask::Brief;
+use qos_tests::ask::{Brief, undisturbed};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, programs};
 use qos_tests::netlink::Netlink;
@@ -60,7 +60,7 @@ fn video_to_home(net: &Topology, port: u16, mbit: u64) -> RunningUdp {
 }
 
 fn achieves(flow: &RunningUdp, mbit: u64) {
-    let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    let held = undisturbed(flow, WARM_UP, Duration::from_secs(1)).unwrap();
     let share = held.ratio_to(BitsPerSecond(mbit * 1_000_000));
     assert!((share - 1.0).abs() < 0.06, "{:?}", Brief(&held));
 }

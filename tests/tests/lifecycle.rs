@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use qos_common::abi::{self, directed};
 use qos_common::classify::{Direction, Rule};
 use qos_tests::api::Client;
-use qos_tests::ask::Brief;
+use qos_tests::ask::{Brief, undisturbed};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, Maps, detach_link, pinned_links, programs};
 use qos_tests::netlink::{Netlink, TrafficControl, set_offloads};
@@ -497,7 +497,7 @@ fn a_revoked_class_drains_and_others_lose_nothing() {
     assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped.packets, 0);
     // Free of its limit it runs at what is offered.
     slow_flow.set_rate(mbit(3));
-    let free = slow_flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    let free = undisturbed(&slow_flow, WARM_UP, Duration::from_secs(1)).unwrap();
     assert_eq!(free.lost, 0, "{:?}", Brief(&free));
     assert_eq!(daemon.status().unwrap().gateway.repairs, []);
 }
@@ -565,7 +565,7 @@ fn detach_leaves_the_namespace_as_it_was_found() {
                 .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit")
                 .unwrap();
         }
-        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
         assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
         assert_ne!(found(&net), before);
 
@@ -585,13 +585,13 @@ fn detach_leaves_the_namespace_as_it_was_found() {
         assert_eq!(found(&net), before, "dead: {dead}");
         assert!(!daemon.bpffs_dir().exists(), "pins are left");
         assert!(dead || !daemon.socket().exists(), "the socket is left");
-        let free = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        let free = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
         assert_eq!(free.lost, 0, "{:?}", Brief(&free));
 
         // What was granted comes back with the next start, and only then.
         daemon.restart().unwrap();
         assert!(!daemon.status().unwrap().gateway.taken_over);
-        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
         assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
         daemon.qos(["detach", "--yes"]).unwrap();
         daemon.wait(Duration::from_secs(5)).unwrap();
@@ -746,7 +746,7 @@ fn drift_is_repaired_and_told() {
                 whole.links.keys().collect::<Vec<_>>(),
                 "{name}"
             );
-            let held = flow.measure(Duration::from_millis(400), Duration::from_millis(800)).unwrap();
+            let held = undisturbed(&flow, Duration::from_millis(400), Duration::from_millis(800)).unwrap();
             assert!(within(held.achieved, mbit(2), 0.06), "{name}: {:?}", Brief(&held));
             let after: Vec<_> = daemon.status().unwrap().gateway.repairs;
             assert!(after.len() <= repairs + new.len(), "{name} is repaired once: {after:?}");
@@ -769,7 +769,7 @@ fn a_foreign_root_qdisc_is_told_and_left_alone_and_the_maximum_holds_without_it(
             error.contains("lan0: the root queueing discipline is tbf") && error.contains("not ours")
         })
     });
-    let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
     println!("under a foreign root: {:?}", Brief(&held));
     assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
 
@@ -790,7 +790,7 @@ fn an_interface_that_goes_and_comes_back_is_attached_again() {
         .grant("--provider video --flow 'up udp from 192.0.2.10 to 203.0.113.0/24:5000' --max-up 2mbit --guaranteed-up 1mbit")
         .unwrap();
     let flow = up(&net, 5_000, mbit(6), 1_000);
-    let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+    let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
     assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
     drop(flow);
     let whole = Kernel::read(&daemon, &net.gateway).unwrap();
@@ -842,7 +842,7 @@ fn an_interface_that_goes_and_comes_back_is_attached_again() {
         assert_eq!(now.maps, whole.maps);
         assert_eq!(now.links.len(), 6, "{:?}", now.links);
         let flow = up(&net, 5_000, mbit(6), 1_000);
-        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
         assert!(within(held.achieved, mbit(2), 0.06), "dead: {dead}: {:?}", Brief(&held));
         assert_eq!(list(&daemon, "list").iter().map(|found| found.id).collect::<Vec<_>>(), [kept.id]);
     }
@@ -867,7 +867,7 @@ fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
             "{log}"
         );
         assert!(!daemon.socket().exists());
-        let held = flow.measure(WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
         assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
         let refused = daemon.qos_output(["status"]).unwrap();
         assert_eq!(refused.status.code(), Some(3));
@@ -890,7 +890,7 @@ fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
         assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
         let log = daemon.log_tail();
         assert!(log.contains("again: ending at once"), "{log}");
-        let held = flow.measure(Duration::from_millis(300), Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, Duration::from_millis(300), Duration::from_secs(1)).unwrap();
         assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
         daemon.restart().unwrap();
     }

@@ -602,9 +602,9 @@ fn statistics_explanations_and_status_are_passed_on() {
     daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
     let statistics = daemon.must("GET", "/v1/statistics", "");
     assert_eq!(statistics["allocations"]["1"]["down"]["passed"]["bytes"], 1_500_000);
-    let explained =
-        daemon.must("POST", "/v1/explain", r#"{"direction":"down","packet":"0x45 00","layer3":true}"#);
-    assert_eq!(explained["explanation"]["charged"], 2);
+    let packet = format!(r#"{{"direction":"down","packet":"0x45 00 {}","layer3":true}}"#, "00".repeat(18));
+    let explained = daemon.must("POST", "/v1/explain", &packet);
+    assert_eq!(explained["explanation"]["charged"], 20);
     assert_eq!(explained["explanation"]["direction"], "down");
     assert_eq!(explained["allocation"]["id"], 1);
     let status = daemon.must("GET", "/v1/status", "");

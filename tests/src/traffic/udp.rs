@@ -181,6 +181,12 @@ impl RunningUdp {
         self.shared.rate.store(rate.0, Ordering::Relaxed);
     }
 
+    /// The rate that it is told to send.
+    #[must_use]
+    pub fn rate(&self) -> BitsPerSecond {
+        BitsPerSecond(self.shared.rate.load(Ordering::Relaxed))
+    }
+
     /// Packets sent since the start.
     #[must_use]
     pub fn sent(&self) -> u64 {
