@@ -227,11 +227,17 @@ fn limits_and_counts_hold_through_kill_and_restart_under_load() {
         measured.iter().map(Brief).collect::<Vec<_>>()
     );
 
-    for (flow, limit) in measured.iter().zip([mbit(8), mbit(4), mbit(20)]) {
-        let series = flow.series(Duration::from_millis(250));
+    // A clock begun anew would let 25 ms at once. UDP's arrivals have the kernel's stamps; TCP's are
+    // noted by a program that may have to wait for a CPU, and need longer windows.
+    let short = (Duration::from_millis(250), 1.05);
+    let long = (Duration::from_secs(1), 1.03);
+    for (flow, limit, (window, tolerance)) in
+        [(&measured[0], mbit(8), short), (&measured[1], mbit(4), short), (&measured[2], mbit(20), long)]
+    {
+        let series = flow.series(window);
         let worst = series.iter().max().unwrap();
-        println!("limit {limit}: largest of {} windows {worst}", series.len());
-        assert!(worst.0 as f64 <= limit.0 as f64 * 1.05, "limit {limit}: {series:?}");
+        println!("limit {limit}: largest of {} windows of {window:?} {worst}", series.len());
+        assert!(worst.0 as f64 <= limit.0 as f64 * tolerance, "limit {limit}: {series:?}");
         assert!(within(flow.achieved, limit, 0.03), "limit {limit}: {:?}", Brief(flow));
     }
     assert_eq!(measured[3].lost, 0, "{:?}", Brief(&measured[3]));
