@@ -85,7 +85,10 @@ impl Workspace {
             tools.as_os_str(),
         ];
         run(if tool.nightly { self.nightly_cargo(args) } else { self.cargo(args) }).with_context(|| {
-            format!("{} {} can't be installed; it is built from the crate registry", tool.package, tool.version)
+            format!(
+                "{} {} can't be installed; it is built from the crate registry",
+                tool.package, tool.version
+            )
         })
     }
 
