@@ -1,14 +1,8 @@
-//! Builds the kernel object that the benchmark drives the programs with.
+//! Tells where the kernel programs are that the benchmark drives the others with.
 
-use anyhow::{Context as _, Result};
-use aya_build::{Package, Toolchain};
-
-fn main() -> Result<()> {
-    let root_dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../qos-ebpf");
-    println!("cargo:rerun-if-changed={}/../qos-common/src", env!("CARGO_MANIFEST_DIR"));
-    aya_build::build_ebpf(
-        [Package { name: "qos-ebpf", root_dir, ..Package::default() }],
-        Toolchain::default(),
-    )
-    .context("building the kernel programs; `cargo xtask build` installs what this needs")
+fn main() {
+    // Of the build script of qos-userspace.
+    if let Ok(folder) = std::env::var("DEP_QOS_KERNEL_FOLDER") {
+        println!("cargo:rustc-env=QOS_KERNEL_FOLDER={folder}");
+    }
 }

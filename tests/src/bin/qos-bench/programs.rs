@@ -22,7 +22,7 @@ use crate::world::{self, HEADERS};
 /// Packets of one measurement.
 const REPEAT: u32 = 200_000;
 
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/qos-bench-kernel"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("QOS_KERNEL_FOLDER"), "/qos-bench-kernel"));
 
 /// What one program costs.
 #[derive(Debug, Serialize)]
