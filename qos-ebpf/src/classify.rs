@@ -9,7 +9,7 @@ use core::ffi::{c_long, c_void};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_loop;
 use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
-use qos_common::classify::{Direction, MAX_TABLES, selector_of, slot_of_key, table_set};
+use qos_common::classify::{Direction, selector_of, slot_of_key, table_set};
 
 use crate::maps;
 use crate::packet::{Packet, Piece};
@@ -25,12 +25,13 @@ pub(crate) struct Search {
     pub(crate) rank: u64,
     /// Time in ns of CLOCK_MONOTONIC, read when the first rule matches; zero before.
     pub(crate) now_ns: u64,
-    /// First rule of the list that is scanned.
-    start: u32,
     /// Slot of the allocation; zero for none.
     pub(crate) slot: u32,
     /// Tables looked into.
     pub(crate) tables: u32,
+    /// First rule of the list that is scanned. Here, so that what is cleared for each packet is not
+    /// one run, of which LLVM makes a call.
+    start: u32,
     /// Rules compared.
     pub(crate) rules: u32,
     /// Rules that matched and whose allocation has ended.
@@ -46,7 +47,6 @@ impl Search {
         self.packet.begin(direction);
         self.rank = u64::MAX;
         self.now_ns = 0;
-        self.start = 0;
         self.slot = 0;
         self.tables = 0;
         self.rules = 0;
@@ -116,54 +116,52 @@ fn look_up(search: &mut Search) {
     let Some(set) = maps::tables(table_set(key.direction, key.family)) else {
         return;
     };
-    let used = set.used.min(MAX_TABLES as u32);
-    scan(used, probe, search);
-}
-
-/// Looks into the table `index`.
-unsafe extern "C" fn probe(index: u32, state: *mut c_void) -> c_long {
-    // SAFETY: `scan` passes a pointer to its own pointer to this CPU's `Search`.
-    let search = unsafe { &mut **state.cast::<*mut Search>() };
-    let key = &search.packet.key;
-    let Some(table) =
-        maps::tables(table_set(key.direction, key.family)).and_then(|set| set.tables.get(index as usize))
-    else {
-        return 1;
-    };
-    if table.best >= search.rank {
-        return 0;
+    for (table, position) in set.tables.iter().zip(0..) {
+        if position >= set.used {
+            break;
+        }
+        if table.best >= search.rank {
+            continue;
+        }
+        let list = maps::index_slot(slot_of_key(&search.packet.key, table));
+        search.tables += 1;
+        search.start = list.start();
+        // Most lists have one rule.
+        if list.count() != 0 && !compare(search, 0) && list.count() != 1 {
+            scan(list.count(), search);
+        }
     }
-    let list = maps::index_slot(slot_of_key(key, table));
-    search.tables += 1;
-    search.start = list.start();
-    scan(list.count(), compare, search);
-    0
 }
 
-/// Calls `step` with 0, 1, … `count` − 1 until it returns 1. The kernel's own loop: a loop of this
-/// program would be verified step by step, once for each way through the parser.
+/// Compares the rules 1 to `count` − 1 of the list. The kernel's own loop: one of this program would
+/// be verified step by step.
 #[inline(always)]
-fn scan(count: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> c_long, search: &mut Search) {
+fn scan(count: u32, search: &mut Search) {
     // The helper takes nothing but a pointer to the stack.
     let mut state = core::ptr::from_mut(search);
     // SAFETY: the callback has the type that the helper calls, and `state` outlives the call.
-    unsafe { bpf_loop(count, step as *mut c_void, (&raw mut state).cast(), 0) };
+    unsafe { bpf_loop(count - 1, step as *mut c_void, (&raw mut state).cast(), 0) };
 }
 
-/// Compares the rule `index` of the list; returns 1 to end the scan.
-unsafe extern "C" fn compare(index: u32, state: *mut c_void) -> c_long {
+unsafe extern "C" fn step(index: u32, state: *mut c_void) -> c_long {
     // SAFETY: `scan` passes a pointer to its own pointer to this CPU's `Search`.
     let search = unsafe { &mut **state.cast::<*mut Search>() };
+    c_long::from(compare(search, index.wrapping_add(1)))
+}
+
+/// Compares the rule `index` of the list; returns whether that ends the scan.
+#[inline(always)]
+fn compare(search: &mut Search, index: u32) -> bool {
     let Some(rule) = maps::rule(search.start.wrapping_add(index)) else {
-        return 1;
+        return true;
     };
     search.rules += 1;
     // Lists are sorted: no better rule follows.
     if rule.rank >= search.rank {
-        return 1;
+        return true;
     }
     if !rule.matches(&search.packet.key) {
-        return 0;
+        return false;
     }
     if search.now_ns == 0 {
         search.now_ns = now_ns();
@@ -174,11 +172,11 @@ unsafe extern "C" fn compare(index: u32, state: *mut c_void) -> c_long {
     };
     if !live {
         search.expired += 1;
-        return 0;
+        return false;
     }
     search.rank = rule.rank;
     search.slot = rule.slot;
-    1
+    true
 }
 
 #[inline(always)]
