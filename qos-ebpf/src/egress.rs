@@ -1,6 +1,7 @@
 //! The way out: the class that the packet queues in, and its code point. A packet that no hook of
 //! ours has seen, made on the box or come in elsewhere, is classified and policed here.
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
 use qos_common::abi::{Allocation, IN_USE, LineKey, MARK_DSCP, Outcome, Settings, directed};
 use qos_common::classify::{Direction, Family, Key};
@@ -44,7 +45,7 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
 /// and the slot of its allocation, zero for none.
 #[inline(always)]
 fn police(ctx: &TcContext, search: &mut Search, direction: Direction) -> (Outcome, u32) {
-    if !read(ctx, &mut search.packet) {
+    if qos_read(ctx.skb.skb) == 0 {
         return (Outcome::Unclassified, 0);
     }
     search.packet.key.length = segment_length(ctx, &search.packet);
@@ -78,7 +79,7 @@ fn send(
     };
     let lines = !observes && settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
     let packet = &mut search.packet;
-    if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || read(ctx, packet)) {
+    if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || qos_read(ctx.skb.skb) != 0) {
         if class == 0 && lines {
             class = line_class(settings, &packet.key, direction);
         }
@@ -100,6 +101,16 @@ fn send(
     if class != 0 && !observes {
         // SAFETY: `priority` is a field that programs of this type may write.
         unsafe { (*ctx.skb.skb).priority = class };
+    }
+}
+
+/// Class of what no allocation has a class for: the rest of the line that the packet's subscriber is
+/// on, or where none is known the link's.
+#[inline(always)]
+pub(crate) fn rest_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
+    match line_class(settings, key, direction) {
+        0 => settings.default_class[direction as usize],
+        class => class,
     }
 }
 
@@ -129,21 +140,25 @@ fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
     0
 }
 
-/// Reads the packet's headers, pulling them into the linear part first if need be, and tells whether
-/// they could be read. Out of line: two callers need it, and the verifier follows each way through
-/// the parser.
+/// Reads the packet's headers into this CPU's search, pulling them into the linear part first if need
+/// be, and tells whether they could be read.
 ///
-/// Not a `Result<(), Outcome>`, which is −1 for `Ok`: with 32-bit arithmetic but without 32-bit jumps
-/// LLVM 22 compares a 32-bit number that has been extended with zeros to a 64-bit −1, and so never
-/// finds them equal.
+/// A global function: the verifier follows the ways through the parser once, on their own, and not
+/// again behind each way that leads here.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn read(ctx: &TcContext, packet: &mut Packet) -> bool {
+extern "C" fn qos_read(skb: *mut __sk_buff) -> u32 {
+    let Some(search) = maps::search() else {
+        return 0;
+    };
+    let ctx = TcContext::new(skb);
     let length = ctx.len();
     if (ctx.data_end().wrapping_sub(ctx.data()) as u32) < HEADERS.min(length) {
         // A packet that can't be pulled is read as far as it goes.
         let _ = ctx.pull_data(HEADERS.min(length));
     }
-    parse(Bytes::new(ctx.data(), ctx.data_end()), false, length, packet).is_ok()
+    let bytes = Bytes::new(ctx.data(), ctx.data_end());
+    u32::from(parse(bytes, false, length, &mut search.packet).is_ok())
 }
 
 /// Segments of a GSO super-packet; one for any other packet.

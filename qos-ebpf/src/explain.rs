@@ -7,6 +7,7 @@ use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 
 use crate::classify::classify;
+use crate::egress::rest_class;
 use crate::limit::{Judgement, judge};
 use crate::maps;
 use crate::packet::{Bytes, parse};
@@ -14,8 +15,8 @@ use crate::packet::{Bytes, parse};
 /// Answers the question for the packet of this context.
 #[inline(always)]
 pub(crate) fn run(ctx: &XdpContext) {
-    let (Some(question), Some(place), Some(search)) =
-        (maps::question(), maps::answer(), maps::explaining_search())
+    let (Some(settings), Some(question), Some(place), Some(search)) =
+        (maps::settings(), maps::question(), maps::answer(), maps::explaining_search())
     else {
         return;
     };
@@ -43,10 +44,12 @@ pub(crate) fn run(ctx: &XdpContext) {
     answer.in_profile = 0;
     answer.charged = 0;
     answer.class = 0;
-    if search.slot == 0 {
+    if read.is_err() {
         return;
     }
-    if let Some(allocation) = maps::allocation(directed(search.slot, direction)) {
+    if search.slot != 0
+        && let Some(allocation) = maps::allocation(directed(search.slot, direction))
+    {
         let layer = LinkLayer::from_raw(allocation.link_layer);
         let bytes = charged(search.packet.ip_length, allocation.overhead, layer);
         let judgement = judge::<false>(allocation, search.slot, direction, search.now_ns, bytes);
@@ -54,6 +57,11 @@ pub(crate) fn run(ctx: &XdpContext) {
         answer.charged = bytes;
         answer.outcome = judgement.outcome() as u32;
         answer.in_profile = u32::from(judgement == Judgement::InProfile);
-        answer.class = allocation.class;
+        if search.limits_only == 0 {
+            answer.class = allocation.class;
+        }
+    }
+    if answer.class == 0 {
+        answer.class = rest_class(settings, &search.packet.key, direction);
     }
 }

@@ -15,7 +15,9 @@ use super::extract::{Body, LARGEST_BODY, Named, Options};
 use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
-use crate::domain::{Allocation, AllocationId, Application, Level, Name, Profile, Provider, Session};
+use crate::domain::{
+    Allocation, AllocationId, Application, Direction, Level, Name, Profile, Provider, Session,
+};
 use crate::gateway::PACKET_LENGTHS;
 use crate::gateway::report::Statistics;
 use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession};
@@ -111,7 +113,12 @@ async fn explain(Shared(api): Shared<Api>, Body(request): Body<ExplainRequest>) 
             let explanation = service.explain(request.direction.into(), &packet, request.layer3)?;
             let allocation =
                 explanation.allocation.and_then(|id| service.state().allocations.get(&id).cloned());
-            Ok::<_, ServiceError>(Explained { explanation, allocation })
+            let subscriber = match request.direction.into() {
+                Direction::Upstream => explanation.source,
+                Direction::Downstream => explanation.destination,
+            };
+            let line = subscriber.and_then(|address| service.state().line_of(address).cloned());
+            Ok::<_, ServiceError>(Explained { explanation, allocation, line })
         })
         .await?;
     answer(explained)

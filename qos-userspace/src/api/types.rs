@@ -74,6 +74,8 @@ pub struct Explained {
     pub explanation: Explanation,
     /// The allocation that matched.
     pub allocation: Option<Allocation>,
+    /// The line that the packet's subscriber is on.
+    pub line: Option<Name>,
 }
 
 /// The daemon and its gateway as they are.

@@ -101,7 +101,7 @@ fn packet(explain: &Explain) -> Result<Packet, CliError> {
 }
 
 fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
-    let Explained { explanation, allocation } = explained;
+    let Explained { explanation, allocation, line } = explained;
     let selector = allocation.as_ref().zip(explanation.selector).map(|(allocation, index)| {
         let text = allocation.selectors.get(index as usize).map(ToString::to_string).unwrap_or_default();
         format!("{index}: {text}")
@@ -121,7 +121,7 @@ fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
         ];
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     });
-    let unmatched = allocation.is_none().then(|| "none: it shares the rest of its line".to_owned());
+    let unmatched = allocation.is_none().then(|| "none: it shares what is left".to_owned());
     let profile = match (explanation.allocation, explanation.in_profile) {
         (None, _) => "",
         (Some(_), true) => ", in profile",
@@ -134,7 +134,13 @@ fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
         ("level", level),
         ("outcome", Some(format!("{}{profile}", explanation.outcome.replace('_', " ")))),
         ("charged", Some(format!("{} bytes", explanation.charged))),
-        ("class", Some(explanation.class.unwrap_or_else(|| "the interface's default".to_owned()))),
+        (
+            "line",
+            Some(
+                line.map_or_else(|| "none: no session has the subscriber's address".to_owned(), String::from),
+            ),
+        ),
+        ("class", Some(explanation.class.unwrap_or_else(|| "none: it passes by all queues".to_owned()))),
         (
             "looked at",
             Some(format!(

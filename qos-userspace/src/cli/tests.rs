@@ -398,6 +398,7 @@ fn an_explanation_is_told_in_words() {
         level       guaranteed 5 Mbit/s, maximum 10 Mbit/s, priority 1
         outcome     admitted, in profile
         charged     42 bytes
+        line        dsl-1
         class       5150:4001
         looked at   1 tables, 2 rules; 0 more had matched and are expired
         ",

@@ -509,8 +509,9 @@ impl Kernel {
             ..Settings::default()
         };
         for interface in &self.interfaces {
-            if let Some(scheduler) = &interface.scheduler {
-                settings.default_class[interface.egress() as usize] = scheduler.default_class();
+            if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
+                settings.default_class[interface.egress() as usize] =
+                    if tree.is_bare() { scheduler.direct_class() } else { scheduler.default_class() };
             }
         }
         let addresses = || state.sessions.values().flat_map(|session| &session.addresses);
@@ -618,13 +619,10 @@ impl Kernel {
                 self.maps.put_application(application.slot, record);
             }
             Change::PutSession(session) => {
-                // Lines first: a prefix length that no line has yet costs a look-up and nothing else.
                 let line = self.line(session);
                 for net in &session.addresses {
                     self.maps.put_line(line_key(*net), line)?;
                 }
-                let settings = self.settings(state)?;
-                self.maps.put_settings(&settings)?;
             }
             Change::PutAllocation(allocation) => {
                 self.maps.put_allocation(allocation.slot, self.records(state, allocation));
@@ -713,6 +711,9 @@ impl Kernel {
             self.apply_to_maps(state, change)?;
         }
         self.schedule_all(state)?;
+        // The first class that there is takes the rest of the traffic behind it.
+        let settings = self.settings(state)?;
+        self.maps.put_settings(&settings)?;
         for change in &changes[ends..] {
             *done += 1;
             self.apply_to_maps(state, change)?;
@@ -964,7 +965,8 @@ fn explanation(direction: Direction, answer: &abi::Answer) -> Explanation {
         selector: matched.then(|| selector_of(answer.rank)),
         in_profile: answer.in_profile != 0,
         charged: answer.charged,
-        class: (answer.class != 0).then(|| format!("{:x}:{:x}", answer.class >> 16, answer.class & 0xffff)),
+        class: (answer.class & 0xffff != 0)
+            .then(|| format!("{:x}:{:x}", answer.class >> 16, answer.class & 0xffff)),
         direction: match direction {
             Direction::Upstream => "up",
             Direction::Downstream => "down",

@@ -140,7 +140,7 @@ pub struct Explanation {
     pub in_profile: bool,
     /// Bytes that would be charged.
     pub charged: u32,
-    /// Class at egress as `tc` prints it, `5150:4001`; none: the interface's default.
+    /// Class at egress as `tc` prints it, `5150:4001`; none: the packet passes by all classes.
     pub class: Option<String>,
     /// What the program read: `up`/`down`, addresses, protocol, ports, code point, length.
     pub direction: String,

@@ -163,6 +163,12 @@ impl State {
         }
     }
 
+    /// The session that has the address.
+    #[must_use]
+    pub fn line_of(&self, address: IpAddr) -> Option<&Name> {
+        self.index.session_around(&IpNet::from(address))
+    }
+
     /// Rate of a line's class: its guarantees, the smallest rate of its other classes, and what its
     /// rest is sure of. Zero where there is no such session.
     #[must_use]

@@ -199,6 +199,12 @@ impl Scheduler for Htb {
         class::handle(DEFAULT)
     }
 
+    /// The root's own number: its direct queue, which is served at once (`htb_classify`,
+    /// net/sched/sch_htb.c).
+    fn direct_class(&self) -> u32 {
+        u32::from(ROOT) << 16
+    }
+
     fn rest_class(&self, line: LineSlot) -> u32 {
         class::handle(class::rest_minor(line))
     }
@@ -458,7 +464,7 @@ impl Htb {
         let root = qdiscs.iter().find(|qdisc| qdisc.parent == ROOT_PARENT && qdisc.handle != 0);
         let root = match root {
             None => Root::Absent,
-            Some(qdisc) if qdisc.kind != "htb" || qdisc.handle != u32::from(ROOT) << 16 => {
+            Some(qdisc) if qdisc.kind != "htb" || qdisc.handle != self.direct_class() => {
                 return Err(SchedulerError::ForeignRoot {
                     interface: self.interface.clone(),
                     kind: qdisc.kind.clone(),

@@ -29,6 +29,14 @@ pub struct Tree {
     pub leaves: Vec<Leaf>,
 }
 
+impl Tree {
+    /// Whether there is nothing to order: no line, and no allocation with a class.
+    #[must_use]
+    pub fn is_bare(&self) -> bool {
+        self.lines.is_empty() && self.leaves.is_empty()
+    }
+}
+
 /// A line: an inner class and a leaf for all its traffic that no allocation has a class for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LineClass {
@@ -181,6 +189,9 @@ pub trait Scheduler: Send {
 
     /// `skb->priority` of traffic on no known line.
     fn default_class(&self) -> u32;
+
+    /// `skb->priority` of traffic that passes by all classes, while there is nothing to order.
+    fn direct_class(&self) -> u32;
 
     /// `skb->priority` of the rest of a line.
     fn rest_class(&self, line: LineSlot) -> u32;
