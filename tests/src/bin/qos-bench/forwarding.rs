@@ -191,8 +191,8 @@ impl Gateway {
             )?;
         }
         text.push_str(
-            "} }\nchain forward { type filter hook forward priority 0; \
-             limit name ip saddr . ip daddr . udp dport map @limits drop; } }\n",
+            "}\n}\nchain forward { type filter hook forward priority 0; \
+             limit name ip saddr . ip daddr . udp dport map @limits drop\n}\n}\n",
         );
         let file = tempfile::NamedTempFile::new()?;
         std::fs::write(file.path(), text)?;
