@@ -15,9 +15,9 @@ use serde_json::Value;
 use crate::daemon::Daemon;
 use crate::traffic::{Flow, Measured, measure};
 
-/// How often a measurement that the machine spoilt is repeated.
 /// Idle share below which others keep the machine from doing what is measured.
 const IDLE: f64 = 0.1;
+/// How often a measurement that the machine spoilt is taken.
 const REPEATS: usize = 4;
 /// A sender that got less than this share of its rate out was kept from it by the machine.
 const OFFERED: f64 = 0.97;
