@@ -515,6 +515,27 @@ fn full_maps_are_told_and_nothing_is_half_done() {
     }
     assert_eq!(daemon.status().unwrap().gateway.rules.0, 0);
 
+    // Allocations: slots 1 to 16,383.
+    let one = |number: u32| {
+        let selector = format!("down udp from 2001:db8:2::/48 to 2001:db8:1:20::{number:x}");
+        json!({"provider": "video", "selectors": [selector], "level": {"maximum": {"down": "1mbit"}, "enforcement": "police"}})
+    };
+    let mut grant = |number: u32| client.ask("POST", "/v1/allocations", Some(&one(number))).unwrap();
+    let began = Instant::now();
+    for number in 0..16_383 {
+        let answer = grant(number);
+        assert_eq!(answer.status, 201, "allocation {number}: {}", answer.error("message"));
+    }
+    println!("16,383 allocations granted in {:?}", began.elapsed());
+    let before = Before::of(&daemon, &net.gateway);
+    let answer = grant(16_383);
+    assert_eq!((answer.status, answer.error("code")), (409, "insufficient_slots"), "{answer:?}");
+    assert!(answer.error("message").contains("16383"), "{}", answer.error("message"));
+    before.stands(&daemon, &net.gateway, "too many allocations");
+    daemon.qos(["revoke", "10000"]).unwrap();
+    let answer = grant(16_383);
+    assert_eq!(answer.status, 201, "{}", answer.error("message"));
+
     // Providers: slots 1 to 1,023.
     let provider = |number: u32| json!({"name": format!("p{number}"), "kind": "application", "networks": ["198.18.0.0/15"]});
     for number in 2..1_023 {
