@@ -55,8 +55,8 @@ static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { MAX_FRAGMENTS as usize }> 
 /// interrupted by a packet.
 #[btf_map(name = "searches")]
 static SEARCHES: PerCpuArray<Search, 2> = PerCpuArray::new();
-#[btf_map(name = "last_trace")]
-static LAST_TRACE: PerCpuArray<u64, 1> = PerCpuArray::new();
+#[btf_map(name = "trace_clock")]
+static TRACE_CLOCK: PerCpuArray<u64, 1> = PerCpuArray::new();
 #[btf_map(name = "question")]
 static QUESTION: Array<Question, 1, MMAPABLE> = Array::new();
 #[btf_map(name = "answer")]
@@ -83,11 +83,11 @@ pub(crate) fn explaining_search() -> Option<&'static mut Search> {
     SEARCHES.get_ptr_mut(1).map(|search| unsafe { &mut *search })
 }
 
-/// When this CPU told of a packet last, in ns of CLOCK_MONOTONIC.
+/// When all lines that this CPU wrote would have been due one by one, in ns of CLOCK_MONOTONIC.
 #[inline(always)]
-pub(crate) fn last_trace() -> Option<&'static mut u64> {
+pub(crate) fn trace_clock() -> Option<&'static mut u64> {
     // SAFETY: as for `search`.
-    LAST_TRACE.get_ptr_mut(0).map(|last| unsafe { &mut *last })
+    TRACE_CLOCK.get_ptr_mut(0).map(|clock| unsafe { &mut *clock })
 }
 
 #[inline(always)]

@@ -4,60 +4,70 @@
 use aya_ebpf::EbpfContext;
 use aya_log_ebpf::info;
 use core::net::Ipv4Addr;
-use qos_common::abi::Outcome;
-use qos_common::classify::Family;
+use qos_common::abi::{Outcome, directed};
+use qos_common::classify::{Address, Direction, Family};
 
 use crate::classify::now_ns;
 use crate::maps;
 
-/// Shortest time between two lines of one CPU, in ns: up to 200 packets a second are all told, and a
-/// flood is sampled.
+/// Time that one line of one CPU takes up, in ns: up to 200 packets a second are all told, and a flood
+/// is sampled.
 const INTERVAL_NS: u64 = 5_000_000;
+/// Time that lines may be ahead of that, in ns: 100 packets at once are all told.
+const BURST_NS: u64 = 100 * INTERVAL_NS;
 
 /// Tells of the packet that was just classified on this CPU.
 #[inline(always)]
 pub(crate) fn packet<C: EbpfContext>(ctx: &C, outcome: Outcome) {
-    let (Some(last), Some(search)) = (maps::last_trace(), maps::search()) else {
+    let (Some(clock), Some(search)) = (maps::trace_clock(), maps::search()) else {
         return;
     };
     let now = now_ns();
-    if now.wrapping_sub(*last) < INTERVAL_NS {
+    let due = if *clock > now { *clock } else { now };
+    if due - now > BURST_NS {
         return;
     }
-    *last = now;
+    *clock = due + INTERVAL_NS;
     let key = &search.packet.key;
     let (outcome, direction, protocol) = (outcome as u32, key.direction, key.protocol);
+    let allocation = match maps::allocation(directed(search.slot, Direction::from_bit(direction))) {
+        Some(allocation) => allocation.id,
+        None => 0,
+    };
     if key.family == Family::V4 as u32 {
-        let source = Ipv4Addr::from_bits((key.source.high >> 32) as u32);
-        let destination = Ipv4Addr::from_bits((key.destination.high >> 32) as u32);
         info!(
             ctx,
-            "outcome={} direction={} protocol={} {:i}:{} {:i}:{} length={} slot={}",
+            "outcome={} direction={} protocol={} from {:i}:{} to {:i}:{} length {} allocation={}",
             outcome,
             direction,
             protocol,
-            source,
+            Ipv4Addr::from_bits((key.source.high >> 32) as u32),
             key.source_port,
-            destination,
+            Ipv4Addr::from_bits((key.destination.high >> 32) as u32),
             key.destination_port,
             key.length,
-            search.slot
+            allocation
         );
     } else {
         info!(
             ctx,
-            "outcome={} direction={} protocol={} {:x}{:x}:{} {:x}{:x}:{} length={} slot={}",
+            "outcome={} direction={} protocol={} from [{:i}]:{} to [{:i}]:{} length {} allocation={}",
             outcome,
             direction,
             protocol,
-            key.source.high,
-            key.source.low,
+            octets(&key.source),
             key.source_port,
-            key.destination.high,
-            key.destination.low,
+            octets(&key.destination),
             key.destination_port,
             key.length,
-            search.slot
+            allocation
         );
     }
+}
+
+#[inline(always)]
+fn octets(address: &Address) -> [u8; 16] {
+    let [a, b, c, d, e, f, g, h] = address.high.to_be_bytes();
+    let [i, j, k, l, m, n, o, p] = address.low.to_be_bytes();
+    [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p]
 }

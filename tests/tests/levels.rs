@@ -2,13 +2,16 @@
 //! observation. Lines are in `lines.rs`, single packets in `selectors.rs` and `marking.rs`. Needs root.
 #![expect(clippy::unwrap_used, reason = "a test and what it calls fail by panicking")]
 
+use std::io::Read as _;
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 use std::time::Duration;
 
 use qos_tests::ask::{Brief, measure_undisturbed, send_for, since};
 use qos_tests::capture::Capture;
 use qos_tests::daemon::{Config, Daemon};
-use qos_tests::topology::{HOST_LINK, Host, Topology};
+use qos_tests::kernel::programs;
+use qos_tests::topology::{HOST_LINK, Host, Topology, WAN};
 use qos_tests::traffic::{Flow, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{AllocationId, Direction};
@@ -511,5 +514,61 @@ fn explaining_agrees_with_the_packets_and_charges_nothing() {
         daemon.revoke(id).unwrap();
         let after = daemon.explain(Direction::Downstream, &frame.bytes).unwrap().explanation;
         assert_eq!((after.outcome.as_str(), after.allocation), ("unclassified", None), "{after:?}");
+    }
+}
+
+/// While somebody traces, packets are told of; nothing is lost when that begins or ends, and afterwards
+/// the programs are those of before.
+#[test]
+fn tracing_tells_of_packets_while_somebody_listens() {
+    let (net, daemon) = pair(&without_sessions());
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    let plain = programs(&net.gateway, WAN).unwrap();
+    for v6 in [false, true] {
+        let (near, far) = (address(home, v6), address(video, v6));
+        let flow = format!("down udp from {far} to {}", endpoint(near, 5_000));
+        let id = daemon
+            .grant(&format!("--provider video --flow '{flow}' --max-down 200kbit --enforcement police"))
+            .unwrap()
+            .id;
+        let held = paused(video, home, v6, 5_000, 1_000);
+        let free = paused(video, home, v6, 6_000, 1_000);
+        // Together 100 packets a second, half of what is told of; half of those with a limit are too many.
+        held.set_rate(kbit(400));
+        free.set_rate(kbit(400));
+        std::thread::sleep(WARM_UP);
+
+        let mut told = tempfile::NamedTempFile::new().unwrap();
+        let mut command = Command::new(daemon.binaries().join("qos"));
+        command.arg("--socket").arg(daemon.socket()).arg("trace").stdout(told.reopen().unwrap());
+        let mut listener = net.gateway.spawn(command).unwrap();
+        let traced = free.measure(Duration::ZERO, WINDOW).unwrap();
+        assert_ne!(programs(&net.gateway, WAN).unwrap().0, plain.0, "another program takes its place");
+        listener.kill().unwrap();
+        let after = free.measure(Duration::ZERO, WINDOW).unwrap();
+        for (measured, what) in [(traced, "as it began"), (after, "as it ended")] {
+            assert_eq!(measured.lost, 0, "{what}: {:?}", Brief(&measured));
+        }
+        assert_eq!(programs(&net.gateway, WAN).unwrap(), plain);
+
+        let mut text = String::new();
+        told.read_to_string(&mut text).unwrap();
+        let lines_of = |outcome: &str, port, allocation: &str| {
+            let to = format!(" to {} length 1000 {allocation}", endpoint(near, port));
+            text.lines()
+                .filter(|line| line.starts_with(&format!("{outcome} down udp from ")) && line.ends_with(&to))
+                .count()
+        };
+        let allocation = format!("allocation {}", id.0);
+        // In three seconds, less the time that loading takes.
+        for (outcome, port, allocation, expected) in [
+            ("admitted", 5_000, allocation.as_str(), 40..90),
+            ("over_maximum", 5_000, allocation.as_str(), 40..90),
+            ("unclassified", 6_000, "no allocation", 80..170),
+        ] {
+            let found = lines_of(outcome, port, allocation);
+            assert!(expected.contains(&found), "{outcome} {port}: {found} lines: {text}");
+        }
+        daemon.revoke(id).unwrap();
     }
 }

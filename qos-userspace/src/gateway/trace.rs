@@ -9,6 +9,7 @@ use log::{Log, Metadata, Record};
 use qos_common::abi::Outcome;
 
 use super::kernel::outcome_name;
+use crate::domain::selector::grammar::protocol_name;
 
 /// Lines that wait for a reader; older ones are dropped.
 const KEPT: usize = 4_096;
@@ -61,17 +62,24 @@ impl Log for Lines {
     fn flush(&self) {}
 }
 
-/// The line with the numbers of outcomes and directions as words.
+/// The line with words for numbers.
 fn readable(line: &str) -> String {
     let word = |field: &str| {
-        if let Some(number) = field.strip_prefix("outcome=") {
-            let known = Outcome::ALL.into_iter().find(|outcome| (*outcome as u32).to_string() == number);
-            return known.map_or_else(|| field.to_owned(), |outcome| outcome_name(outcome).to_owned());
-        }
-        match field {
-            "direction=0" => "up".to_owned(),
-            "direction=1" => "down".to_owned(),
-            other => other.to_owned(),
+        let Some((name, value)) = field.split_once('=') else { return field.to_owned() };
+        let number = value.parse::<u64>().ok();
+        match (name, number) {
+            ("outcome", Some(number)) => Outcome::ALL
+                .into_iter()
+                .find(|outcome| *outcome as u64 == number)
+                .map_or_else(|| field.to_owned(), |outcome| outcome_name(outcome).to_owned()),
+            ("direction", Some(0)) => "up".to_owned(),
+            ("direction", Some(1)) => "down".to_owned(),
+            ("protocol", Some(number)) => {
+                u8::try_from(number).map_or_else(|_| field.to_owned(), protocol_name)
+            }
+            ("allocation", Some(0)) => "no allocation".to_owned(),
+            ("allocation", Some(id)) => format!("allocation {id}"),
+            _ => field.to_owned(),
         }
     };
     line.split(' ').map(word).collect::<Vec<_>>().join(" ")
@@ -83,9 +91,18 @@ mod tests {
 
     #[test]
     fn numbers_become_words() {
-        let line = "outcome=2 direction=1 protocol=17 192.0.2.1:5 192.0.2.2:6 length=60 slot=3";
-        let expected = "over_maximum down protocol=17 192.0.2.1:5 192.0.2.2:6 length=60 slot=3";
-        assert_eq!(readable(line), expected);
-        assert_eq!(readable("outcome=99 direction=0"), "outcome=99 up");
+        for (line, expected) in [
+            (
+                "outcome=2 direction=1 protocol=17 from 192.0.2.1:5 to 192.0.2.2:6 length 60 allocation=3",
+                "over_maximum down udp from 192.0.2.1:5 to 192.0.2.2:6 length 60 allocation 3",
+            ),
+            (
+                "outcome=1 direction=0 protocol=200 from [2001:db8::1]:0 to [2001:db8::2]:0 length 60 allocation=0",
+                "unclassified up 200 from [2001:db8::1]:0 to [2001:db8::2]:0 length 60 no allocation",
+            ),
+            ("outcome=99 direction=7", "outcome=99 direction=7"),
+        ] {
+            assert_eq!(readable(line), expected);
+        }
     }
 }
