@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -20,6 +20,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::domain::{BitsPerSecond, Directed};
 use crate::gateway::{GatewayConfig, InterfaceConfig, Role};
+use crate::manager::capacity::SMALLEST_REST;
 use crate::manager::{LineSide, Network};
 
 /// Where the daemon looks for its configuration unless it is told.
@@ -36,7 +37,7 @@ const DEFAULT_SOFT_SHARE: f64 = 0.95;
 const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Slowest and fastest interface, in bit/s: the range in which the kernel's clocks are exact.
-const CAPACITIES: std::ops::RangeInclusive<u64> = 1_000..=400_000_000_000;
+const CAPACITIES: RangeInclusive<u64> = 1_000..=400_000_000_000;
 /// `IFNAMSIZ` of the kernel without its final zero.
 const LONGEST_INTERFACE_NAME: usize = 15;
 /// `sun_path` of a Unix socket address (unix(7)) without its final zero.
@@ -59,6 +60,10 @@ pub struct Config {
     pub line_side: LineSide,
     /// Share of a line's speed that is used in the direction out of the line, above 0 up to 1.
     pub soft_share: f64,
+    /// What the rest of each line is sure of.
+    pub line_rest: BitsPerSecond,
+    /// What traffic on no known line is sure of, on each interface.
+    pub link_rest: BitsPerSecond,
     /// What the gateway is made of.
     pub gateway: GatewayConfig,
 }
@@ -185,6 +190,8 @@ impl Config {
                 })?
                 .unwrap_or_default(),
             soft_share: top.optional("soft_share", share)?.unwrap_or(DEFAULT_SOFT_SHARE),
+            line_rest: top.optional("line_rest", rest)?.unwrap_or(SMALLEST_REST),
+            link_rest: top.optional("link_rest", rest)?.unwrap_or(SMALLEST_REST),
             gateway: GatewayConfig {
                 interfaces,
                 bpffs_dir: top
@@ -215,6 +222,8 @@ impl Config {
             link: Directed { up: slowest(Role::Wan), down: slowest(Role::Lan) },
             line_side: self.line_side,
             soft_share: self.soft_share,
+            line_rest: self.line_rest,
+            link_rest: self.link_rest,
             mtu,
             require_session: self.require_session,
         }
@@ -381,18 +390,23 @@ fn interface_name(value: &DeValue<'_>) -> Reading<String> {
 }
 
 fn capacity(value: &DeValue<'_>) -> Reading<BitsPerSecond> {
-    let capacity = match value {
+    rate(value, CAPACITIES)
+}
+
+/// Not below what keeps a connection alive, nor above any capacity.
+fn rest(value: &DeValue<'_>) -> Reading<BitsPerSecond> {
+    rate(value, SMALLEST_REST.0..=*CAPACITIES.end())
+}
+
+fn rate(value: &DeValue<'_>, range: RangeInclusive<u64>) -> Reading<BitsPerSecond> {
+    let rate = match value {
         DeValue::Integer(_) => BitsPerSecond(integer(value)?),
         _ => text(value)?.parse().map_err(|error: crate::domain::units::UnitError| error.to_string())?,
     };
-    if !CAPACITIES.contains(&capacity.0) {
-        return Err(format!(
-            "expected {} to {}",
-            BitsPerSecond(*CAPACITIES.start()),
-            BitsPerSecond(*CAPACITIES.end())
-        ));
+    if !range.contains(&rate.0) {
+        return Err(format!("expected {} to {}", BitsPerSecond(*range.start()), BitsPerSecond(*range.end())));
     }
-    Ok(capacity)
+    Ok(rate)
 }
 
 /// Words that are at least this like each other may be meant for each other.
@@ -585,6 +599,8 @@ capacity = 100_000_000
             "mark_mask",
             "line_side",
             "soft_share",
+            "line_rest",
+            "link_rest",
             "name",
             "role",
             "capacity",
@@ -604,6 +620,8 @@ bpffs_dir = "/sys/fs/bpf/other"
 mode = "observe"
 line_side = "wan"
 soft_share = 0.9
+line_rest = "256kbit/s"
+link_rest = 1000000
 mark_mask = 0x0003ffff
 require_session = false
 reconcile_interval = "250ms"
@@ -616,6 +634,7 @@ allow_groups = ["root"]
         assert_eq!(config.access.users, BTreeSet::from([0, 1_000]));
         assert_eq!(config.access.groups, BTreeSet::from([0]));
         assert_eq!(config.reconcile_interval, Duration::from_millis(250));
+        assert_eq!((config.line_rest.0, config.link_rest.0), (256_000, 1_000_000));
         assert!(!config.require_session);
         assert_eq!(
             (config.gateway.observe, config.line_side, config.gateway.mark_mask),
@@ -705,6 +724,11 @@ allow_groups = ["root"]
                 "soft share not a number",
                 with("soft_share = nan"),
                 "soft_share = nan: expected a share above 0",
+            ),
+            (
+                "a rest too small to live on",
+                with("line_rest = \"1kbit\""),
+                "line_rest = \"1kbit\": expected 8 kbit/s to 400 Gbit/s",
             ),
             (
                 "mark mask with a hole",

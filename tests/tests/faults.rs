@@ -647,16 +647,43 @@ fn found(gateway: &Namespace) -> impl PartialEq + std::fmt::Debug {
     (netlink.qdiscs().unwrap(), classes, [LAN, WAN].map(|name| programs(gateway, name).unwrap()))
 }
 
+fn rewrite(daemon: &Daemon, from: &str, to: &str) {
+    let text = fs::read_to_string(daemon.config_path()).unwrap();
+    assert!(text.contains(from));
+    fs::write(daemon.config_path(), text.replace(from, to)).unwrap();
+}
+
+#[test]
+fn a_configuration_with_less_than_was_granted_is_refused_and_what_was_granted_is_held() {
+    let net = Topology::pair().unwrap();
+    let mut daemon = Daemon::start(&net.gateway, &config()).unwrap();
+    register(&daemon);
+    daemon.qos_line(&format!("{GRANT} --guaranteed-down 30mbit --max-down 40mbit")).unwrap();
+    let before = Before::of(&daemon, &net.gateway);
+    daemon.terminate().unwrap();
+    let flow = video_to_home(&net, 5_000, 60);
+
+    let whole = "capacity = \"1000000000bit\"";
+    rewrite(&daemon, whole, "capacity = \"20mbit\"");
+    let text = refused_start(&mut daemon, 1);
+    assert!(
+        text.contains("less than what is granted: link downstream: 30.032 Mbit/s promised, 20 Mbit/s there"),
+        "{text}"
+    );
+    achieves(&flow, 40);
+
+    rewrite(&daemon, "capacity = \"20mbit\"", whole);
+    daemon.restart().unwrap();
+    achieves(&flow, 40);
+    let now = Kernel::read(&daemon, &net.gateway).unwrap().without_programs();
+    assert_eq!(before.kernel.without_programs().differences(&now), [""; 0]);
+}
+
 #[test]
 fn a_first_start_that_fails_says_why_and_leaves_nothing() {
     let net = Topology::pair().unwrap();
     let before = found(&net.gateway);
     let fresh = || Daemon::prepare(&net.gateway, &config()).unwrap();
-    let rewrite = |daemon: &Daemon, from: &str, to: &str| {
-        let text = fs::read_to_string(daemon.config_path()).unwrap();
-        assert!(text.contains(from));
-        fs::write(daemon.config_path(), text.replace(from, to)).unwrap();
-    };
     let leaves_nothing = |daemon: &Daemon, what: &str| {
         assert_eq!(found(&net.gateway), before, "{what}");
         assert!(!daemon.bpffs_dir().exists(), "{what}: pins are left");

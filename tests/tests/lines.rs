@@ -289,6 +289,34 @@ fn the_rest_gets_what_is_left_of_its_line_and_no_more() {
     assert!((total(&measured) / 10.0 - 1.0).abs() < TOLERANCE, "{} Mbit/s of 10", total(&measured));
 }
 
+/// However much is allocated, with whatever priority, the rest has what the configuration gives it.
+#[test]
+fn the_rest_is_sure_of_what_the_configuration_says() {
+    let more = "line_rest = \"1mbit\"".to_owned();
+    let (net, daemon) = street(&Config { more, ..Config::default() });
+    daemon.qos_line("session add one --address 192.0.2.10 --down 10mbit --up 10mbit").unwrap();
+    let refused =
+        "grant --provider video --flow 'down from 203.0.113.10 to 192.0.2.10' --guaranteed-down 9.5mbit";
+    let error = daemon.qos_line(refused).unwrap_err().to_string();
+    assert!(error.contains("line one downstream: asked 9.5 Mbit/s, left 9 Mbit/s"), "{error}");
+    overload(
+        &net,
+        &daemon,
+        false,
+        &[
+            Sender {
+                name: "all it can",
+                from: "video",
+                to: "one",
+                offered: 15.0,
+                level: Some("--guaranteed-down 4mbit --max-down 10mbit --priority 0"),
+                gets: (9.0, 9.0),
+            },
+            Sender { name: "rest", from: "other", to: "one", offered: 12.0, level: None, gets: (1.0, 1.0) },
+        ],
+    );
+}
+
 /// A box at the subscriber's end sends into the line upwards: there its speed is used whole.
 #[test]
 fn the_soft_direction_is_shaped_below_the_lines_speed() {

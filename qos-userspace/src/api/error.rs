@@ -65,6 +65,7 @@ impl From<ServiceError> for ApiError {
             ServiceError::Kernel(_) | ServiceError::NotUndone { .. } | ServiceError::Gateway { .. } => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "kernel")
             }
+            ServiceError::Overcommitted(_) => (StatusCode::CONFLICT, "insufficient_capacity"),
             ServiceError::Detached => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         };
         Self::new(status, code, error.to_string())

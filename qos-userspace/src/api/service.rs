@@ -60,6 +60,13 @@ pub enum ServiceError {
         /// Why it failed.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// More was granted than the configuration has now; nothing was changed.
+    #[error(
+        "the configuration has less than what is granted: {}; what the kernel enforces is left as it is: \
+         give back the capacity, or start with the old one and revoke",
+        .0.join("; ")
+    )]
+    Overcommitted(Vec<String>),
     /// Everything was removed from the kernel, and the daemon is about to end.
     #[error("everything was removed from the kernel by `qos detach`, and qosd is stopping")]
     Detached,
@@ -184,6 +191,13 @@ impl<S: Store, G: Gateway> Service<S, G> {
             state.apply(change);
         }
 
+        let overcommitted = state.overcommitted();
+        if !overcommitted.is_empty() {
+            return Err(ServiceError::Overcommitted(overcommitted));
+        }
+        for broken in state.broken_delays() {
+            warn!("the configuration does not keep what was granted: {broken}");
+        }
         let gateway = start_gateway(&state).map_err(gateway_failed("bring the kernel to the state"))?;
         let ends = state.allocations.values().filter_map(end_of).collect();
         let mut service = Self {

@@ -817,6 +817,7 @@ fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> T
         .map(|session| LineClass {
             slot: LineSlot(session.slot),
             rate: state.line_rate(&session.name, direction),
+            rest: state.network.line_rest(session, direction),
             ceil: state.network.line_speed(session, direction),
             link_layer: session.link_layer,
             overhead: session.overhead,
@@ -830,7 +831,7 @@ fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> T
         .map(|allocation| leaf(state, allocation, direction))
         .collect();
     leaves.sort_unstable_by_key(|leaf| leaf.slot);
-    Tree { link, mtu, lines, leaves }
+    Tree { link, rest: state.network.link_rest(direction), mtu, lines, leaves }
 }
 
 fn leaf(state: &State, allocation: &Allocation, direction: Direction) -> Leaf {

@@ -9,11 +9,14 @@ use super::{LineSide, Network};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::{Allocation, BitsPerSecond, Direction, Session};
 
-/// What a line's rest and the default class are sure of: one full packet in 1.5 s, so that a
-/// connection survives (and can report) any overload, while 100 lines cost less than 1 Mbit/s.
-pub const REST_RATE: BitsPerSecond = BitsPerSecond(8_000);
+/// What a line's rest and the default class are sure of, at least: one full packet in 1.5 s, so that
+/// a connection survives (and can report) any overload, while 100 lines cost less than 1 Mbit/s.
+pub const SMALLEST_REST: BitsPerSecond = BitsPerSecond(8_000);
 
-/// Slowest line: eight times what its rest is sure of, whatever share of it is used.
+/// A rest is sure of one part in so many of its line or link at most.
+const REST_PART: u64 = 8;
+
+/// Slowest line, so that its rest is sure of [`SMALLEST_REST`].
 pub const SLOWEST_LINE: BitsPerSecond = BitsPerSecond(64_000);
 
 /// Rate of an allocation without a guarantee: HTB takes no class without a rate. One full packet in
@@ -53,6 +56,18 @@ impl Network {
     pub fn line_speed(&self, session: &Session, direction: Direction) -> BitsPerSecond {
         let rate = *session.rate.get(direction);
         if direction == self.hard_direction() { rate } else { rate.share(self.soft_share) }
+    }
+
+    /// What the rest of a line is sure of.
+    #[must_use]
+    pub fn line_rest(&self, session: &Session, direction: Direction) -> BitsPerSecond {
+        self.line_rest.min(BitsPerSecond(session.rate.get(direction).0 / REST_PART))
+    }
+
+    /// What traffic on no known line is sure of.
+    #[must_use]
+    pub fn link_rest(&self, direction: Direction) -> BitsPerSecond {
+        self.link_rest.min(BitsPerSecond(self.link.get(direction).0 / REST_PART))
     }
 
     /// Largest packet as it is charged on a line; on the link where there is none.
@@ -99,15 +114,15 @@ impl Share {
     }
 
     /// What the rest of `session`'s line takes, of the line or of the link.
-    pub(super) fn of_rest(network: &Network, session: &Session, on_line: bool) -> Self {
-        let rate = REST_RATE;
+    pub(super) fn of_rest(network: &Network, session: &Session, direction: Direction, on_line: bool) -> Self {
+        let rate = network.line_rest(session, direction);
         let packet = network.largest_packet(on_line.then_some(session));
         Self { rate: rate.0, burst: None, at_once: at_once(rate, packet) }
     }
 
     /// What the link's default class takes, for traffic on no known line.
-    pub(super) fn of_default(network: &Network) -> Self {
-        let rate = REST_RATE;
+    pub(super) fn of_default(network: &Network, direction: Direction) -> Self {
+        let rate = network.link_rest(direction);
         Self { rate: rate.0, burst: None, at_once: at_once(rate, network.largest_packet(None)) }
     }
 }

@@ -9,7 +9,7 @@ use qos_common::abi::{MAX_LINE_LENGTHS, MAX_LINE_PREFIXES};
 use qos_common::clock::{MAX_RATE, MIN_RATE};
 use qos_common::length::ETHERNET_OVERHEAD;
 
-use super::capacity::{PRIORITIES, REST_RATE, SLOWEST_LINE, Share};
+use super::capacity::{PRIORITIES, SLOWEST_LINE, Share};
 use super::grant::{check_profile, grant};
 use super::state::{link_delay_ns, span};
 use super::{
@@ -199,10 +199,10 @@ fn check_addresses(state: &State, addresses: &[IpNet]) -> Result<(), Refusal> {
 fn admit_rest(state: &State, session: &Session, direction: Direction) -> Result<(), Refusal> {
     let field = format!("rate.{}", direction_field(direction));
     let rate = *session.rate.get(direction);
-    let share = Share::of_rest(&state.network, session, false);
+    let share = Share::of_rest(&state.network, session, direction, false);
     let left = state.left_on_link(direction);
     if share.rate > left.0 {
-        let asked = REST_RATE;
+        let asked = BitsPerSecond(share.rate);
         let message = format!(
             "link {}: asked {asked} for the rest of line {}, left {left}",
             direction_word(direction),

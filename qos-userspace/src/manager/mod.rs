@@ -49,6 +49,10 @@ pub struct Network {
     pub line_side: LineSide,
     /// Share of a line's speed that is used in the direction out of the line, 0 to 1.
     pub soft_share: f64,
+    /// What the rest of a line is sure of; an eighth of the line's speed where that is less.
+    pub line_rest: BitsPerSecond,
+    /// What traffic on no known line is sure of; an eighth of the link's capacity where that is less.
+    pub link_rest: BitsPerSecond,
     /// Largest IP packet, in bytes.
     pub mtu: u32,
     /// Requests must name the address of a session.

@@ -213,10 +213,10 @@ impl State {
         bound
     }
 
-    /// Promises that the network as configured can't keep, one line each: after the configuration
-    /// was changed under allocations that were granted before.
+    /// Where more is promised than the network as configured has, one text each: after the
+    /// configuration was changed under allocations that were granted before.
     #[must_use]
-    pub fn broken_promises(&self) -> Vec<String> {
+    pub fn overcommitted(&self) -> Vec<String> {
         let mut broken = Vec::new();
         for direction in Direction::BOTH {
             let word = super::direction_word(direction);
@@ -231,6 +231,13 @@ impl State {
                 broken.extend(over(&format!("line {name}"), line.load.get(direction), speed));
             }
         }
+        broken
+    }
+
+    /// Delay budgets that the network as configured does not keep, one text each: likewise.
+    #[must_use]
+    pub fn broken_delays(&self) -> Vec<String> {
+        let mut broken = Vec::new();
         let direction = self.network.hard_direction();
         for allocation in self.allocations.values() {
             let bound = self.delay_bound_us(allocation);
@@ -318,7 +325,7 @@ impl Index {
     fn new(network: &Network) -> Self {
         let mut link = Directed::<Load>::default();
         for direction in Direction::BOTH {
-            link.get_mut(direction).add(&Share::of_default(network));
+            link.get_mut(direction).add(&Share::of_default(network, direction));
         }
         Self {
             link,
@@ -362,8 +369,8 @@ impl Index {
     fn add_session(&mut self, network: &Network, session: &Session) {
         let line = self.lines.entry(session.name.clone()).or_default();
         for direction in Direction::BOTH {
-            line.load.get_mut(direction).add(&Share::of_rest(network, session, true));
-            self.link.get_mut(direction).add(&Share::of_rest(network, session, false));
+            line.load.get_mut(direction).add(&Share::of_rest(network, session, direction, true));
+            self.link.get_mut(direction).add(&Share::of_rest(network, session, direction, false));
         }
         for prefix in &session.addresses {
             let (v4, first, last) = span(prefix);
@@ -375,7 +382,7 @@ impl Index {
     fn remove_session(&mut self, network: &Network, session: &Session) {
         self.lines.remove(&session.name);
         for direction in Direction::BOTH {
-            self.link.get_mut(direction).remove(&Share::of_rest(network, session, false));
+            self.link.get_mut(direction).remove(&Share::of_rest(network, session, direction, false));
         }
         for prefix in &session.addresses {
             let (v4, first, _) = span(prefix);

@@ -22,6 +22,8 @@ pub(crate) fn network() -> Network {
         link: Directed { up: rate("1gbit"), down: rate("1gbit") },
         line_side: LineSide::Lan,
         soft_share: 0.95,
+        line_rest: capacity::SMALLEST_REST,
+        link_rest: capacity::SMALLEST_REST,
         mtu: 1_500,
         require_session: false,
     }
@@ -470,7 +472,7 @@ fn capacity_is_given_out_once() {
     carry_out(&mut state, Command::Revoke { id: all.id });
     assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream), rate("12.5mbit"));
     grant(&mut state, request("acme", "down from 198.51.100.3 to 192.0.2.1"));
-    assert!(state.broken_promises().is_empty());
+    assert_eq!((state.overcommitted(), state.broken_delays()), (vec![], vec![]));
 
     // The link: what is left of 1 Gbit/s after 7.492 Mbit/s, three rests and a class without a guarantee.
     let refusal = refused_grant(&state, asked("down from 198.51.100.9", "1gbit"));
@@ -589,7 +591,7 @@ fn a_granted_delay_budget_is_not_broken_by_later_grants() {
     }
     let refusal = refusal.expect("a refusal");
     assert!(refusal.message.contains("would break the delay budget of allocation 1"), "{refusal}");
-    assert!(state.broken_promises().is_empty());
+    assert_eq!((state.overcommitted(), state.broken_delays()), (vec![], vec![]));
 
     // Policed traffic without a guarantee has no class, and so adds no delay.
     let policed = LevelRequest {
@@ -957,6 +959,18 @@ fn slots_of_allocations_wait_their_turn() {
 }
 
 #[test]
+fn rests_are_kept_from_what_can_be_guaranteed() {
+    let mut state = State::new(Network { line_rest: rate("1mbit"), link_rest: rate("100mbit"), ..network() });
+    for new in [session("dsl-1", &["192.0.2.1/32"], "20mbit", "2mbit")] {
+        carry_out(&mut state, Command::AddSession(new));
+    }
+    let left = |direction| (state.left_on_line(&name("dsl-1"), direction), state.left_on_link(direction));
+    assert_eq!(left(Direction::Downstream), (rate("19mbit"), rate("899mbit")));
+    // An eighth of 2 Mbit/s, of which 95 % are used in the soft direction.
+    assert_eq!(left(Direction::Upstream), (rate("1.65mbit"), rate("899.75mbit")));
+}
+
+#[test]
 fn a_configuration_that_shrank_is_told_of() {
     let mut state = town().0;
     grant(
@@ -966,15 +980,15 @@ fn a_configuration_that_shrank_is_told_of() {
             ..request("acme", TO_DSL_1)
         },
     );
-    assert!(state.broken_promises().is_empty());
+    assert_eq!((state.overcommitted(), state.broken_delays()), (vec![], vec![]));
     let mut smaller =
         State::new(Network { link: Directed { up: rate("1gbit"), down: rate("10mbit") }, ..network() });
     for change in everything(&state) {
         smaller.apply(&change);
     }
-    let broken = smaller.broken_promises();
-    assert_eq!(broken[0], "link downstream: 18.024 Mbit/s promised, 10 Mbit/s there");
-    assert!(broken[1].starts_with("allocation 1: a delay of 40000 µs promised"), "{broken:?}");
+    assert_eq!(smaller.overcommitted(), ["link downstream: 18.024 Mbit/s promised, 10 Mbit/s there"]);
+    let delays = smaller.broken_delays();
+    assert!(delays[0].starts_with("allocation 1: a delay of 40000 µs promised"), "{delays:?}");
     let refusal = refused_grant(
         &smaller,
         GrantRequest { level: guaranteed("1mbit"), ..request("acme", "down from 198.51.100.9 to 192.0.2.2") },
@@ -1100,9 +1114,9 @@ fn check(state: &State) {
             let own =
                 state.allocations.values().filter(|other| other.session.as_ref() == Some(&session.name));
             let speed = network.line_speed(session, direction);
-            let sum = own.map(|other| guaranteed_of(&other)).sum::<u64>() + capacity::REST_RATE.0;
+            let sum = own.map(|other| guaranteed_of(&other)).sum::<u64>() + capacity::SMALLEST_REST.0;
             assert!(sum <= speed.0, "line {} {direction:?}: {sum} of {speed}", session.name);
-            on_link += capacity::REST_RATE.0;
+            on_link += capacity::SMALLEST_REST.0;
         }
         on_link += state.allocations.values().map(|other| guaranteed_of(&other)).sum::<u64>();
         assert!(on_link <= network.link.get(direction).0, "link {direction:?}: {on_link}");
@@ -1114,7 +1128,7 @@ fn check(state: &State) {
             }
         }
     }
-    assert_eq!(state.broken_promises(), [""; 0]);
+    assert_eq!((state.overcommitted(), state.broken_delays()), (vec![], vec![]));
     let total: usize = state.allocations.values().map(|allocation| rules(allocation).count()).sum();
     assert_eq!(state.index.rules.count(), total);
     let slots = |kind: SlotKind| -> Vec<u16> {

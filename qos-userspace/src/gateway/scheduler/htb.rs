@@ -59,7 +59,7 @@ pub enum LeafQueue {
 /// HTB on one interface.
 ///
 /// Of the 8 priorities of allocations the last two, 6 and 7, are served alike: HTB has 8, and one of
-/// them is the rest's. What a tree needs beyond the guarantees is [`crate::manager::capacity::REST_RATE`] for each line.
+/// them is the rest's. What a tree needs beyond the guarantees is what each line's rest is sure of.
 #[derive(Debug)]
 pub struct Htb {
     interface: String,

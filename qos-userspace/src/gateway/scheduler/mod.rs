@@ -21,6 +21,8 @@ pub struct LineSlot(pub u16);
 pub struct Tree {
     /// Capacity of the interface: rate and ceiling of the whole tree.
     pub link: BitsPerSecond,
+    /// What the default class is sure of.
+    pub rest: BitsPerSecond,
     /// Largest IP packet of the interface, in bytes.
     pub mtu: u32,
     /// Lines, by slot, in ascending order, each slot once.
@@ -44,6 +46,8 @@ pub struct LineClass {
     pub slot: LineSlot,
     /// What the line is sure of: its guarantees and its rest's minimum.
     pub rate: BitsPerSecond,
+    /// What its rest is sure of.
+    pub rest: BitsPerSecond,
     /// The line's speed, which nothing sent into it exceeds.
     pub ceil: BitsPerSecond,
     /// How the line frames packets.

@@ -20,6 +20,7 @@ use qos_userspace::domain::selector::{Range16, Selector};
 use qos_userspace::domain::{BitsPerSecond, Directed, Direction, Enforcement, ProviderKind};
 use qos_userspace::gateway::object::remove_pins;
 use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role};
+use qos_userspace::manager::capacity::SMALLEST_REST;
 use qos_userspace::manager::{self, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State};
 use serde::Serialize;
 
@@ -258,6 +259,8 @@ fn state() -> Result<State> {
         link: Directed { up: CAPACITY, down: CAPACITY },
         line_side: LineSide::Lan,
         soft_share: 0.95,
+        line_rest: SMALLEST_REST,
+        link_rest: SMALLEST_REST,
         mtu: 1_500,
         require_session: false,
     });

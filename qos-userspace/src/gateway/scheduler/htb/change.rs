@@ -227,7 +227,7 @@ mod tests {
     use super::super::class::{Kind, classes};
     use super::*;
     use crate::gateway::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Tree};
-    use crate::manager::capacity::{REST_RATE, UNGUARANTEED_RATE};
+    use crate::manager::capacity::{SMALLEST_REST, UNGUARANTEED_RATE};
 
     /// A valid tree: each line's guarantees and rest within its rate, all within the link.
     fn tree() -> impl Strategy<Value = Tree> {
@@ -243,7 +243,8 @@ mod tests {
                 .into_iter()
                 .map(|(slot, (spare, layer))| LineClass {
                     slot: LineSlot(slot),
-                    rate: REST_RATE,
+                    rate: SMALLEST_REST,
+                    rest: SMALLEST_REST,
                     ceil: megabits(50 + spare),
                     link_layer: LinkLayer::from_raw(layer),
                     overhead: 14 + i16::from(layer),
@@ -260,7 +261,7 @@ mod tests {
                     queue: None,
                 })
                 .collect();
-            Tree { link: megabits(link), mtu: 1_500, lines, leaves }
+            Tree { link: megabits(link), rest: SMALLEST_REST, mtu: 1_500, lines, leaves }
         })
     }
 

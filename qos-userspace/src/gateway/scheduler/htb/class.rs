@@ -23,7 +23,7 @@ use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
 
 use crate::domain::units::BitsPerSecond;
 use crate::gateway::scheduler::{AllocationSlot, LineClass, LineSlot, Tree};
-use crate::manager::capacity::{REST_RATE, UNGUARANTEED_RATE, class_burst};
+use crate::manager::capacity::{UNGUARANTEED_RATE, class_burst};
 
 /// Major number of our root, of all its classes, and by which it is known as ours.
 pub(super) const ROOT: u16 = 0x5150;
@@ -195,13 +195,13 @@ pub(super) fn classes(tree: &Tree, header: u16, kind: Kind) -> Result<Vec<Class>
 
     let mut classes = Vec::with_capacity(2 + 2 * tree.lines.len() + tree.leaves.len());
     classes.push(class(LINK, 0, LINK_LEVEL, tree.link, tree.link, link));
-    classes.push(rest(DEFAULT, LINK, REST_RATE, tree.link, link));
+    classes.push(rest(DEFAULT, LINK, tree.rest, tree.link, link));
     let rates = line_rates(tree)?;
     for (line, rate) in tree.lines.iter().zip(rates) {
         let framing = Framing::of(line, header, tree.mtu);
         let minor = line_minor(line.slot);
         classes.push(class(minor, LINK, LINE_LEVEL, rate, line.ceil, framing));
-        classes.push(rest(rest_minor(line.slot), minor, REST_RATE, line.ceil, framing));
+        classes.push(rest(rest_minor(line.slot), minor, line.rest, line.ceil, framing));
     }
     for leaf in &tree.leaves {
         let line = leaf.line.and_then(|slot| find(tree, slot));
@@ -332,7 +332,7 @@ fn find(tree: &Tree, slot: LineSlot) -> Option<&LineClass> {
 /// What each line is sure of: as declared, but not less than its leaves' guarantees and its rest.
 fn line_rates(tree: &Tree) -> Result<Vec<BitsPerSecond>, String> {
     let mut guarantees = vec![0_u64; tree.lines.len()];
-    let mut total = 0_u64;
+    let mut total = tree.rest.0;
     for leaf in &tree.leaves {
         let guaranteed = guarantee(leaf.guaranteed).unwrap_or_default().0;
         match leaf.line {
@@ -353,7 +353,7 @@ fn line_rates(tree: &Tree) -> Result<Vec<BitsPerSecond>, String> {
                 line.slot.0, line.ceil
             ));
         }
-        let rate = line.rate.0.max(guaranteed.saturating_add(REST_RATE.0)).min(line.ceil.0);
+        let rate = line.rate.0.max(guaranteed.saturating_add(line.rest.0)).min(line.ceil.0);
         total = total.saturating_add(rate);
         rates.push(BitsPerSecond(rate));
     }
@@ -425,6 +425,7 @@ mod tests {
     use super::*;
     use crate::domain::units::ByteCount;
     use crate::gateway::scheduler::Leaf;
+    use crate::manager::capacity::SMALLEST_REST;
 
     const MEGABIT: u64 = 1_000_000;
 
@@ -432,6 +433,7 @@ mod tests {
         LineClass {
             slot: LineSlot(slot),
             rate: BitsPerSecond(6 * MEGABIT),
+            rest: SMALLEST_REST,
             ceil: BitsPerSecond(20 * MEGABIT),
             link_layer: LinkLayer::Ethernet,
             overhead: ETHERNET_OVERHEAD,
@@ -452,6 +454,7 @@ mod tests {
     fn tree() -> Tree {
         Tree {
             link: BitsPerSecond(1_000 * MEGABIT),
+            rest: SMALLEST_REST,
             mtu: 1_500,
             lines: vec![line(1), line(8_000)],
             leaves: vec![leaf(1, Some(1)), leaf(2, None), leaf(16_383, Some(8_000))],
@@ -625,6 +628,17 @@ mod tests {
         assert_eq!((classes[0].buffer, fifo_limit(&classes[7])), (15_625, 500_000_000));
     }
 
+    #[test]
+    fn rests_are_sure_of_what_is_declared() {
+        let mut tree = tree();
+        (tree.rest, tree.lines[0].rest) = (BitsPerSecond(3 * MEGABIT), BitsPerSecond(2 * MEGABIT));
+        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        let rate = |minor| classes.iter().find(|class| class.minor == minor).map(|class| class.rate * 8);
+        assert_eq!((rate(DEFAULT), rate(0x13)), (Some(3 * MEGABIT), Some(2 * MEGABIT)));
+        // The line: 5 Mbit/s guaranteed and its rest.
+        assert_eq!(rate(0x12), Some(7 * MEGABIT));
+    }
+
     type Spoil = fn(&mut Tree);
 
     #[test]
@@ -651,7 +665,7 @@ mod tests {
                 tree.leaves[0].guaranteed = Some(BitsPerSecond(21 * MEGABIT));
                 tree.leaves[0].maximum = None;
             }),
-            ("guarantees and lines' rests of 17 Mbit/s exceed the link's 16 Mbit/s", |tree| {
+            ("guarantees and lines' rests of 17.008 Mbit/s exceed the link's 16 Mbit/s", |tree| {
                 tree.link = BitsPerSecond(16 * MEGABIT);
             }),
         ];

@@ -21,6 +21,7 @@ use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
 use super::*;
 use crate::domain::units::{BitsPerSecond, ByteCount};
 use crate::gateway::scheduler::{Leaf, LineClass};
+use crate::manager::capacity::SMALLEST_REST;
 
 const MEGABIT: u64 = 1_000_000;
 
@@ -533,6 +534,7 @@ fn line(slot: u16) -> LineClass {
     LineClass {
         slot: LineSlot(slot),
         rate: BitsPerSecond(5 * MEGABIT),
+        rest: SMALLEST_REST,
         ceil: BitsPerSecond(20 * MEGABIT),
         link_layer: LinkLayer::Ethernet,
         overhead: ETHERNET_OVERHEAD,
@@ -554,6 +556,7 @@ fn leaf(slot: u16, line: Option<u16>, priority: u8) -> Leaf {
 fn small_tree() -> Tree {
     Tree {
         link: BitsPerSecond(1_000 * MEGABIT),
+        rest: SMALLEST_REST,
         mtu: 1_500,
         lines: vec![line(1), line(2)],
         leaves: vec![
@@ -587,13 +590,14 @@ fn full_tree() -> Tree {
             ..leaf(16_383, Some(8_000), 0)
         },
     ]);
-    Tree { link: BitsPerSecond(400_000 * MEGABIT), mtu: 1_500, lines, leaves }
+    Tree { link: BitsPerSecond(400_000 * MEGABIT), rest: SMALLEST_REST, mtu: 1_500, lines, leaves }
 }
 
 /// One line of 10 Mbit/s with one allocation of 5.
 fn traffic_tree() -> Tree {
     Tree {
         link: BitsPerSecond(1_000 * MEGABIT),
+        rest: SMALLEST_REST,
         mtu: 1_500,
         lines: vec![LineClass { ceil: BitsPerSecond(10 * MEGABIT), ..line(1) }],
         leaves: vec![Leaf {
