@@ -10,8 +10,8 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
 use netlink_packet_core::{
-    Emitable as _, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage,
-    NetlinkPayload,
+    DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
+    NetlinkMessage, NetlinkPayload,
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
@@ -20,9 +20,11 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_packet_route::tc::{TcAttribute, TcMessage};
+use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use qos_userspace::domain::BitsPerSecond;
 
 use crate::netns::Namespace;
 
@@ -311,6 +313,42 @@ impl Netlink {
         self.request(message, NLM_F_DUMP)
     }
 
+    /// Puts a token bucket in the place of a link's root, as an operator's script would: of `rate`, with
+    /// a FIFO of `room` bytes and a burst of `burst`.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or `rate` is above 32 Gbit/s.
+    pub fn put_token_bucket(&mut self, index: u32, rate: BitsPerSecond, room: u32, burst: u32) -> Result<()> {
+        // linux/pkt_sched.h: struct tc_tbf_qopt {rate, peak rate, limit, buffer, mtu} and its attributes.
+        const PARMS: u16 = 1;
+        const BURST: u16 = 6;
+        let mut parms = Vec::new();
+        // struct tc_ratespec {cell_log, link layer, overhead, cell align, smallest packet, bytes/s}.
+        parms.extend([0, 1, 0, 0, 0xff, 0xff, 0, 0]);
+        parms.extend(u32::try_from(rate.0 / 8).context("a rate above 32 Gbit/s")?.to_ne_bytes());
+        parms.extend([0; 12]);
+        parms.extend(room.to_ne_bytes());
+        parms.extend([0; 8]);
+        let mut message = root(index);
+        message.attributes = vec![
+            TcAttribute::Kind("tbf".to_owned()),
+            TcAttribute::Options(vec![
+                TcOption::Other(DefaultNla::new(PARMS, parms)),
+                TcOption::Other(DefaultNla::new(BURST, burst.to_ne_bytes().to_vec())),
+            ]),
+        ];
+        let new = RouteNetlinkMessage::NewQueueDiscipline(message);
+        self.request(new, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE).map(drop)
+    }
+
+    /// Deletes the root queueing discipline of a link.
+    ///
+    /// # Errors
+    /// When there is none but the kernel's own.
+    pub fn delete_root(&mut self, index: u32) -> Result<()> {
+        self.request(RouteNetlinkMessage::DelQueueDiscipline(root(index)), NLM_F_ACK).map(drop)
+    }
+
     /// Sends one request and collects the answers up to the acknowledgement or the end of the dump;
     /// `flags` besides `NLM_F_REQUEST` has `NLM_F_ACK` or `NLM_F_DUMP`.
     ///
@@ -482,4 +520,12 @@ fn route_address(address: IpAddr) -> RouteAddress {
         IpAddr::V4(v4) => RouteAddress::Inet(v4),
         IpAddr::V6(v6) => RouteAddress::Inet6(v6),
     }
+}
+
+/// Names the root of a link.
+fn root(index: u32) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header.index = index.cast_signed();
+    message.header.parent = TcHandle::ROOT;
+    message
 }

@@ -15,9 +15,6 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use qos_tests::api::Client;
 use qos_tests::ask::{Brief, undisturbed};
 use qos_tests::daemon::{Config, Daemon};
@@ -580,7 +577,9 @@ fn a_refusal_of_the_kernel_leaves_store_maps_and_trees_as_they_were() {
     let flow = video_to_home(&net, 5_000, 6);
     achieves(&flow, 3);
     // The second interface refuses after the first has taken its share.
-    put_token_bucket(&net.gateway, WAN);
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let wan = netlink.link(WAN).unwrap().index;
+    netlink.put_token_bucket(wan, BitsPerSecond(1_000_000_000), 1_000_000, 100_000).unwrap();
     let mut before = Before::of(&daemon, &net.gateway);
     let known = before.store.clone();
     let counted = daemon.statistics().unwrap();
@@ -619,8 +618,7 @@ fn a_refusal_of_the_kernel_leaves_store_maps_and_trees_as_they_were() {
         assert!(now.allocations[id].down.passed.packets > counts.down.passed.packets, "{id}");
     }
 
-    let mut netlink = Netlink::open(&net.gateway).unwrap();
-    netlink.request(RouteNetlinkMessage::DelQueueDiscipline(root_of(&net.gateway, WAN)), NLM_F_ACK).unwrap();
+    netlink.delete_root(wan).unwrap();
     daemon.qos(["reconcile"]).unwrap();
     daemon.qos_line(&both(5_001)).unwrap();
     daemon.qos(["revoke", &first]).unwrap();
@@ -732,14 +730,15 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
     leaves_nothing(&daemon, "foreign XDP program");
 
     let mut daemon = fresh();
-    put_token_bucket(&net.gateway, WAN);
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let wan = netlink.link(WAN).unwrap().index;
+    netlink.put_token_bucket(wan, BitsPerSecond(1_000_000_000), 1_000_000, 100_000).unwrap();
     let text = refused_start(&mut daemon, 1);
     assert!(
         text.contains("wan0: the root queueing discipline is tbf") && text.contains("which is not ours"),
         "{text}"
     );
-    let mut netlink = Netlink::open(&net.gateway).unwrap();
-    netlink.request(RouteNetlinkMessage::DelQueueDiscipline(root_of(&net.gateway, WAN)), NLM_F_ACK).unwrap();
+    netlink.delete_root(wan).unwrap();
     leaves_nothing(&daemon, "foreign root");
     // And once it is gone, the same one starts.
     daemon.restart().unwrap();
@@ -964,38 +963,6 @@ fn in_own_mounts(mount: impl Fn() -> i32 + Send + Sync + 'static) -> impl FnOnce
             });
         }
     }
-}
-
-fn root_of(gateway: &Namespace, link: &str) -> TcMessage {
-    let mut message = TcMessage::default();
-    message.header.index = Netlink::open(gateway).unwrap().link(link).unwrap().index.cast_signed();
-    message.header.parent = TcHandle::ROOT;
-    message
-}
-
-/// Puts a token bucket of a gigabit on a link, as an operator's script would.
-fn put_token_bucket(gateway: &Namespace, link: &str) {
-    // linux/pkt_sched.h: struct tc_tbf_qopt {rate, peak rate, limit, buffer, mtu} and its attributes.
-    const PARMS: u16 = 1;
-    const BURST: u16 = 6;
-    let mut parms = Vec::new();
-    parms.extend([0, 1, 0, 0, 0xff, 0xff, 0, 0]);
-    parms.extend(125_000_000_u32.to_ne_bytes());
-    parms.extend([0; 12]);
-    parms.extend(1_000_000_u32.to_ne_bytes());
-    parms.extend([0; 8]);
-    let mut message = root_of(gateway, link);
-    message.attributes = vec![
-        TcAttribute::Kind("tbf".to_owned()),
-        TcAttribute::Options(vec![
-            TcOption::Other(DefaultNla::new(PARMS, parms)),
-            TcOption::Other(DefaultNla::new(BURST, 100_000_u32.to_ne_bytes().to_vec())),
-        ]),
-    ];
-    let mut netlink = Netlink::open(gateway).unwrap();
-    netlink
-        .request(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
-        .unwrap();
 }
 
 /// An XDP program of somebody else's that passes everything; detached when dropped.

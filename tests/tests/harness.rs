@@ -8,9 +8,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use etherparse::{EtherType, IpFragOffset, IpNumber, Ipv4Header, NetSlice, PacketBuilder};
-use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE};
-use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
 use qos_tests::ask::measure_undisturbed;
 use qos_tests::capture::{Capture, Injector};
 use qos_tests::netlink::{Counters, Netlink, set_offloads};
@@ -166,7 +163,9 @@ fn tcp_fills_a_limited_path_and_its_series_averages_to_its_rate() {
     let net = Topology::pair().unwrap();
     let (home, video) = (net.subscriber("home"), net.provider("video"));
     // 40 ms: neither a late timer nor connections that slow down together empty it.
-    limit_egress(&net.gateway, LAN, mbit(100), 500_000);
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let lan = netlink.link(LAN).unwrap().index;
+    netlink.put_token_bucket(lan, mbit(100), 500_000, 3_000).unwrap();
     for (from, target) in
         [(to(video.v4(0), 0), to(home.v4(0), 5_001)), (to(video.v6(0), 0), to(home.v6(0), 5_001))]
     {
@@ -201,7 +200,9 @@ fn latency_is_small_on_an_idle_path_and_shows_a_full_queue() {
     assert!(latency.p50() <= latency.p99() && latency.p99() <= latency.max());
 
     // 10 Mbit/s with room for 50 kB: 40 ms once it is full.
-    limit_egress(&net.gateway, LAN, mbit(10), 50_000);
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let lan = netlink.link(LAN).unwrap().index;
+    netlink.put_token_bucket(lan, mbit(10), 50_000, 3_000).unwrap();
     let flood = UdpFlow::new(to(video.v4(0), 0), to(home.v4(0), 5_001), mbit(20))
         .start(&video.namespace, &home.namespace)
         .unwrap();
@@ -213,35 +214,6 @@ fn latency_is_small_on_an_idle_path_and_shows_a_full_queue() {
     assert!((together / 10e6 - 1.0).abs() < 0.02, "{together}");
     assert!(full.lost + flood.lost > 0 && full.receiver_dropped + flood.receiver_dropped == 0);
     assert_eq!((flood.sent, full.sent), (flood.received + flood.lost, full.received + full.lost));
-}
-
-/// Puts a token bucket with a FIFO of `room` bytes on a link.
-fn limit_egress(namespace: &Namespace, link: &str, rate: BitsPerSecond, room: u32) {
-    // linux/pkt_sched.h: struct tc_tbf_qopt {rate, peak rate, limit, buffer, mtu} and its attributes.
-    const PARMS: u16 = 1;
-    const BURST: u16 = 6;
-    let mut parms = Vec::new();
-    // struct tc_ratespec {cell_log, link layer, overhead, cell align, smallest packet, bytes/s}.
-    parms.extend([0, 1, 0, 0, 0xff, 0xff, 0, 0]);
-    parms.extend(u32::try_from(rate.0 / 8).expect("below 4 GB/s").to_ne_bytes());
-    parms.extend([0; 12]);
-    parms.extend(room.to_ne_bytes());
-    parms.extend([0; 8]);
-
-    let mut netlink = Netlink::open(namespace).expect("rtnetlink");
-    let mut message = TcMessage::default();
-    message.header.index = netlink.link(link).expect("the link exists").index.cast_signed();
-    message.header.parent = TcHandle::ROOT;
-    message.attributes = vec![
-        TcAttribute::Kind("tbf".to_owned()),
-        TcAttribute::Options(vec![
-            TcOption::Other(DefaultNla::new(PARMS, parms)),
-            TcOption::Other(DefaultNla::new(BURST, 3_000_u32.to_ne_bytes().to_vec())),
-        ]),
-    ];
-    let new = RouteNetlinkMessage::NewQueueDiscipline(message);
-    netlink.request(new, NLM_F_ACK | NLM_F_CREATE).expect("the kernel has tbf");
-    assert!(netlink.qdiscs().expect("a dump").iter().any(|qdisc| qdisc.kind == "tbf"));
 }
 
 #[test]

@@ -9,9 +9,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK};
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+use netlink_packet_route::tc::{TcAttribute, TcMessage, TcOption};
 use nix::sys::signal::Signal;
 use qos_common::abi::{self, directed};
 use qos_common::classify::{Direction, Rule};
@@ -645,8 +645,7 @@ const BREAKS: &[Break] = &[
         name: "the root qdisc is deleted",
         told: "root qdisc 5150: was missing",
         act: |net, _, _| {
-            let mut netlink = Netlink::open(&net.gateway).unwrap();
-            netlink.request(RouteNetlinkMessage::DelQueueDiscipline(root_of(net, LAN)), NLM_F_ACK).unwrap();
+            Netlink::open(&net.gateway).unwrap().delete_root(link_index(net, LAN)).unwrap();
         },
     },
     Break {
@@ -769,7 +768,9 @@ fn a_foreign_root_qdisc_is_told_and_left_alone_and_the_maximum_holds_without_it(
     let flow = down(&net, 5_000, mbit(6), 1_000);
     thread::sleep(WARM_UP);
     let whole = Kernel::read(&daemon, &net.gateway).unwrap();
-    replace_root(&net, LAN);
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let lan = link_index(&net, LAN);
+    netlink.put_token_bucket(lan, mbit(1_000), 1_000_000, 100_000).unwrap();
     eventually(Duration::from_secs(3), "the foreign root is told", || {
         daemon.status().unwrap().reconcile_error.is_some_and(|error| {
             error.contains("lan0: the root queueing discipline is tbf") && error.contains("not ours")
@@ -779,8 +780,7 @@ fn a_foreign_root_qdisc_is_told_and_left_alone_and_the_maximum_holds_without_it(
     println!("under a foreign root: {:?}", Brief(&held));
     assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
 
-    let mut netlink = Netlink::open(&net.gateway).unwrap();
-    netlink.request(RouteNetlinkMessage::DelQueueDiscipline(root_of(&net, LAN)), NLM_F_ACK).unwrap();
+    netlink.delete_root(lan).unwrap();
     eventually(Duration::from_secs(3), "the tree is back", || {
         daemon.status().unwrap().reconcile_error.is_none()
             && Kernel::read(&daemon, &net.gateway).unwrap() == whole
@@ -963,36 +963,4 @@ fn change_class(net: &Topology, link: &str, handle: u32, rate: BitsPerSecond) {
         TcAttribute::Options(vec![TcOption::Other(DefaultNla::new(PARMS, parms))]),
     ];
     netlink.request(RouteNetlinkMessage::NewTrafficClass(message), NLM_F_ACK).unwrap();
-}
-
-fn root_of(net: &Topology, link: &str) -> TcMessage {
-    let mut message = TcMessage::default();
-    message.header.index = link_index(net, link).cast_signed();
-    message.header.parent = TcHandle::ROOT;
-    message
-}
-
-/// Puts a token bucket of a gigabit on a link, as an operator's script would.
-fn replace_root(net: &Topology, link: &str) {
-    // linux/pkt_sched.h: struct tc_tbf_qopt {rate, peak rate, limit, buffer, mtu} and its attributes.
-    const PARMS: u16 = 1;
-    const BURST: u16 = 6;
-    let mut parms = Vec::new();
-    parms.extend([0, 1, 0, 0, 0xff, 0xff, 0, 0]);
-    parms.extend(125_000_000_u32.to_ne_bytes());
-    parms.extend([0; 12]);
-    parms.extend(1_000_000_u32.to_ne_bytes());
-    parms.extend([0; 8]);
-    let mut message = root_of(net, link);
-    message.attributes = vec![
-        TcAttribute::Kind("tbf".to_owned()),
-        TcAttribute::Options(vec![
-            TcOption::Other(DefaultNla::new(PARMS, parms)),
-            TcOption::Other(DefaultNla::new(BURST, 100_000_u32.to_ne_bytes().to_vec())),
-        ]),
-    ];
-    let mut netlink = Netlink::open(&net.gateway).unwrap();
-    netlink
-        .request(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE)
-        .unwrap();
 }
