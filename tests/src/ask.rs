@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result};
 use qos_userspace::api::types::{Explained, Outcome, Status};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{Allocation, AllocationId, Direction};
-use qos_userspace::gateway::report::{Counts, DirectedCounts, Statistics};
 use qos_userspace::hex;
+use qos_userspace::manager::report::{Counts, DirectedCounts, Statistics};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -162,9 +162,9 @@ pub fn send_for(flow: &crate::traffic::RunningUdp, rate: BitsPerSecond, time: Du
 /// What was counted between two readings.
 #[must_use]
 pub fn since(before: &Counts, after: &Counts) -> Counts {
-    let count = |pick: fn(&Counts) -> qos_userspace::gateway::report::Count| {
+    let count = |pick: fn(&Counts) -> qos_userspace::manager::report::Count| {
         let (before, after) = (pick(before), pick(after));
-        qos_userspace::gateway::report::Count {
+        qos_userspace::manager::report::Count {
             packets: after.packets - before.packets,
             bytes: after.bytes - before.bytes,
         }

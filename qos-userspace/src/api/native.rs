@@ -19,7 +19,7 @@ use crate::domain::{
     Allocation, AllocationId, Application, Direction, Level, Name, Profile, Provider, Session,
 };
 use crate::gateway::PACKET_LENGTHS;
-use crate::gateway::report::Statistics;
+use crate::manager::report::Statistics;
 use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession};
 
 type Answer<T> = Result<axum::Json<T>, ApiError>;

@@ -15,7 +15,7 @@ use tracing::{debug, error, info, warn};
 use super::types::{Counted, Status};
 use crate::config::Config;
 use crate::domain::{Allocation, AllocationId, Direction};
-use crate::gateway::report::{Explanation, Statistics};
+use crate::manager::report::{Explanation, Statistics};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
 use crate::store::{Store, StoreError};
 

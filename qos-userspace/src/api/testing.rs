@@ -18,7 +18,7 @@ use super::worker::Worker;
 use super::{Api, serve, socket};
 use crate::config::Config;
 use crate::domain::{AllocationId, Direction};
-use crate::gateway::report::{
+use crate::manager::report::{
     Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
 };
 use crate::manager::{Change, Gateway, State};

@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{Allocation, BitsPerSecond, Directed, Name};
-use crate::gateway::report::{Explanation, GatewayStatus};
 use crate::manager::LineSide;
+use crate::manager::report::{Explanation, GatewayStatus};
 
 /// Several objects.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

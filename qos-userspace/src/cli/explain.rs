@@ -13,8 +13,8 @@ use super::packet::{self, Flow, Packet};
 use crate::api::types::{DirectionName, ExplainRequest, Explained};
 use crate::domain::selector::grammar::protocol_name;
 use crate::domain::{BitsPerSecond, Direction, dscp};
-use crate::gateway::report::Explanation;
 use crate::hex;
+use crate::manager::report::Explanation;
 
 /// Tells what becomes of a packet, and why
 ///

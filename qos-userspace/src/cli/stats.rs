@@ -12,7 +12,7 @@ use super::client::{Client, typed};
 use super::output::Output;
 use crate::api::types::Listing;
 use crate::domain::{Allocation, AllocationId, BitsPerSecond, ByteCount, Direction};
-use crate::gateway::report::{Count, Counts, DirectedCounts, Statistics};
+use crate::manager::report::{Count, Counts, DirectedCounts, Statistics};
 
 /// Shows what was counted, and rates
 ///

@@ -23,12 +23,14 @@ use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
 use super::object::{Attachment, Object, ObjectError, lock_pins, remove_pins};
-use super::report::{DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics};
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
 use super::trace::Tracer;
 use crate::domain::selector::rules;
 use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
+use crate::manager::report::{
+    DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
+};
 use crate::manager::{Change, Gateway, State};
 
 /// Repairs that are remembered.

@@ -8,7 +8,6 @@ pub mod memory;
 pub(crate) mod netlink;
 pub mod object;
 pub mod port;
-pub mod report;
 pub mod scheduler;
 mod trace;
 

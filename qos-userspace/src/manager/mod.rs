@@ -8,17 +8,18 @@
 use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 
+use self::report::{Explanation, GatewayStatus, Statistics};
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider,
     ProviderKind, Selector, Session,
 };
-use crate::gateway::report::{Explanation, GatewayStatus, Statistics};
 
 pub mod capacity;
 mod decide;
 mod grant;
 mod overlap;
 mod refusal;
+pub mod report;
 mod slots;
 mod state;
 #[cfg(test)]

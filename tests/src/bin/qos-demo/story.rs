@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use qos_tests::traffic::{Flow, Latency, Measured};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{Allocation, AllocationId, Enforcement};
-use qos_userspace::gateway::report::{Counts, Statistics};
+use qos_userspace::manager::report::{Counts, Statistics};
 
 use crate::network::{Network, Running};
 use crate::progress::Progress;
