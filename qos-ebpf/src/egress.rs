@@ -19,16 +19,16 @@ const HEADERS: u32 = 192;
 /// Gives a packet its class and code point. The outcome says whether it may leave.
 #[inline(always)]
 pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
-    let (Some(settings), Some(search)) = (maps::settings(), maps::search()) else {
+    let Some(settings) = maps::settings() else {
         return Outcome::MissingEntry;
     };
     let direction = Direction::from_bit(DIRECTION);
-    search.begin(DIRECTION);
     // SAFETY: a read of this program's own context.
     let mark = unsafe { (*ctx.skb.skb).mark };
-    let (outcome, slot) = match settings.mark.read(mark) {
-        Some(marked) if marked.direction == direction => (Outcome::Admitted, marked.slot),
-        _ => police(ctx, search, direction),
+    let marked = settings.mark.read(mark).filter(|marked| marked.direction == direction);
+    let (outcome, slot) = match marked {
+        Some(marked) => (Outcome::Admitted, marked.slot),
+        None => police(ctx, direction),
     };
     if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate) {
         return outcome;
@@ -37,17 +37,21 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
         0 => None,
         slot => maps::allocation(directed(slot, direction)).filter(|found| found.flags & IN_USE != 0),
     };
-    send(ctx, settings, allocation, slot, direction, search);
+    send(ctx, settings, allocation, slot, direction, marked.is_none());
     if slot != 0 && allocation.is_none() { Outcome::StaleMark } else { outcome }
 }
 
 /// Reads, classifies and charges a packet that carries no mark of ours. Returns what became of it
 /// and the slot of its allocation, zero for none.
 #[inline(always)]
-fn police(ctx: &TcContext, search: &mut Search, direction: Direction) -> (Outcome, u32) {
-    if qos_read(ctx.skb.skb) == 0 {
+fn police(ctx: &TcContext, direction: Direction) -> (Outcome, u32) {
+    if qos_read(ctx.skb.skb, direction as u32) == 0 {
         return (Outcome::Unclassified, 0);
     }
+    // Not before: who reads has a reference of its own.
+    let Some(search) = maps::search() else {
+        return (Outcome::MissingEntry, 0);
+    };
     search.packet.key.length = segment_length(ctx, &search.packet);
     classify::<true>(search);
     if search.slot == 0 {
@@ -61,7 +65,8 @@ fn police(ctx: &TcContext, search: &mut Search, direction: Direction) -> (Outcom
     (outcome, if search.limits_only == 0 { search.slot } else { 0 })
 }
 
-/// Sets class and code point; observing, only counts what would be marked.
+/// Sets class and code point; observing, only counts what would be marked. `was_read`: what could
+/// be read of the headers is in this CPU's search.
 #[inline(always)]
 fn send(
     ctx: &TcContext,
@@ -69,7 +74,7 @@ fn send(
     allocation: Option<&'static Allocation>,
     slot: u32,
     direction: Direction,
-    search: &mut Search,
+    was_read: bool,
 ) {
     let observes = settings.observe != 0;
     let remark = allocation.filter(|allocation| allocation.flags & MARK_DSCP != 0);
@@ -78,20 +83,17 @@ fn send(
         None => 0,
     };
     let lines = !observes && settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
-    let packet = &mut search.packet;
-    if (remark.is_some() || class == 0 && lines) && (packet.ip_length != 0 || qos_read(ctx.skb.skb) != 0) {
-        if class == 0 && lines {
-            class = line_class(settings, &packet.key, direction);
+    if remark.is_some() || class == 0 && lines {
+        if !was_read {
+            qos_read(ctx.skb.skb, direction as u32);
         }
-        if let Some(allocation) = remark {
-            let bytes = Bytes::new(ctx.data(), ctx.data_end());
-            let marked = if observes {
-                packet.key.dscp != allocation.dscp
-            } else {
-                write_dscp(bytes, packet, allocation.dscp)
-            };
-            if marked {
-                count_marked(allocation, slot, direction, charge_of(ctx, packet, allocation));
+        // Addresses come first: a packet that ends before its ports still has a line.
+        if let Some(Search { packet, .. }) = maps::search().filter(|search| search.packet.ip_length != 0) {
+            if class == 0 && lines {
+                class = line_class(settings, &packet.key, direction);
+            }
+            if let Some(allocation) = remark {
+                remark_packet(ctx, packet, allocation, slot, direction, observes);
             }
         }
     }
@@ -101,6 +103,26 @@ fn send(
     if class != 0 && !observes {
         // SAFETY: `priority` is a field that programs of this type may write.
         unsafe { (*ctx.skb.skb).priority = class };
+    }
+}
+
+/// Writes the allocation's code point, or only counts what would be marked.
+#[inline(always)]
+fn remark_packet(
+    ctx: &TcContext,
+    packet: &Packet,
+    allocation: &Allocation,
+    slot: u32,
+    direction: Direction,
+    observes: bool,
+) {
+    let marked = if observes {
+        packet.key.dscp != allocation.dscp
+    } else {
+        write_dscp(Bytes::new(ctx.data(), ctx.data_end()), packet, allocation.dscp)
+    };
+    if marked {
+        count_marked(allocation, slot, direction, charge_of(ctx, packet, allocation));
     }
 }
 
@@ -147,10 +169,11 @@ fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
 /// again behind each way that leads here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn qos_read(skb: *mut __sk_buff) -> u32 {
+extern "C" fn qos_read(skb: *mut __sk_buff, direction: u32) -> u32 {
     let Some(search) = maps::search() else {
         return 0;
     };
+    search.begin(direction);
     let ctx = TcContext::new(skb);
     let length = ctx.len();
     if (ctx.data_end().wrapping_sub(ctx.data()) as u32) < HEADERS.min(length) {
