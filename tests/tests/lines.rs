@@ -3,15 +3,18 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test and what it calls fail by panicking")]
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use qos_common::length::{LinkLayer, charged};
 use qos_tests::ask::{Brief, measure_undisturbed, send_for};
+use qos_tests::capture::Injector;
 use qos_tests::daemon::{Config, Daemon};
-use qos_tests::topology::{Host, Topology};
+use qos_tests::frames::FrameSpec;
+use qos_tests::netlink::Netlink;
+use qos_tests::topology::{HOST_LINK, Host, Topology};
 use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, UdpFlow, charged_length};
-use qos_userspace::domain::AllocationId;
 use qos_userspace::domain::units::BitsPerSecond;
+use qos_userspace::domain::{AllocationId, Direction};
 
 const WARM_UP: Duration = Duration::from_millis(1_000);
 const WINDOW: Duration = Duration::from_secs(3);
@@ -537,4 +540,46 @@ fn cells_and_overhead_are_counted_as_the_line_counts_them() {
         daemon.qos_line("session remove one").unwrap();
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A packet whose headers announce more than there is can't be classified; it goes into its line's rest
+/// all the same, and can't be used to get round the line.
+#[test]
+fn what_can_not_be_read_to_its_end_stays_within_its_line() {
+    let net = Topology::pair().unwrap();
+    let daemon = Daemon::start(&net.gateway, &Config::default()).unwrap();
+    daemon.qos_line("session add home --address 2001:db8:1::10 --down 2mbit --up 2mbit").unwrap();
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    let addresses = (video.v6(0).into(), home.v6(0).into());
+    let spec = FrameSpec::udp((video.mac, video.gateway_mac), addresses, (5_000, 5_001));
+    let mut frame = FrameSpec { length: 1_000, ..spec }.build().unwrap();
+    // Destination options (RFC 8200, section 4.6), 2,048 bytes of them.
+    frame[20] = 60;
+    frame[54..56].copy_from_slice(&[17, 255]);
+    let explained = daemon.explain(Direction::Downstream, &frame).unwrap().explanation;
+    assert_eq!(explained.outcome, "truncated", "{explained:?}");
+
+    let injector = Injector::open(&video.namespace, HOST_LINK).unwrap();
+    let received = || {
+        let link = Netlink::open(&home.namespace).unwrap().link(HOST_LINK).unwrap();
+        link.counters.rx_bytes
+    };
+    // 8 Mbit/s, for long enough that the queue is full.
+    let send = |time: Duration| {
+        let began = Instant::now();
+        for number in 0.. {
+            let due = Duration::from_millis(number);
+            if due >= time {
+                break;
+            }
+            std::thread::sleep(due.saturating_sub(began.elapsed()));
+            injector.send(&frame).unwrap();
+        }
+        began.elapsed()
+    };
+    send(WARM_UP);
+    let before = received();
+    let time = send(WINDOW);
+    let rate = (received() - before) as f64 * 8.0 / time.as_secs_f64();
+    assert!((rate / 2e6 - 1.0).abs() < TOLERANCE, "{rate} bit/s");
 }
