@@ -605,6 +605,64 @@ fn detach_leaves_the_namespace_as_it_was_found() {
     }
 }
 
+/// Whether the daemon is told of it at its next start, or is dead and `qos detach` finds it.
+#[test]
+fn an_interface_that_leaves_the_configuration_is_left_alone() {
+    const EXTRA: &str = "lan1";
+    let net = Topology::pair().unwrap();
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    netlink.add_veth(EXTRA, "lan1-peer", &net.subscriber("home").namespace, 1_500).unwrap();
+    let extra = netlink.link(EXTRA).unwrap().index;
+    netlink.set_up(extra).unwrap();
+    let on_extra = || {
+        let mut netlink = Netlink::open(&net.gateway).unwrap();
+        let qdiscs: Vec<_> = netlink
+            .qdiscs()
+            .unwrap()
+            .into_iter()
+            .filter(|qdisc| qdisc.index == extra.cast_signed())
+            .collect();
+        (qdiscs, netlink.classes(extra).unwrap(), programs(&net.gateway, EXTRA).unwrap())
+    };
+    let bare = on_extra();
+    for dead in [false, true] {
+        let mut daemon = Daemon::start(&net.gateway, &Config::default()).unwrap();
+        register(&daemon, mbit(100));
+        daemon
+            .grant(
+                "--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit",
+            )
+            .unwrap();
+        let without = fs::read_to_string(daemon.config_path()).unwrap();
+        let with =
+            format!("{without}\n[[interface]]\nname = {EXTRA:?}\nrole = \"lan\"\ncapacity = \"1gbit\"\n");
+        daemon.terminate().unwrap();
+        fs::write(daemon.config_path(), with).unwrap();
+        daemon.restart().unwrap();
+        let held = on_extra();
+        assert!(held.2.0.is_some() && !held.2.1.is_empty() && held.1.len() >= 5, "{held:?}");
+
+        daemon.kill().unwrap();
+        fs::write(daemon.config_path(), without).unwrap();
+        if dead {
+            let config = daemon.config_path();
+            daemon
+                .qos(["detach".as_ref(), "--yes".as_ref(), "--config".as_ref(), config.as_os_str()])
+                .unwrap();
+        } else {
+            daemon.restart().unwrap();
+            let flow = down(&net, 5_000, mbit(3), 1_000);
+            let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+            assert!(within(held.achieved, mbit(1), 0.06), "the others go on: {:?}", Brief(&held));
+        }
+        assert_eq!(on_extra(), bare, "dead: {dead}");
+        if !dead {
+            daemon.qos(["detach", "--yes"]).unwrap();
+            assert!(daemon.wait(Duration::from_secs(5)).unwrap().success());
+        }
+    }
+}
+
 #[test]
 fn detach_without_a_daemon_does_not_touch_a_living_one() {
     let (net, daemon) = gateway(mbit(100));

@@ -22,7 +22,9 @@ use super::Role;
 use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
-use super::object::{Attachment, Object, ObjectError, lock_pins, remove_pins};
+use super::object::{
+    Attachment, Object, ObjectError, lock_pins, pinned_interfaces, remove_interface, remove_pins,
+};
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
 use super::trace::Tracer;
@@ -339,12 +341,16 @@ impl Kernel {
     /// Where something can't be removed.
     pub fn detach_leftovers(config: &GatewayConfig) -> Result<(), GatewayError> {
         let _lock = lock_pins(&config.bpffs_dir)?;
+        let mut configured = Vec::new();
         for interface in &config.interfaces {
             match Link::by_name(&interface.name) {
-                Ok(link) => Htb::new(&link, LeafQueue::Best)?.detach()?,
+                Ok(link) => configured.push(link),
                 Err(LinkError::NotFound { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+        for link in leftovers(config, configured.iter().map(|link| link.index))?.iter().chain(&configured) {
+            left_alone(config, link)?;
         }
         remove_kernel_pins(config)
     }
@@ -364,6 +370,11 @@ impl Kernel {
         }
         for number in 0..self.interfaces.len() {
             self.attach(number)?;
+        }
+        let configured =
+            self.interfaces.iter().filter_map(|interface| interface.link.as_ref().map(|link| link.index));
+        for left in leftovers(&self.config, configured)? {
+            left_alone(&self.config, &left)?;
         }
         Ok(())
     }
@@ -804,6 +815,28 @@ impl Gateway for Kernel {
 fn usable_link(name: &str) -> Result<Link, GatewayError> {
     let link = Link::by_name(name)?;
     if link.ethernet { Ok(link) } else { Err(GatewayError::NotEthernet(name.to_owned())) }
+}
+
+/// Interfaces that have programs of ours and are not among `configured` ones: the configuration has
+/// changed since.
+fn leftovers(
+    config: &GatewayConfig,
+    configured: impl Iterator<Item = u32>,
+) -> Result<Vec<Link>, GatewayError> {
+    let mut indices = pinned_interfaces(&config.bpffs_dir)?;
+    for index in configured {
+        indices.remove(&index);
+    }
+    let links = indices.into_iter().map(Link::by_index);
+    Ok(links.filter(|link| !matches!(link, Err(LinkError::NotFound { .. }))).collect::<Result<_, _>>()?)
+}
+
+/// Takes everything of ours off an interface.
+fn left_alone(config: &GatewayConfig, link: &Link) -> Result<(), GatewayError> {
+    Htb::new(link, LeafQueue::Best)?.detach()?;
+    remove_interface(&config.bpffs_dir, link)?;
+    tracing::info!(interface = link.name, "not configured any more: our programs and classes are removed");
+    Ok(())
 }
 
 fn remove_kernel_pins(config: &GatewayConfig) -> Result<(), GatewayError> {

@@ -64,7 +64,23 @@ impl Link {
     /// # Errors
     /// Where there is none of that name, or the kernel can't be asked.
     pub fn by_name(name: &str) -> Result<Self, LinkError> {
-        Self::ask(name).map_err(|error| match error {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        Self::look_up(message, name)
+    }
+
+    /// The same by its index.
+    ///
+    /// # Errors
+    /// Where there is none of that index, or the kernel can't be asked.
+    pub fn by_index(index: u32) -> Result<Self, LinkError> {
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        Self::look_up(message, &format!("number {index}"))
+    }
+
+    fn look_up(message: LinkMessage, name: &str) -> Result<Self, LinkError> {
+        Self::ask(message).map_err(|error| match error {
             NetlinkError::Refused(refusal) if refusal.errno == libc::ENODEV => {
                 LinkError::NotFound { name: name.to_owned() }
             }
@@ -73,9 +89,7 @@ impl Link {
         })
     }
 
-    fn ask(name: &str) -> Result<Self, NetlinkError> {
-        let mut message = LinkMessage::default();
-        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    fn ask(message: LinkMessage) -> Result<Self, NetlinkError> {
         let socket = RouteSocket::open()?;
         let mut answers = socket.request([(RouteNetlinkMessage::GetLink(message), 0)])?;
         let answer = answers.pop().ok_or_else(|| malformed("no answer"))?;
@@ -133,6 +147,9 @@ mod tests {
         let link = Link::by_name("lo").expect("every namespace has one");
         assert_eq!((link.name.as_str(), link.index, link.loopback, link.ethernet), ("lo", 1, true, true));
         assert_eq!(link.mac, Some([0; 6]));
+        assert_eq!(Link::by_index(1).expect("the same"), link);
+        let error = Link::by_index(0x7fff_fff0).expect_err("there is none");
+        assert_eq!(error.to_string(), "interface number 2147483632 does not exist");
         let error = Link::by_name("no-such-if").expect_err("there is none");
         assert_eq!(error.to_string(), "interface no-such-if does not exist");
     }

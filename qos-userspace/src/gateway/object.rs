@@ -9,7 +9,7 @@
 //! BPFFS_DIR/maps_1/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -208,7 +208,7 @@ impl Object {
     pub fn load(bpffs_dir: &Path) -> Result<Self, ObjectError> {
         mount_bpffs(bpffs_dir)?;
         let maps_dir = maps_dir(bpffs_dir);
-        let links_dir = bpffs_dir.join("links");
+        let links_dir = links_dir(bpffs_dir);
         for path in [&maps_dir, &links_dir] {
             fs::create_dir_all(path).map_err(|reason| pin_error("creating", path, reason))?;
         }
@@ -272,10 +272,7 @@ impl Object {
     /// # Errors
     /// Where a pin can't be removed.
     pub fn remove_dead_links(&self) -> Result<(), ObjectError> {
-        let Ok(entries) = fs::read_dir(&self.links_dir) else {
-            return Ok(());
-        };
-        for path in entries.flatten().map(|entry| entry.path()) {
+        for path in links_of(&self.links_dir) {
             if pinned_target(&path).map_err(|reason| pin_error("opening", &path, reason))? == Some(0) {
                 fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
             }
@@ -560,6 +557,55 @@ pub fn lock_pins(bpffs_dir: &Path) -> Result<Flock<File>, ObjectError> {
     })
 }
 
+/// Indices of the interfaces that have links of ours, pinned below `bpffs_dir`. Each has at least that
+/// of XDP.
+///
+/// # Errors
+/// Where a pin can't be read.
+pub fn pinned_interfaces(bpffs_dir: &Path) -> Result<BTreeSet<u32>, ObjectError> {
+    let mut found = BTreeSet::new();
+    for path in links_of(&links_dir(bpffs_dir)) {
+        let target = pinned_target(&path).map_err(|reason| pin_error("opening", &path, reason))?;
+        found.extend(target.filter(|index| *index != 0));
+    }
+    Ok(found)
+}
+
+/// Takes our programs off one interface.
+///
+/// # Errors
+/// Where a pin can't be removed.
+pub fn remove_interface(bpffs_dir: &Path, interface: &Link) -> Result<(), ObjectError> {
+    remove_filters(&interface.name);
+    let prefix = format!("{}_", interface.index);
+    for path in links_of(&links_dir(bpffs_dir)) {
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
+            fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
+        }
+    }
+    Ok(())
+}
+
+fn links_dir(bpffs_dir: &Path) -> PathBuf {
+    bpffs_dir.join("links")
+}
+
+/// Paths of the pinned links.
+fn links_of(links_dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(links_dir);
+    entries.map_or_else(|_| Vec::new(), |entries| entries.flatten().map(|entry| entry.path()).collect())
+}
+
+/// Removes our filters on clsact.
+fn remove_filters(interface: &str) {
+    for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+        if let Ok(link) = SchedClassifierLink::attached(interface, side, TC_PRIORITY, TC_HANDLE, None) {
+            // Detached when dropped; it fails where the filter is not there, as with tcx.
+            drop(link);
+        }
+    }
+}
+
 /// Removes every pin below `bpffs_dir`. The kernel ends what nothing else holds: programs leave their
 /// hooks, maps and clocks are gone. Filters on clsact are removed from `interfaces`.
 ///
@@ -567,18 +613,12 @@ pub fn lock_pins(bpffs_dir: &Path) -> Result<Flock<File>, ObjectError> {
 /// Where a pin can't be removed.
 pub fn remove_pins(bpffs_dir: &Path, interfaces: &[&str]) -> Result<(), ObjectError> {
     for interface in interfaces {
-        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
-            if let Ok(link) = SchedClassifierLink::attached(interface, side, TC_PRIORITY, TC_HANDLE, None) {
-                // Detached when dropped; it fails where the filter is not there, as with tcx.
-                drop(link);
-            }
-        }
+        remove_filters(interface);
     }
     if !bpffs_dir.exists() {
         return Ok(());
     }
-    for folder in ["links", &format!("maps_{ABI_VERSION}")] {
-        let folder = bpffs_dir.join(folder);
+    for folder in [links_dir(bpffs_dir), maps_dir(bpffs_dir)] {
         let Ok(entries) = fs::read_dir(&folder) else {
             continue;
         };
