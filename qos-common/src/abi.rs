@@ -22,6 +22,8 @@ pub const MAX_RULES: u32 = 1 << 14;
 pub const RULE_ROOM: u32 = 4 * MAX_RULES;
 /// Subscriber prefixes of lines.
 pub const MAX_LINE_PREFIXES: u32 = 1 << 15;
+/// Interfaces that packets may come in by.
+pub const MAX_INTERFACES: u32 = 1 << 8;
 /// Distinct prefix lengths that lines of one family may have.
 pub const MAX_LINE_LENGTHS: usize = 8;
 
@@ -192,7 +194,8 @@ impl Counters {
     }
 }
 
-/// What became of a packet, as the index of map `outcomes` (per CPU, both directions).
+/// What became of a packet, as the index of map `outcomes` (per CPU, both directions). Counted where
+/// the packet was judged: in the hook that it came in by, or at egress where it came in by none.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
@@ -212,8 +215,9 @@ pub enum Outcome {
     TooManyTags = 6,
     /// The allocation that a mark names has gone: the packet passes unclassified.
     StaleMark = 7,
-    /// No room for metadata in front of the packet: classified at egress instead.
-    NoMetadata = 8,
+    /// Came in by a hook of ours, and the mark that told what it is was lost on the way: classified
+    /// again at egress, and charged once. Counted at egress, beside what it was judged to be.
+    LostMark = 8,
     /// A map entry that must exist does not.
     MissingEntry = 9,
     /// The IP header contradicts itself: version, header length or total length.
@@ -234,7 +238,7 @@ impl Outcome {
         Self::Truncated,
         Self::TooManyTags,
         Self::StaleMark,
-        Self::NoMetadata,
+        Self::LostMark,
         Self::MissingEntry,
         Self::Malformed,
     ];

@@ -38,6 +38,8 @@ pub(crate) struct Search {
     pub(crate) expired: u32,
     /// Not zero: the packet is held to limits only, and gets no priority and no marking.
     pub(crate) limits_only: u32,
+    /// Not zero: there is room for the answer in front of the packet.
+    pub(crate) carries: u32,
 }
 
 impl Search {

@@ -1,5 +1,6 @@
 //! The way out: the class that the packet queues in, and its code point. A packet that no hook of
-//! ours has seen, made on the box or come in elsewhere, is classified and policed here.
+//! ours has seen, made on the box or come in elsewhere, is classified and policed here. One whose
+//! mark was lost is classified again, and not charged again.
 
 use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::programs::TcContext;
@@ -28,7 +29,11 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
     let marked = settings.mark.read(mark).filter(|marked| marked.direction == direction);
     let (outcome, slot) = match marked {
         Some(marked) => (Outcome::Admitted, marked.slot),
-        None => police(ctx, direction),
+        None => {
+            let (outcome, slot) = police(ctx, direction);
+            maps::count(outcome);
+            (outcome, slot)
+        }
     };
     if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate) {
         return outcome;
@@ -38,7 +43,10 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
         slot => maps::allocation(directed(slot, direction)).filter(|found| found.flags & IN_USE != 0),
     };
     send(ctx, settings, allocation, slot, direction, marked.is_none());
-    if slot != 0 && allocation.is_none() { Outcome::StaleMark } else { outcome }
+    if slot != 0 && allocation.is_none() {
+        maps::count(Outcome::StaleMark);
+    }
+    outcome
 }
 
 /// Reads, classifies and charges a packet that carries no mark of ours. Returns what became of it
@@ -54,6 +62,10 @@ fn police(ctx: &TcContext, direction: Direction) -> (Outcome, u32) {
     };
     search.packet.key.length = segment_length(ctx, &search.packet);
     classify::<true>(search);
+    // SAFETY: a read of this program's own context.
+    if maps::judged_at(unsafe { (*ctx.skb.skb).ingress_ifindex }) {
+        return (Outcome::LostMark, if search.limits_only == 0 { search.slot } else { 0 });
+    }
     if search.slot == 0 {
         return (Outcome::Unclassified, 0);
     }

@@ -19,13 +19,12 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
     let (Some(settings), Some(search)) = (maps::settings(), maps::search()) else {
         return Outcome::MissingEntry;
     };
-    // Before anything is charged: a packet that can't carry the answer is classified at egress.
-    if !reserve_metadata(ctx) {
-        return Outcome::NoMetadata;
-    }
+    // Without room for it, the packet loses its mark, and egress classifies it again.
+    let carries = reserve_metadata(ctx);
     let bytes = Bytes::new(ctx.data(), ctx.data_end());
     let direction = Direction::from_bit(DIRECTION);
     search.begin(DIRECTION);
+    search.carries = u32::from(carries);
     let outcome = match parse(bytes, false, bytes.length() as u32, &mut search.packet) {
         Ok(()) => police(search, direction),
         Err(reason) => reason,
@@ -33,7 +32,9 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
     // Observing, a packet that would be dropped goes on, and is nothing that would be marked.
     let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate);
     let slot = if search.limits_only == 0 && !over { search.slot } else { 0 };
-    write_metadata(ctx, settings, Marked { direction, slot });
+    if search.carries != 0 {
+        write_metadata(ctx, settings, Marked { direction, slot });
+    }
     outcome
 }
 

@@ -121,7 +121,7 @@ fn drops(outcome: Outcome) -> bool {
         | Outcome::Truncated
         | Outcome::TooManyTags
         | Outcome::StaleMark
-        | Outcome::NoMetadata
+        | Outcome::LostMark
         | Outcome::MissingEntry
         | Outcome::Malformed => false,
     }

@@ -7,8 +7,8 @@ use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
     ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
-    FragmentKey, Line, LineKey, MAX_FRAGMENTS, MAX_LINE_PREFIXES, OUTCOMES, Outcome, PROVIDER_SLOTS,
-    Provider, Question, RULE_ROOM, Settings,
+    FragmentKey, Line, LineKey, MAX_FRAGMENTS, MAX_INTERFACES, MAX_LINE_PREFIXES, OUTCOMES, Outcome,
+    PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
 };
 use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
 
@@ -47,6 +47,9 @@ static COUNTERS: Array<Counters, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 static PROVIDER_COUNTERS: Array<Counters, PROVIDER_RECORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "outcomes")]
 static OUTCOME_COUNTERS: PerCpuArray<u64, { OUTCOMES as usize }> = PerCpuArray::new();
+/// Interfaces, by index, whose packets XDP has judged. Values mean nothing.
+#[btf_map(name = "interfaces")]
+static INTERFACES: HashMap<u32, u32, { MAX_INTERFACES as usize }> = HashMap::new();
 #[btf_map(name = "lines")]
 static LINES: HashMap<LineKey, Line, { MAX_LINE_PREFIXES as usize }> = HashMap::new();
 #[btf_map(name = "fragments")]
@@ -156,6 +159,12 @@ pub(crate) fn count(outcome: Outcome) {
         // SAFETY: the map returned a pointer to this CPU's element, and bottom halves are off.
         unsafe { *counter += 1 };
     }
+}
+
+/// Whether XDP has judged what came in by an interface.
+#[inline(always)]
+pub(crate) fn judged_at(interface: u32) -> bool {
+    INTERFACES.get_ptr(interface).is_some()
 }
 
 #[inline(always)]

@@ -172,7 +172,7 @@ pub fn since(before: &Counts, after: &Counts) -> Counts {
     Counts {
         passed: count(|counts| counts.passed),
         dropped: count(|counts| counts.dropped),
-        queue_dropped: count(|counts| counts.queue_dropped),
+        queue_dropped_packets: after.queue_dropped_packets - before.queue_dropped_packets,
         marked: count(|counts| counts.marked),
         in_profile: count(|counts| counts.in_profile),
         excess: count(|counts| counts.excess),

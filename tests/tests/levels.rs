@@ -345,7 +345,7 @@ fn counters_say_what_was_sent_and_received() {
 
             assert_eq!(sent.receiver_dropped, 0, "the machine is too busy: {case}");
             assert_eq!(counts.passed.packets + counts.dropped.packets, sent.sent, "{case}");
-            assert_eq!(counts.passed.packets - counts.queue_dropped.packets, sent.received, "{case}");
+            assert_eq!(counts.passed.packets - counts.queue_dropped_packets, sent.received, "{case}");
             assert_eq!(counts.dropped.packets > 0, drops, "{case}");
             assert_eq!(counts.in_profile.packets + counts.excess.packets, counts.passed.packets, "{case}");
             for count in [counts.passed, counts.dropped, counts.in_profile, counts.excess] {

@@ -16,7 +16,8 @@ use nix::sys::signal::Signal;
 use qos_common::abi::{self, directed};
 use qos_common::classify::{Direction, Rule};
 use qos_tests::api::Client;
-use qos_tests::ask::{Brief, undisturbed};
+use qos_tests::ask::{Brief, measure_undisturbed, undisturbed};
+use qos_tests::capture::Capture;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, Maps, detach_link, pinned_links, programs};
 use qos_tests::netlink::{Netlink, TrafficControl, set_offloads};
@@ -266,11 +267,11 @@ fn limits_and_counts_hold_through_kill_and_restart_under_load() {
         delta("admitted"),
         delta("unclassified"),
         delta("stale_mark"),
-        delta("no_metadata")
+        delta("lost_mark")
     );
     // A router or neighbour solicitation now and then is nobody's.
     assert!(delta("unclassified") <= 10, "unclassified: {}", delta("unclassified"));
-    for outcome in ["stale_mark", "missing_entry", "no_metadata", "truncated", "malformed"] {
+    for outcome in ["stale_mark", "missing_entry", "lost_mark", "truncated", "malformed"] {
         assert_eq!(delta(outcome), 0, "{outcome}");
     }
     let counts = |id: AllocationId| now.allocations[&id];
@@ -498,9 +499,9 @@ fn a_revoked_class_drains_and_others_lose_nothing() {
     other_flow.end();
     let (slow_measured, other_measured) = (slow_flow.collect().unwrap(), other_flow.collect().unwrap());
     println!("slow {:?}; other {:?}", Brief(&slow_measured), Brief(&other_measured));
-    assert!(counts.queue_dropped.packets + counts.dropped.packets > 0, "it never queued: {counts:?}");
+    assert!(counts.queue_dropped_packets + counts.dropped.packets > 0, "it never queued: {counts:?}");
     assert_eq!(other_measured.lost, 0);
-    assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped.packets, 0);
+    assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped_packets, 0);
     // Free of its limit it runs at what is offered.
     slow_flow.set_rate(mbit(3));
     let free = undisturbed(&slow_flow, WARM_UP, Duration::from_secs(1)).unwrap();
@@ -528,7 +529,7 @@ fn what_waits_in_a_revoked_class_arrives() {
         thread::sleep(Duration::from_millis(700));
         flow.end();
         let measured = flow.collect().unwrap();
-        let dropped = counts.dropped.packets + counts.queue_dropped.packets;
+        let dropped = counts.dropped.packets + counts.queue_dropped_packets;
         println!("round {round}: {:?}, {dropped} dropped before the revoke", Brief(&measured));
         // A burst may still have been on its way between the count and the end.
         assert!(measured.lost <= dropped + 20, "round {round}: {} lost, {dropped} dropped", measured.lost);
@@ -603,6 +604,41 @@ fn detach_leaves_the_namespace_as_it_was_found() {
         daemon.wait(Duration::from_secs(5)).unwrap();
         assert_eq!(found(&net), before);
     }
+}
+
+/// A firewall may write the whole mark, an operator's filter may end before ours: what XDP has charged
+/// is then classified again, gets its class and code point, and is not charged twice.
+#[test]
+fn a_packet_whose_mark_is_lost_is_charged_once() {
+    let net = Topology::pair().unwrap();
+    let more = "reconcile_interval = \"1h\"".to_owned();
+    let daemon = Daemon::start(&net.gateway, &Config { more, ..Config::default() }).unwrap();
+    register(&daemon, mbit(10));
+    let id = daemon
+        .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --guaranteed-down 1mbit --max-down 2mbit --enforcement police --dscp EF")
+        .unwrap()
+        .id;
+    let index = link_index(&net, WAN);
+    detach_link(&daemon.bpffs_dir().join(format!("links/{index}_ingress"))).unwrap();
+    let (policed, rest) = (down(&net, 5_000, mbit(4), 1_000), down(&net, 5_001, mbit(20), 1_000));
+    let capture = Capture::open(&net.subscriber("home").namespace, HOST_LINK).unwrap();
+    let before = daemon.counts(id).unwrap().down;
+    let measured =
+        measure_undisturbed(&[(&policed, mbit(4)), (&rest, mbit(20))], WARM_UP, Duration::from_secs(2))
+            .unwrap();
+    let after = daemon.counts(id).unwrap().down;
+    println!("{:?}; {:?}", Brief(&measured[0]), Brief(&measured[1]));
+    // The line is full of the rest, so that only a class of its own lets it through.
+    assert!(within(measured[0].achieved, mbit(2), 0.03), "{:?}", Brief(&measured[0]));
+    assert!(within(measured[1].achieved, mbit(8), 0.03), "{:?}", Brief(&measured[1]));
+    assert!(after.marked.packets > before.marked.packets, "{after:?}");
+    let frame = capture
+        .find(Duration::from_secs(1), |frame| frame.ports().is_some_and(|ports| ports.1 == 5_000))
+        .unwrap()
+        .expect("captured");
+    assert_eq!(frame.dscp(), Some(46));
+    let lost = daemon.statistics().unwrap().outcomes["lost_mark"];
+    assert!(lost > 1_000, "{lost}");
 }
 
 /// Whether the daemon is told of it at its next start, or is dead and `qos detach` finds it.

@@ -136,7 +136,7 @@ fn totals(output: &Output, now: &Statistics, allocations: &BTreeMap<AllocationId
     tables(
         output,
         rows(&Statistics::default(), now, allocations),
-        ["PASSED", "PACKETS", "IN PROFILE", "EXCESS", "DROPPED", "QUEUE DROPPED", "MARKED"],
+        ["PASSED", "PACKETS", "IN PROFILE", "EXCESS", "DROPPED", "QUEUE DROPS", "MARKED"],
         |Row { counts, .. }| {
             [
                 size(counts.passed),
@@ -144,7 +144,7 @@ fn totals(output: &Output, now: &Statistics, allocations: &BTreeMap<AllocationId
                 size(counts.in_profile),
                 size(counts.excess),
                 size(counts.dropped),
-                size(counts.queue_dropped),
+                counts.queue_dropped_packets.to_string(),
                 size(counts.marked),
             ]
         },
@@ -165,7 +165,7 @@ fn rates(
     tables(
         output,
         rows(before, now, allocations),
-        ["RATE", "PACKETS/S", "IN PROFILE", "EXCESS", "DROPPED", "QUEUE DROPPED", "MARKED"],
+        ["RATE", "PACKETS/S", "IN PROFILE", "EXCESS", "DROPPED", "QUEUE DROPS/S", "MARKED"],
         |Row { counts, before, .. }| {
             [
                 rate(counts.passed, before.passed),
@@ -173,7 +173,7 @@ fn rates(
                 rate(counts.in_profile, before.in_profile),
                 rate(counts.excess, before.excess),
                 rate(counts.dropped, before.dropped),
-                rate(counts.queue_dropped, before.queue_dropped),
+                format!("{:.0}", per_second(counts.queue_dropped_packets, before.queue_dropped_packets)),
                 rate(counts.marked, before.marked),
             ]
         },

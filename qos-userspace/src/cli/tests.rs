@@ -363,12 +363,12 @@ fn statistics_are_totals_or_rates() {
     assert_prints(
         &must(&daemon, &["stats"]),
         "
-        ID  PROVIDER        PASSED  PACKETS  IN PROFILE  EXCESS  DROPPED  QUEUE DROPPED  MARKED
-         1  acme      down  1.5 MB     1000      1.5 MB     0 B    15 kB            0 B     0 B
+        ID  PROVIDER        PASSED  PACKETS  IN PROFILE  EXCESS  DROPPED  QUEUE DROPS  MARKED
+         1  acme      down  1.5 MB     1000      1.5 MB     0 B    15 kB            0     0 B
 
-        PROVIDER        PASSED  PACKETS  IN PROFILE  EXCESS  DROPPED  QUEUE DROPPED  MARKED
-        acme      down  1.5 MB     1000      1.5 MB     0 B    15 kB            0 B     0 B
-        isp       down  1.5 MB     1000      1.5 MB     0 B    15 kB            0 B     0 B
+        PROVIDER        PASSED  PACKETS  IN PROFILE  EXCESS  DROPPED  QUEUE DROPS  MARKED
+        acme      down  1.5 MB     1000      1.5 MB     0 B    15 kB            0     0 B
+        isp       down  1.5 MB     1000      1.5 MB     0 B    15 kB            0     0 B
 
         packets: admitted 1000, over limit 10
         ",

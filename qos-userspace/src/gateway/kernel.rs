@@ -260,7 +260,7 @@ impl Kernel {
                     Direction::Upstream => &mut counts.up,
                     Direction::Downstream => &mut counts.down,
                 };
-                counts.queue_dropped.packets += class.drops;
+                counts.queue_dropped_packets += class.drops;
             }
         }
         for provider in state.providers.values() {
@@ -371,6 +371,7 @@ impl Kernel {
         for number in 0..self.interfaces.len() {
             self.attach(number)?;
         }
+        self.put_interfaces()?;
         let configured =
             self.interfaces.iter().filter_map(|interface| interface.link.as_ref().map(|link| link.index));
         for left in leftovers(&self.config, configured)? {
@@ -386,6 +387,13 @@ impl Kernel {
             interface.attachment = Some(attachment);
         }
         Ok(())
+    }
+
+    /// Tells the programs by which interfaces packets come in judged.
+    fn put_interfaces(&mut self) -> Result<(), GatewayError> {
+        let attached = self.interfaces.iter().filter(|interface| interface.attachment.is_some());
+        let indices = attached.filter_map(|interface| interface.link.as_ref().map(|link| link.index));
+        Ok(self.maps.put_interfaces(&indices.collect())?)
     }
 
     /// Declares the tree of an interface to its scheduler. In observe mode there is none, and one
@@ -468,6 +476,7 @@ impl Kernel {
     fn reconcile_pins(&mut self, state: &State, wrong: &mut Vec<String>) -> Result<(), GatewayError> {
         let again = self.object.repin_maps()?;
         wrong.extend(again.into_iter().map(|map| format!("map {map} was not pinned")));
+        self.put_interfaces()?;
         wrong.extend(self.reconcile_maps(state)?);
         wrong.extend(self.classifier.repair());
         Ok(())
@@ -1032,7 +1041,7 @@ pub(super) const fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::Truncated => "truncated",
         Outcome::TooManyTags => "too_many_tags",
         Outcome::StaleMark => "stale_mark",
-        Outcome::NoMetadata => "no_metadata",
+        Outcome::LostMark => "lost_mark",
         Outcome::MissingEntry => "missing_entry",
         Outcome::Malformed => "malformed",
     }

@@ -1,6 +1,8 @@
 //! The maps of the object, typed. What must stand in them is decided in [`super::kernel`]; here is
 //! how it gets there so that no packet meets a half-written record.
 
+use std::collections::BTreeSet;
+
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
 use qos_common::abi::{
     ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES,
@@ -25,6 +27,7 @@ pub(super) struct Maps {
     counters: SharedArray<Counters>,
     provider_counters: SharedArray<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
+    interfaces: HashMap<MapData, u32, u32>,
     lines: HashMap<MapData, LineKey, Line>,
     question: SharedArray<Question>,
     answer: SharedArray<Answer>,
@@ -48,6 +51,7 @@ impl Maps {
             counters: object.shared("counters")?,
             provider_counters: object.shared("prov_counters")?,
             outcomes: object.take("outcomes")?,
+            interfaces: object.take("interfaces")?,
             lines: object.take("lines")?,
             question: object.shared("question")?,
             answer: object.shared("answer")?,
@@ -116,6 +120,19 @@ impl Maps {
             self.applications.write(u32::from(slot), wanted);
         }
         differs
+    }
+
+    /// Makes the map of interfaces hold exactly `wanted`.
+    pub(super) fn put_interfaces(&mut self, wanted: &BTreeSet<u32>) -> Result<(), ObjectError> {
+        let error = |reason| ObjectError::map("interfaces", reason);
+        let found: BTreeSet<u32> = self.interfaces.keys().collect::<Result<_, _>>().map_err(error)?;
+        for index in wanted.difference(&found) {
+            self.interfaces.insert(index, 0, 0).map_err(error)?;
+        }
+        for index in found.difference(wanted) {
+            self.interfaces.remove(index).map_err(error)?;
+        }
+        Ok(())
     }
 
     /// The lines as they stand.

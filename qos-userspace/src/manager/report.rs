@@ -24,8 +24,8 @@ pub struct Counts {
     pub passed: Count,
     /// Dropped by a limit where the packet was classified.
     pub dropped: Count,
-    /// Dropped because the queue at egress was full; shaped allocations only.
-    pub queue_dropped: Count,
+    /// Packets dropped because the queue at egress was full; shaped allocations only.
+    pub queue_dropped_packets: u64,
     /// Re-marked with another code point.
     pub marked: Count,
     /// Within the guaranteed capacity.
@@ -44,7 +44,7 @@ impl From<Counters> for Counts {
                 bytes: in_profile.bytes + excess.bytes,
             },
             dropped: Count { packets: counters.dropped_packets, bytes: counters.dropped_bytes },
-            queue_dropped: Count::default(),
+            queue_dropped_packets: 0,
             marked: Count { packets: counters.marked_packets, bytes: counters.marked_bytes },
             in_profile,
             excess,

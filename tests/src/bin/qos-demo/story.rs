@@ -219,7 +219,7 @@ fn measure_all(
                 let counts = statistics.allocations.get(&allocation.id)?;
                 Some(if traffic.way == Way::Down { counts.down } else { counts.up })
             };
-            let dropped = |counts: Counts| counts.dropped.packets + counts.queue_dropped.packets;
+            let dropped = |counts: Counts| counts.dropped.packets + counts.queue_dropped_packets;
             let (before, after) = counts(&before)
                 .zip(counts(&after))
                 .with_context(|| format!("`qos stats` has nothing of allocation {}", allocation.id))?;
