@@ -961,9 +961,7 @@ fn slots_of_allocations_wait_their_turn() {
 #[test]
 fn rests_are_kept_from_what_can_be_guaranteed() {
     let mut state = State::new(Network { line_rest: rate("1mbit"), link_rest: rate("100mbit"), ..network() });
-    for new in [session("dsl-1", &["192.0.2.1/32"], "20mbit", "2mbit")] {
-        carry_out(&mut state, Command::AddSession(new));
-    }
+    carry_out(&mut state, Command::AddSession(session("dsl-1", &["192.0.2.1/32"], "20mbit", "2mbit")));
     let left = |direction| (state.left_on_line(&name("dsl-1"), direction), state.left_on_link(direction));
     assert_eq!(left(Direction::Downstream), (rate("19mbit"), rate("899mbit")));
     // An eighth of 2 Mbit/s, of which 95 % are used in the soft direction.
