@@ -72,7 +72,8 @@ impl Kernel {
         let mut classes = Vec::new();
         for name in [LAN, WAN] {
             let index = netlink.link(name)?.index;
-            classes.extend(netlink.classes(index)?);
+            // fq_codel shows its flows as classes.
+            classes.extend(netlink.classes(index)?.into_iter().filter(|class| class.kind == "htb"));
         }
         Ok(Self {
             maps: Maps::of(daemon).contents()?,

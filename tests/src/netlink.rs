@@ -20,7 +20,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
+use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
@@ -70,6 +70,21 @@ pub struct Counters {
     pub tx_packets: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+}
+
+/// A filter on a clsact hook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// Interface index.
+    pub index: i32,
+    /// The hook.
+    pub parent: u32,
+    /// Priority in the upper 16 bits, protocol in the lower, in network order.
+    pub info: u32,
+    /// Its number at that priority.
+    pub handle: u32,
+    /// Of a BPF filter: the id of its program.
+    pub program: Option<u32>,
 }
 
 /// A qdisc or class as the kernel lists it.
@@ -301,6 +316,22 @@ impl Netlink {
         Ok(traffic_control(answers))
     }
 
+    /// Filters on the clsact hooks of link `index`: ingress, then egress.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn filters(&mut self, index: u32) -> Result<Vec<Filter>> {
+        let mut found = Vec::new();
+        for minor in [TcHandle::MIN_INGRESS, TcHandle::MIN_EGRESS] {
+            let mut message = TcMessage::default();
+            message.header.index = index.cast_signed();
+            message.header.parent = TcHandle { major: u16::MAX, minor };
+            let answers = self.dump(RouteNetlinkMessage::GetTrafficFilter(message))?;
+            found.extend(answers.into_iter().filter_map(Filter::read));
+        }
+        Ok(found)
+    }
+
     fn create(&mut self, message: RouteNetlinkMessage) -> Result<()> {
         self.request(message, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
     }
@@ -519,6 +550,29 @@ fn route_address(address: IpAddr) -> RouteAddress {
     match address {
         IpAddr::V4(v4) => RouteAddress::Inet(v4),
         IpAddr::V6(v6) => RouteAddress::Inet6(v6),
+    }
+}
+
+impl Filter {
+    /// None: it is the head of a chain.
+    fn read(answer: RouteNetlinkMessage) -> Option<Self> {
+        let RouteNetlinkMessage::NewTrafficFilter(message) = answer else { return None };
+        let options = message.attributes.iter().filter_map(|attribute| match attribute {
+            TcAttribute::Options(options) => Some(options),
+            _ => None,
+        });
+        let program = options.flatten().find_map(|option| match option {
+            TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => Some(*id),
+            _ => None,
+        });
+        let handle = u32::from(message.header.handle);
+        (handle != 0).then(|| Self {
+            index: message.header.index,
+            parent: message.header.parent.into(),
+            info: message.header.info,
+            handle,
+            program,
+        })
     }
 }
 

@@ -72,7 +72,7 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         self.object.take();
-        remove_pins(&self.pins, &[]).expect("the pins are removed");
+        remove_pins(&self.pins).expect("the pins are removed");
     }
 }
 

@@ -18,7 +18,6 @@ use qos_common::clock::Meter;
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
 use qos_common::mark::MarkLayout;
 
-use super::Role;
 use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
@@ -28,6 +27,7 @@ use super::object::{
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
 use super::trace::Tracer;
+use super::{Role, TcHooks};
 use crate::domain::selector::rules;
 use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
 use crate::manager::report::{
@@ -62,6 +62,8 @@ pub struct GatewayConfig {
     pub observe: bool,
     /// Bits of `skb->mark` that are ours: one run of at least 18.
     pub mark_mask: u32,
+    /// Where tc programs are attached.
+    pub tc_hooks: TcHooks,
 }
 
 /// An interface of the gateway.
@@ -322,16 +324,14 @@ impl Kernel {
     ///
     /// # Errors
     /// Where something can't be removed; the rest is.
-    pub fn detach(mut self) -> Result<(), GatewayError> {
+    pub fn detach(self) -> Result<(), GatewayError> {
         let mut first_error = None;
-        for interface in &mut self.interfaces {
-            if let Some(scheduler) = &mut interface.scheduler
-                && let Err(error) = scheduler.detach()
-            {
-                first_error.get_or_insert(error.into());
+        for link in self.interfaces.iter().filter_map(|interface| interface.link.as_ref()) {
+            if let Err(error) = leave_alone(&self.config, link) {
+                first_error.get_or_insert(error);
             }
         }
-        remove_kernel_pins(&self.config)?;
+        remove_pins(&self.config.bpffs_dir)?;
         first_error.map_or(Ok(()), Err)
     }
 
@@ -350,9 +350,9 @@ impl Kernel {
             }
         }
         for link in leftovers(config, configured.iter().map(|link| link.index))?.iter().chain(&configured) {
-            left_alone(config, link)?;
+            leave_alone(config, link)?;
         }
-        remove_kernel_pins(config)
+        Ok(remove_pins(&config.bpffs_dir)?)
     }
 
     /// Brings the kernel from whatever it holds to what the state says. Maps before programs, rules
@@ -375,7 +375,8 @@ impl Kernel {
         let configured =
             self.interfaces.iter().filter_map(|interface| interface.link.as_ref().map(|link| link.index));
         for left in leftovers(&self.config, configured)? {
-            left_alone(&self.config, &left)?;
+            tracing::info!(interface = left.name, "not configured any more: our programs and classes go");
+            leave_alone(&self.config, &left)?;
         }
         Ok(())
     }
@@ -383,7 +384,7 @@ impl Kernel {
     fn attach(&mut self, number: usize) -> Result<(), GatewayError> {
         let interface = &mut self.interfaces[number];
         if let Some(link) = &interface.link {
-            let attachment = self.object.attach(link, interface.config.role)?;
+            let attachment = self.object.attach(link, interface.config.role, self.config.tc_hooks)?;
             interface.attachment = Some(attachment);
         }
         Ok(())
@@ -463,7 +464,7 @@ impl Kernel {
     fn reattach(&mut self, number: usize, wrong: &mut Vec<String>) -> Result<(), GatewayError> {
         let interface = &self.interfaces[number];
         if let (Some(attachment), Some(link)) = (interface.attachment, &interface.link) {
-            let missing = self.object.missing(link.index, attachment);
+            let missing = self.object.missing(link, interface.config.role, attachment);
             if missing.is_empty() {
                 return Ok(());
             }
@@ -805,7 +806,7 @@ impl Gateway for Kernel {
         }
         for interface in &self.interfaces {
             if let Some(link) = &interface.link {
-                self.object.trace(&interface.config.name, link.index, interface.config.role, on)?;
+                self.object.trace(link, interface.config.role, on)?;
             }
         }
         Ok(())
@@ -841,16 +842,10 @@ fn leftovers(
 }
 
 /// Takes everything of ours off an interface.
-fn left_alone(config: &GatewayConfig, link: &Link) -> Result<(), GatewayError> {
-    Htb::new(link, LeafQueue::Best)?.detach()?;
+fn leave_alone(config: &GatewayConfig, link: &Link) -> Result<(), GatewayError> {
+    let scheduler = Htb::new(link, LeafQueue::Best)?.detach();
     remove_interface(&config.bpffs_dir, link)?;
-    tracing::info!(interface = link.name, "not configured any more: our programs and classes are removed");
-    Ok(())
-}
-
-fn remove_kernel_pins(config: &GatewayConfig) -> Result<(), GatewayError> {
-    let names: Vec<_> = config.interfaces.iter().map(|interface| interface.name.as_str()).collect();
-    Ok(remove_pins(&config.bpffs_dir, &names)?)
+    Ok(scheduler?)
 }
 
 /// The tree of what is sent in one direction.

@@ -1,6 +1,7 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
 pub mod classifier;
+pub mod clsact;
 pub mod kernel;
 pub mod link;
 mod maps;
@@ -19,6 +20,16 @@ pub enum Role {
     Lan,
     /// Towards providers.
     Wan,
+}
+
+/// Where tc programs are attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TcHooks {
+    /// tcx where the kernel has it (Linux 6.6), filters on clsact elsewhere.
+    #[default]
+    Auto,
+    /// Filters on clsact.
+    Clsact,
 }
 
 pub use kernel::{GatewayConfig, GatewayError, InterfaceConfig, Kernel, PACKET_LENGTHS};

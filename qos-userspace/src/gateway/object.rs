@@ -8,17 +8,21 @@
 //! ```text
 //! BPFFS_DIR/maps_1/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
 //! ```
+//!
+//! Where tc programs are filters on `clsact`, a symbolic link `4_clsact` tells that the queueing
+//! discipline was made here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{MapData, MapError, MapInfo};
 use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
-use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle, qdisc_add_clsact};
+use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
     ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
@@ -29,10 +33,11 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
 
-use super::Role;
+use super::clsact::{self, Clsact, ClsactError};
 use super::link::Link;
 use super::memory::SharedArray;
 use super::trace::Tracer;
+use super::{Role, TcHooks};
 
 /// Start of the names of programs that are loaded when somebody traces.
 const TRACING: &str = "qos_trace_";
@@ -46,9 +51,11 @@ const BPF_FS: FsType = FsType(0xcafe_4a11);
 /// Where bpffs is mounted by convention.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// Place of our filters where the kernel has no tcx: behind an operator's own at lower numbers.
-const TC_PRIORITY: u16 = 0x5150;
-const TC_HANDLE: TcHandle = TcHandle::new(0, 1);
+/// Number of our filters where the kernel has no tcx.
+const TC_HANDLE: TcHandle = TcHandle::new(0, clsact::HANDLE as u16);
+
+/// Both tc hooks.
+const SIDES: [TcAttachType; 2] = [TcAttachType::Ingress, TcAttachType::Egress];
 
 /// Why the object is not in the kernel as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -139,6 +146,14 @@ pub enum ObjectError {
         map: &'static str,
         /// What the kernel said.
         reason: io::Error,
+    },
+    /// The hooks of an interface can't be cleaned.
+    #[error("interface {interface}: {source}")]
+    Hooks {
+        /// Its name.
+        interface: String,
+        /// Why not.
+        source: ClsactError,
     },
     /// A program could not be attached.
     #[error("attaching {program} to {interface}: {reason}")]
@@ -335,18 +350,23 @@ impl Object {
     ///
     /// # Errors
     /// Where the kernel refuses; programs that were attached stay attached.
-    pub fn attach(&mut self, interface: &Link, role: Role) -> Result<Attachment, ObjectError> {
-        let (xdp, egress) = match role {
-            Role::Lan => ("qos_xdp_lan", "qos_egress_lan"),
-            Role::Wan => ("qos_xdp_wan", "qos_egress_wan"),
+    pub fn attach(
+        &mut self,
+        interface: &Link,
+        role: Role,
+        hooks: TcHooks,
+    ) -> Result<Attachment, ObjectError> {
+        let xdp = match role {
+            Role::Lan => "qos_xdp_lan",
+            Role::Wan => "qos_xdp_wan",
         };
         self.refuse_foreign(interface)?;
         fs::create_dir_all(&self.links_dir)
             .map_err(|reason| pin_error("creating", &self.links_dir, reason))?;
-        let place = Place { interface: &interface.name, index: interface.index };
+        let place = Place { link: interface };
         // Egress first and ingress before XDP: a packet that carries an answer finds its reader.
-        let (tcx, egress_kept) = self.attach_tc(place, "egress", egress, TcAttachType::Egress)?;
-        let (_, ingress_kept) = self.attach_tc(place, "ingress", "qos_ingress", TcAttachType::Ingress)?;
+        let (tcx, egress_kept) = self.attach_tc(place, role, TcAttachType::Egress, hooks)?;
+        let (_, ingress_kept) = self.attach_tc(place, role, TcAttachType::Ingress, hooks)?;
         let (native, xdp_kept) = self.attach_xdp(place, xdp)?;
         Ok(Attachment { native, tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
     }
@@ -356,7 +376,7 @@ impl Object {
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn trace(&mut self, interface: &str, index: u32, role: Role, on: bool) -> Result<(), ObjectError> {
+    pub fn trace(&mut self, interface: &Link, role: Role, on: bool) -> Result<(), ObjectError> {
         let program = match (role, on) {
             (Role::Lan, true) => "qos_trace_lan",
             (Role::Wan, true) => "qos_trace_wan",
@@ -370,7 +390,7 @@ impl Object {
                 reason: Box::new(reason),
             })?;
         }
-        self.attach_xdp(Place { interface, index }, program).map(|_| ())
+        self.attach_xdp(Place { link: interface }, program).map(|_| ())
     }
 
     /// The reader of what tracing programs tell; there is one.
@@ -384,20 +404,38 @@ impl Object {
 
     /// Names the hooks of an interface that have lost our program.
     #[must_use]
-    pub fn missing(&self, index: u32, attachment: Attachment) -> Vec<&'static str> {
+    pub fn missing(&self, interface: &Link, role: Role, attachment: Attachment) -> Vec<&'static str> {
+        let index = interface.index;
+        let is_pinned = |hook| pinned_target(&self.pin(index, hook)).ok().flatten() == Some(index);
         let mut missing = Vec::new();
-        let mode = if attachment.native { "xdp_native" } else { "xdp_generic" };
-        let hooks: &[(&str, &str)] = if attachment.tcx {
-            &[(mode, "xdp"), ("ingress", "tc ingress"), ("egress", "tc egress")]
-        } else {
-            &[(mode, "xdp")]
-        };
-        for (hook, name) in hooks {
-            if pinned_target(&self.pin(index, hook)).ok().flatten() != Some(index) {
-                missing.push(*name);
+        if !is_pinned(if attachment.native { "xdp_native" } else { "xdp_generic" }) {
+            missing.push("xdp");
+        }
+        for (side, name) in SIDES.into_iter().zip(["tc ingress", "tc egress"]) {
+            let is_there = if attachment.tcx {
+                is_pinned(clsact::name(side))
+            } else {
+                match Clsact::open(interface).and_then(|hooks| hooks.program(side)) {
+                    Ok(found) => found.is_some() && found == self.tc_program_id(role, side),
+                    // What can't be asked is not known to be missing.
+                    Err(_) => true,
+                }
+            };
+            if !is_there {
+                missing.push(name);
             }
         }
         missing
+    }
+
+    /// Id of the program for a tc hook.
+    fn tc_program_id(&self, role: Role, side: TcAttachType) -> Option<u32> {
+        match self.ebpf.program(tc_program(role, side)) {
+            Some(aya::programs::Program::SchedClassifier(program)) => {
+                program.info().ok().map(|info| info.id())
+            }
+            _ => None,
+        }
     }
 
     /// Descriptor of a loaded program, for a table of tail calls.
@@ -445,8 +483,8 @@ impl Object {
 
     fn attach_xdp(&mut self, place: Place<'_>, program: &'static str) -> Result<(bool, bool), ObjectError> {
         for (hook, native) in [("xdp_native", true), ("xdp_generic", false)] {
-            let pin = self.pin(place.index, hook);
-            if let Some(link) = take_pinned(&pin, place.index)? {
+            let pin = self.pin(place.link.index, hook);
+            if let Some(link) = take_pinned(&pin, place.link.index)? {
                 let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
                 let xdp: &mut Xdp = self.program(program)?;
                 let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
@@ -455,7 +493,7 @@ impl Object {
                 return Ok((native, true));
             }
         }
-        let (index, links) = (place.index, self.links_dir.clone());
+        let (index, links) = (place.link.index, self.links_dir.clone());
         let xdp: &mut Xdp = self.program(program)?;
         let (id, native) = match xdp.attach_to_if_index(index, XdpMode::Driver) {
             Ok(id) => (id, true),
@@ -475,12 +513,20 @@ impl Object {
     fn attach_tc(
         &mut self,
         place: Place<'_>,
-        hook: &str,
-        program: &'static str,
+        role: Role,
         side: TcAttachType,
+        hooks: TcHooks,
     ) -> Result<(bool, bool), ObjectError> {
-        let pin = self.pin(place.index, hook);
-        let old = take_pinned(&pin, place.index)?;
+        let program = tc_program(role, side);
+        let pin = self.pin(place.link.index, clsact::name(side));
+        let old = take_pinned(&pin, place.link.index)?;
+        if hooks == TcHooks::Clsact {
+            let kept = self.attach_clsact(place, program, side)?;
+            if old.is_some() {
+                fs::remove_file(&pin).map_err(|reason| pin_error("removing", &pin, reason))?;
+            }
+            return Ok((false, kept || old.is_some()));
+        }
         let classifier: &mut SchedClassifier = self.program(program)?;
         if let Some(link) = old {
             let link = SchedClassifierLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
@@ -489,20 +535,61 @@ impl Object {
             return Ok((true, true));
         }
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
-        match classifier.attach_with_options(place.interface, side, options) {
+        match classifier.attach_with_options(&place.link.name, side, options) {
             Ok(id) => {
                 let link = classifier.take_link(id).map_err(|reason| place.error(program, &reason))?;
                 let link = FdLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
                 link.pin(pin).map_err(|reason| place.error(program, &reason))?;
+                // The configuration may have said clsact before.
+                remove_filter(place.link, side).map_err(|reason| place.error(program, &reason))?;
                 Ok((true, false))
             }
-            Err(reason) if lacks_tcx(&reason) => {
-                let kept = attach_clsact(classifier, place.interface, side)
-                    .map_err(|reason| place.error(program, &reason))?;
-                Ok((false, kept))
-            }
+            Err(reason) if lacks_tcx(&reason) => Ok((false, self.attach_clsact(place, program, side)?)),
             Err(reason) => Err(place.error(program, &reason)),
         }
+    }
+
+    /// Attaches by netlink to clsact, over our own filter if an earlier instance left it. Tells whether
+    /// one did.
+    fn attach_clsact(
+        &mut self,
+        place: Place<'_>,
+        program: &'static str,
+        side: TcAttachType,
+    ) -> Result<bool, ObjectError> {
+        let hooks = Clsact::open(place.link).map_err(|reason| place.error(program, &reason))?;
+        if hooks.establish().map_err(|reason| place.error(program, &reason))? {
+            let marker = self.pin(place.link.index, "clsact");
+            // One of an interface that had this number before.
+            let _ = fs::remove_file(&marker);
+            symlink("clsact", &marker).map_err(|reason| pin_error("creating", &marker, reason))?;
+        }
+        let found = hooks.program(side).map_err(|reason| place.error(program, &reason))?;
+        if let Some(id) = found.filter(|id| !is_ours(*id)) {
+            let foreign = ClsactError::Foreign { side: clsact::name(side), program: id };
+            return Err(place.error(program, &foreign));
+        }
+        let classifier: &mut SchedClassifier = self.program(program)?;
+        let options = NlOptions { priority: clsact::PRIORITY, handle: TC_HANDLE, classid: None };
+        let name = &place.link.name;
+        let attached = if found.is_some() {
+            SchedClassifierLink::attached(name, side, clsact::PRIORITY, TC_HANDLE, None)
+                .map_err(ProgramError::IOError)
+                .and_then(|link| classifier.attach_to_link(link))
+        } else {
+            classifier.attach_with_options(name, side, TcAttachOptions::Netlink(options))
+        };
+        let id = attached.map_err(|reason| match &reason {
+            ProgramError::TcError(TcError::NetlinkError(error))
+                if error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                place.error(program, &ClsactError::NoSuchClassifier)
+            }
+            _ => place.error(program, &reason),
+        })?;
+        // Dropping it would detach the filter.
+        std::mem::forget(classifier.take_link(id).map_err(|reason| place.error(program, &reason))?);
+        Ok(found.is_some())
     }
 
     fn program<'a, P>(&'a mut self, name: &'static str) -> Result<P, ObjectError>
@@ -520,11 +607,34 @@ impl Object {
     }
 }
 
+/// The program for a tc hook.
+const fn tc_program(role: Role, side: TcAttachType) -> &'static str {
+    match (side, role) {
+        (TcAttachType::Ingress, _) => "qos_ingress",
+        (_, Role::Lan) => "qos_egress_lan",
+        (_, Role::Wan) => "qos_egress_wan",
+    }
+}
+
+/// Whether a loaded program is one of the object's, of whatever version.
+fn is_ours(id: u32) -> bool {
+    let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
+    found.is_some_and(|program| program.name_as_str().is_some_and(|name| name.starts_with("qos_")))
+}
+
+/// Removes our filter on clsact, if there is one.
+fn remove_filter(interface: &Link, side: TcAttachType) -> Result<(), ClsactError> {
+    if Clsact::open(interface)?.program(side)?.is_some_and(is_ours) {
+        // Detached when dropped.
+        drop(SchedClassifierLink::attached(&interface.name, side, clsact::PRIORITY, TC_HANDLE, None)?);
+    }
+    Ok(())
+}
+
 /// An interface, for messages.
 #[derive(Clone, Copy)]
 struct Place<'a> {
-    interface: &'a str,
-    index: u32,
+    link: &'a Link,
 }
 
 impl Place<'_> {
@@ -538,7 +648,7 @@ impl Place<'_> {
             }
             source = cause.source();
         }
-        ObjectError::Attach { program, interface: self.interface.to_owned(), reason: text }
+        ObjectError::Attach { program, interface: self.link.name.clone(), reason: text }
     }
 }
 
@@ -571,19 +681,25 @@ pub fn pinned_interfaces(bpffs_dir: &Path) -> Result<BTreeSet<u32>, ObjectError>
     Ok(found)
 }
 
-/// Takes our programs off one interface.
+/// Takes our programs off one interface, and the queueing discipline that was made for them.
 ///
 /// # Errors
-/// Where a pin can't be removed.
+/// Where a pin can't be removed, or the kernel can't be asked.
 pub fn remove_interface(bpffs_dir: &Path, interface: &Link) -> Result<(), ObjectError> {
-    remove_filters(&interface.name);
     let prefix = format!("{}_", interface.index);
+    let marker = links_dir(bpffs_dir).join(format!("{prefix}clsact"));
+    let made = fs::symlink_metadata(&marker).is_ok();
+    // XDP goes before what reads its answers.
     for path in links_of(&links_dir(bpffs_dir)) {
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
             fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
         }
     }
-    Ok(())
+    let filters = SIDES.into_iter().try_for_each(|side| remove_filter(interface, side));
+    let hooks = filters.and_then(|()| Clsact::open(interface));
+    hooks
+        .and_then(|hooks| if made { hooks.remove_unused() } else { Ok(()) })
+        .map_err(|source| ObjectError::Hooks { interface: interface.name.clone(), source })
 }
 
 fn links_dir(bpffs_dir: &Path) -> PathBuf {
@@ -596,25 +712,12 @@ fn links_of(links_dir: &Path) -> Vec<PathBuf> {
     entries.map_or_else(|_| Vec::new(), |entries| entries.flatten().map(|entry| entry.path()).collect())
 }
 
-/// Removes our filters on clsact.
-fn remove_filters(interface: &str) {
-    for side in [TcAttachType::Ingress, TcAttachType::Egress] {
-        if let Ok(link) = SchedClassifierLink::attached(interface, side, TC_PRIORITY, TC_HANDLE, None) {
-            // Detached when dropped; it fails where the filter is not there, as with tcx.
-            drop(link);
-        }
-    }
-}
-
 /// Removes every pin below `bpffs_dir`. The kernel ends what nothing else holds: programs leave their
-/// hooks, maps and clocks are gone. Filters on clsact are removed from `interfaces`.
+/// hooks, maps and clocks are gone. Filters on clsact are [`remove_interface`]'s.
 ///
 /// # Errors
 /// Where a pin can't be removed.
-pub fn remove_pins(bpffs_dir: &Path, interfaces: &[&str]) -> Result<(), ObjectError> {
-    for interface in interfaces {
-        remove_filters(interface);
-    }
+pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
     if !bpffs_dir.exists() {
         return Ok(());
     }
@@ -761,29 +864,6 @@ fn lacks_tcx(error: &ProgramError) -> bool {
     matches!(error, ProgramError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::EINVAL))
 }
 
-/// Attaches by netlink to clsact, over our own filter if an earlier instance left it.
-fn attach_clsact(
-    classifier: &mut SchedClassifier,
-    interface: &str,
-    side: TcAttachType,
-) -> Result<bool, ProgramError> {
-    // An error tells that the qdisc is there already, or is told again by the attachment.
-    let _ = qdisc_add_clsact(interface);
-    let options =
-        TcAttachOptions::Netlink(NlOptions { priority: TC_PRIORITY, handle: TC_HANDLE, classid: None });
-    let (id, kept) = match classifier.attach_with_options(interface, side, options) {
-        Ok(id) => (id, false),
-        Err(_) => {
-            let link = SchedClassifierLink::attached(interface, side, TC_PRIORITY, TC_HANDLE, None)
-                .map_err(ProgramError::IOError)?;
-            (classifier.attach_to_link(link)?, true)
-        }
-    };
-    // Dropping it would detach the filter.
-    std::mem::forget(classifier.take_link(id)?);
-    Ok(kept)
-}
-
 /// CPUs that the kernel may ever use: it numbers them from zero.
 fn possible_cpus() -> u32 {
     aya::util::nr_cpus().map_or(1, |cpus| cpus as u32)
@@ -808,7 +888,7 @@ mod tests {
 
     impl Drop for Pins {
         fn drop(&mut self) {
-            remove_pins(&self.0, &[]).expect("pins are removed");
+            remove_pins(&self.0).expect("pins are removed");
         }
     }
 

@@ -19,7 +19,7 @@ use qos_tests::netns::Namespace;
 use qos_userspace::domain::selector::{Range16, Selector};
 use qos_userspace::domain::{BitsPerSecond, Directed, Direction, Enforcement, ProviderKind};
 use qos_userspace::gateway::object::remove_pins;
-use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role};
+use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role, TcHooks};
 use qos_userspace::manager::capacity::SMALLEST_REST;
 use qos_userspace::manager::{self, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State};
 use serde::Serialize;
@@ -64,7 +64,7 @@ impl Drop for Gateway {
         self.kernel.take();
         if let Some(pins) = &self.pins {
             // What can't be removed is named by the next run, which finds it.
-            let _ = remove_pins(pins, &[]);
+            let _ = remove_pins(pins);
         }
     }
 }
@@ -163,6 +163,7 @@ impl Gateway {
             bpffs_dir: pins,
             observe,
             mark_mask: 0xffff_e000,
+            tc_hooks: TcHooks::Auto,
         };
         let state = state()?;
         let kernel = gateway.namespace.run(|| Kernel::start(&config, &state))?;

@@ -139,7 +139,7 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         self.object.take();
         // What can't be removed is named by the next run, which finds it.
-        let _ = remove_pins(&self.pins, &[]);
+        let _ = remove_pins(&self.pins);
     }
 }
 

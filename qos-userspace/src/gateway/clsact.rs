@@ -1,0 +1,194 @@
+//! The tc hooks of kernels without tcx (before Linux 6.6): filters on the `clsact` queueing
+//! discipline, over routing netlink.
+//!
+//! Filters have a priority and handle of their own, behind an operator's at lower numbers. What runs
+//! there is known by the id of its program, never by the priority alone.
+
+use aya::programs::TcAttachType;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, Parseable as _};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
+
+use super::link::Link;
+use super::netlink::{Answer, NetlinkError, RouteSocket, malformed};
+
+/// Priority of our filters.
+pub(super) const PRIORITY: u16 = 0x5150;
+/// Number of our filter at that priority.
+pub(super) const HANDLE: u32 = 1;
+
+/// Handle of the queueing discipline that has the hooks.
+const HOOKS: u32 = 0xffff_0000;
+/// `ETH_P_ALL`, linux/if_ether.h: filters of any protocol.
+const ALL_PROTOCOLS: u16 = 3;
+
+/// Why the hooks can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ClsactError {
+    /// The kernel lacks the queueing discipline.
+    #[error(
+        "this kernel has neither tcx nor the `clsact` queueing discipline (module sch_ingress); install the \
+         kernel's extra modules"
+    )]
+    NoSuchDiscipline,
+    /// The kernel lacks the classifier.
+    #[error(
+        "this kernel has neither tcx nor the `bpf` classifier (module cls_bpf); install the kernel's extra \
+         modules"
+    )]
+    NoSuchClassifier,
+    /// The place of `clsact` is taken.
+    #[error(
+        "it has an `ingress` queueing discipline, which has no egress hook, and this kernel needs `clsact` in \
+         its place: `tc qdisc del dev {0} ingress`, `tc qdisc add dev {0} clsact`, and add your filters again"
+    )]
+    Ingress(String),
+    /// Somebody else's filter has our place.
+    #[error("priority {PRIORITY} of its {side} hook has a filter that is not ours (program id {program})")]
+    Foreign {
+        /// `ingress` or `egress`.
+        side: &'static str,
+        /// Its program.
+        program: u32,
+    },
+    /// Anything else.
+    #[error("its clsact hooks: {0}")]
+    Netlink(String),
+}
+
+impl From<NetlinkError> for ClsactError {
+    fn from(error: NetlinkError) -> Self {
+        Self::Netlink(error.to_string())
+    }
+}
+
+impl From<std::io::Error> for ClsactError {
+    fn from(error: std::io::Error) -> Self {
+        Self::Netlink(error.to_string())
+    }
+}
+
+/// The hooks of one interface.
+#[derive(Debug)]
+pub(super) struct Clsact<'a> {
+    link: &'a Link,
+    socket: RouteSocket,
+}
+
+impl<'a> Clsact<'a> {
+    pub(super) fn open(link: &'a Link) -> Result<Self, ClsactError> {
+        Ok(Self { link, socket: RouteSocket::open()? })
+    }
+
+    /// Makes sure of the queueing discipline. Tells whether it was made now.
+    pub(super) fn establish(&self) -> Result<bool, ClsactError> {
+        match self.discipline()?.as_deref() {
+            Some("clsact") => return Ok(false),
+            Some(_) => return Err(ClsactError::Ingress(self.link.name.clone())),
+            None => {}
+        }
+        let mut message = self.message(HOOKS, TcHandle::CLSACT.into());
+        message.attributes.push(TcAttribute::Kind("clsact".to_owned()));
+        let request = (RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_EXCL);
+        match self.ask(request)?.result {
+            Ok(()) => Ok(true),
+            Err(refusal) if refusal.errno == libc::ENOENT => Err(ClsactError::NoSuchDiscipline),
+            Err(refusal) => Err(NetlinkError::Refused(refusal).into()),
+        }
+    }
+
+    /// Id of the program that our filter runs; none: there is no such filter.
+    pub(super) fn program(&self, side: TcAttachType) -> Result<Option<u32>, ClsactError> {
+        let mut message = self.message(HANDLE, parent(side));
+        message.header.info = u32::from(PRIORITY) << 16 | u32::from(ALL_PROTOCOLS.to_be());
+        message.attributes.push(TcAttribute::Kind("bpf".to_owned()));
+        // Without ECHO, kernels before 6.8 tell it to the subscribers of the group only.
+        let answer = self.ask((RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_ECHO))?;
+        match answer.result {
+            Ok(()) => {}
+            // No filter there, or no queueing discipline.
+            Err(refusal) if [libc::ENOENT, libc::EINVAL].contains(&refusal.errno) => return Ok(None),
+            Err(refusal) => return Err(NetlinkError::Refused(refusal).into()),
+        }
+        for payload in &answer.payloads {
+            let message = TcMessage::parse(payload).map_err(malformed)?;
+            for attribute in message.attributes {
+                let TcAttribute::Options(options) = attribute else { continue };
+                for option in options {
+                    if let TcOption::Bpf(TcFilterBpfOption::ProgId(id)) = option {
+                        return Ok(Some(id));
+                    }
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes the queueing discipline, if no filter is left on it.
+    pub(super) fn remove_unused(&self) -> Result<(), ClsactError> {
+        if self.discipline()?.as_deref() != Some("clsact") {
+            return Ok(());
+        }
+        for side in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let message = RouteNetlinkMessage::GetTrafficFilter(self.message(0, parent(side)));
+            let filters = self.socket.dump(
+                &message,
+                || 0,
+                |count, _| {
+                    *count += 1;
+                    Ok(())
+                },
+            )?;
+            if filters > 0 {
+                return Ok(());
+            }
+        }
+        let message = self.message(HOOKS, TcHandle::CLSACT.into());
+        let answer = self.ask((RouteNetlinkMessage::DelQueueDiscipline(message), 0))?;
+        answer.result.map_err(|refusal| NetlinkError::Refused(refusal).into())
+    }
+
+    /// Kind of the queueing discipline that has the hooks.
+    fn discipline(&self) -> Result<Option<String>, ClsactError> {
+        let index = self.link.index.cast_signed();
+        let message = RouteNetlinkMessage::GetQueueDiscipline(self.message(0, 0));
+        let found = self.socket.dump(
+            &message,
+            || None,
+            |kind, payload| {
+                let message = TcMessage::parse(payload).map_err(malformed)?;
+                if message.header.index == index && u32::from(message.header.handle) == HOOKS {
+                    *kind = message.attributes.into_iter().find_map(|attribute| match attribute {
+                        TcAttribute::Kind(kind) => Some(kind),
+                        _ => None,
+                    });
+                }
+                Ok(())
+            },
+        )?;
+        Ok(found)
+    }
+
+    fn message(&self, handle: u32, parent: u32) -> TcMessage {
+        let mut message = TcMessage::default();
+        message.header.index = self.link.index.cast_signed();
+        message.header.handle = handle.into();
+        message.header.parent = parent.into();
+        message
+    }
+
+    fn ask(&self, request: (RouteNetlinkMessage, u16)) -> Result<Answer, ClsactError> {
+        Ok(self.socket.request([request])?.pop().ok_or_else(|| malformed("no answer"))?)
+    }
+}
+
+/// The hook as a parent of filters.
+fn parent(side: TcAttachType) -> u32 {
+    let minor = if side == TcAttachType::Ingress { TcHandle::MIN_INGRESS } else { TcHandle::MIN_EGRESS };
+    HOOKS | u32::from(minor)
+}
+
+/// The hook in words.
+pub(super) fn name(side: TcAttachType) -> &'static str {
+    if side == TcAttachType::Ingress { "ingress" } else { "egress" }
+}
