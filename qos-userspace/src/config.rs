@@ -201,6 +201,7 @@ impl Config {
                     .optional("mode", |value| one_of(value, &[("enforce", false), ("observe", true)]))?
                     .unwrap_or(false),
                 mark_mask: top.optional("mark_mask", mark_mask)?.unwrap_or(DEFAULT_MARK_MASK),
+                nat: top.optional("nat", boolean)?.unwrap_or(false),
                 tc_hooks: top
                     .optional("tc_hooks", |value| {
                         one_of(value, &[("auto", TcHooks::Auto), ("clsact", TcHooks::Clsact)])
@@ -603,6 +604,7 @@ capacity = 100_000_000
             "mode",
             "mark_mask",
             "tc_hooks",
+            "nat",
             "line_side",
             "soft_share",
             "line_rest",
@@ -629,6 +631,7 @@ soft_share = 0.9
 line_rest = "256kbit/s"
 link_rest = 1000000
 tc_hooks = "clsact"
+nat = true
 mark_mask = 0x0003ffff
 require_session = false
 reconcile_interval = "250ms"
@@ -641,7 +644,7 @@ allow_groups = ["root"]
         assert_eq!(config.access.users, BTreeSet::from([0, 1_000]));
         assert_eq!(config.access.groups, BTreeSet::from([0]));
         assert_eq!(config.reconcile_interval, Duration::from_millis(250));
-        assert_eq!(config.gateway.tc_hooks, TcHooks::Clsact);
+        assert_eq!((config.gateway.tc_hooks, config.gateway.nat), (TcHooks::Clsact, true));
         assert_eq!((config.line_rest.0, config.link_rest.0), (256_000, 1_000_000));
         assert!(!config.require_session);
         assert_eq!(

@@ -15,6 +15,7 @@ use qos_tests::capture::Capture;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::programs;
 use qos_tests::netlink::{Filter, Netlink};
+use qos_tests::skip::skip;
 use qos_tests::topology::{HOST_LINK, LAN, Topology, WAN};
 use qos_tests::traffic::{RunningUdp, UdpFlow};
 use qos_userspace::domain::BitsPerSecond;
@@ -202,7 +203,7 @@ fn detach_removes_the_clsact_that_qosd_made_and_no_other() {
 fn the_configuration_may_change_between_tcx_and_clsact() {
     let (net, mut daemon) = gateway();
     if programs(&net.gateway, LAN).is_err() {
-        println!("skipped: this kernel has no tcx");
+        skip("the_configuration_may_change_between_tcx_and_clsact", "no tcx");
         return;
     }
     let flow = policed(&net);

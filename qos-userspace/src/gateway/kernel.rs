@@ -22,7 +22,8 @@ use super::classifier::{Classifier, ClassifierError};
 use super::link::{Link, LinkError};
 use super::maps::Maps;
 use super::object::{
-    Attachment, Object, ObjectError, lock_pins, pinned_interfaces, remove_interface, remove_pins,
+    Attachment, Hooks, Object, ObjectError, XdpHook, lock_pins, pinned_interfaces, remove_interface,
+    remove_pins,
 };
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
@@ -64,6 +65,8 @@ pub struct GatewayConfig {
     pub mark_mask: u32,
     /// Where tc programs are attached.
     pub tc_hooks: TcHooks,
+    /// The box translates subscribers' addresses between LAN and WAN.
+    pub nat: bool,
 }
 
 /// An interface of the gateway.
@@ -384,7 +387,11 @@ impl Kernel {
     fn attach(&mut self, number: usize) -> Result<(), GatewayError> {
         let interface = &mut self.interfaces[number];
         if let Some(link) = &interface.link {
-            let attachment = self.object.attach(link, interface.config.role, self.config.tc_hooks)?;
+            let role = interface.config.role;
+            // Behind NAT a subscriber's address can't be seen before it is put back, on the way out.
+            let judges = !(self.config.nat && role == Role::Wan);
+            let hooks = Hooks { role, tc: self.config.tc_hooks, judges };
+            let attachment = self.object.attach(link, hooks)?;
             interface.attachment = Some(attachment);
         }
         Ok(())
@@ -392,8 +399,12 @@ impl Kernel {
 
     /// Tells the programs by which interfaces packets come in judged.
     fn put_interfaces(&mut self) -> Result<(), GatewayError> {
-        let attached = self.interfaces.iter().filter(|interface| interface.attachment.is_some());
-        let indices = attached.filter_map(|interface| interface.link.as_ref().map(|link| link.index));
+        let judges = |interface: &&Interface| interface.attachment.is_some_and(|at| at.xdp.is_some());
+        let indices = self
+            .interfaces
+            .iter()
+            .filter(judges)
+            .filter_map(|interface| interface.link.as_ref().map(|link| link.index));
         Ok(self.maps.put_interfaces(&indices.collect())?)
     }
 
@@ -805,7 +816,9 @@ impl Gateway for Kernel {
             self.tracer = Some(self.object.tracer()?);
         }
         for interface in &self.interfaces {
-            if let Some(link) = &interface.link {
+            if let Some(link) = &interface.link
+                && interface.attachment.is_some_and(|at| at.xdp.is_some())
+            {
                 self.object.trace(link, interface.config.role, on)?;
             }
         }
@@ -965,9 +978,6 @@ fn line_key(net: IpNet) -> LineKey {
 
 fn interface_status(interface: &Interface) -> InterfaceStatus {
     let attachment = interface.attachment.filter(|_| interface.link.is_some());
-    let named = |present: &str, other: &str, choose: fn(&Attachment) -> bool| {
-        attachment.as_ref().map_or("none", |at| if choose(at) { present } else { other }).to_owned()
-    };
     let tree = interface.tree.as_ref().filter(|_| interface.scheduler.is_some());
     InterfaceStatus {
         name: interface.config.name.clone(),
@@ -978,8 +988,14 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
         .to_owned(),
         capacity: interface.config.capacity,
         index: interface.link.as_ref().map(|link| link.index),
-        xdp: named("native", "generic", |at| at.native),
-        tc: named("tcx", "clsact", |at| at.tcx),
+        xdp: match attachment.map(|at| at.xdp) {
+            Some(Some(XdpHook::Native)) => "native",
+            Some(Some(XdpHook::Generic)) => "generic",
+            Some(None) => "unused",
+            None => "none",
+        }
+        .to_owned(),
+        tc: attachment.map_or("none", |at| if at.tcx { "tcx" } else { "clsact" }).to_owned(),
         scheduler: if tree.is_some() { "htb" } else { "none" }.to_owned(),
         classes: tree.map_or(0, |tree| 2 + 2 * tree.lines.len() + tree.leaves.len()),
     }

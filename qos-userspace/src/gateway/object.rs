@@ -9,7 +9,7 @@
 //! BPFFS_DIR/maps_1/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
 //! ```
 //!
-//! Where tc programs are filters on `clsact`, a symbolic link `4_clsact` tells that the queueing
+//! Where tc programs are filters on `clsact`, a symbolic link `4_clsact` tells whether the queueing
 //! discipline was made here.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,6 +53,12 @@ const BPFFS: &str = "/sys/fs/bpf";
 
 /// Number of our filters where the kernel has no tcx.
 const TC_HANDLE: TcHandle = TcHandle::new(0, clsact::HANDLE as u16);
+
+/// Name of the symbolic link that tells of the `clsact` of an interface, behind its number, and where
+/// it leads to: one that was made here, or found.
+const CLSACT: &str = "clsact";
+const OURS: &str = "ours";
+const FOUND: &str = "found";
 
 /// Both tc hooks.
 const SIDES: [TcAttachType; 2] = [TcAttachType::Ingress, TcAttachType::Egress];
@@ -196,12 +202,44 @@ fn program_error(error: &ProgramError) -> String {
 /// How programs are attached to one interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// XDP in the driver; false: generic XDP, in the stack.
-    pub native: bool,
+    /// How XDP judges what comes in; none: it doesn't, and egress does.
+    pub xdp: Option<XdpHook>,
     /// tcx; false: clsact and netlink.
     pub tcx: bool,
     /// Some of it was there before.
     pub taken_over: bool,
+}
+
+/// Where an XDP program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpHook {
+    /// In the driver.
+    Native,
+    /// In the stack, behind the driver.
+    Generic,
+}
+
+impl XdpHook {
+    const ALL: [Self; 2] = [Self::Native, Self::Generic];
+
+    /// The name of its pin, behind the interface's number.
+    const fn pin(self) -> &'static str {
+        match self {
+            Self::Native => "xdp_native",
+            Self::Generic => "xdp_generic",
+        }
+    }
+}
+
+/// What is to be attached to an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hooks {
+    /// Which side of the gateway it is on.
+    pub role: Role,
+    /// Where tc programs are attached.
+    pub tc: TcHooks,
+    /// Whether what comes in is judged there; else where it goes out.
+    pub judges: bool,
 }
 
 /// The object in the kernel.
@@ -301,9 +339,9 @@ impl Object {
     /// In this case.
     pub fn refuse_foreign(&self, link: &Link) -> Result<(), ObjectError> {
         let Some(id) = link.xdp_program else { return Ok(()) };
-        let ours = ["xdp_native", "xdp_generic"]
+        let ours = XdpHook::ALL
             .iter()
-            .any(|hook| pinned_target(&self.pin(link.index, hook)).ok().flatten() == Some(link.index));
+            .any(|hook| pinned_target(&self.pin(link.index, hook.pin())).ok().flatten() == Some(link.index));
         if ours {
             return Ok(());
         }
@@ -350,25 +388,36 @@ impl Object {
     ///
     /// # Errors
     /// Where the kernel refuses; programs that were attached stay attached.
-    pub fn attach(
-        &mut self,
-        interface: &Link,
-        role: Role,
-        hooks: TcHooks,
-    ) -> Result<Attachment, ObjectError> {
-        let xdp = match role {
-            Role::Lan => "qos_xdp_lan",
-            Role::Wan => "qos_xdp_wan",
-        };
+    pub fn attach(&mut self, interface: &Link, hooks: Hooks) -> Result<Attachment, ObjectError> {
         self.refuse_foreign(interface)?;
         fs::create_dir_all(&self.links_dir)
             .map_err(|reason| pin_error("creating", &self.links_dir, reason))?;
         let place = Place { link: interface };
         // Egress first and ingress before XDP: a packet that carries an answer finds its reader.
-        let (tcx, egress_kept) = self.attach_tc(place, role, TcAttachType::Egress, hooks)?;
-        let (_, ingress_kept) = self.attach_tc(place, role, TcAttachType::Ingress, hooks)?;
-        let (native, xdp_kept) = self.attach_xdp(place, xdp)?;
-        Ok(Attachment { native, tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
+        let (tcx, egress_kept) = self.attach_tc(place, hooks, TcAttachType::Egress)?;
+        if !hooks.judges {
+            self.stop_judging(interface)?;
+            return Ok(Attachment { xdp: None, tcx, taken_over: egress_kept });
+        }
+        let (_, ingress_kept) = self.attach_tc(place, hooks, TcAttachType::Ingress)?;
+        let (xdp, xdp_kept) = self.attach_xdp(place, xdp_program(hooks.role))?;
+        Ok(Attachment { xdp: Some(xdp), tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
+    }
+
+    /// Takes off what judged packets that came in, under an earlier configuration.
+    fn stop_judging(&self, interface: &Link) -> Result<(), ObjectError> {
+        let ingress = clsact::name(TcAttachType::Ingress);
+        for hook in XdpHook::ALL.map(XdpHook::pin).into_iter().chain([ingress]) {
+            let pin = self.pin(interface.index, hook);
+            match fs::remove_file(&pin) {
+                Err(reason) if reason.kind() != io::ErrorKind::NotFound => {
+                    return Err(pin_error("removing", &pin, reason));
+                }
+                _ => {}
+            }
+        }
+        remove_filter(interface, TcAttachType::Ingress)
+            .map_err(|source| ObjectError::Hooks { interface: interface.name.clone(), source })
     }
 
     /// Replaces the XDP program of an interface by one that also tells of packets, or puts the plain
@@ -408,10 +457,11 @@ impl Object {
         let index = interface.index;
         let is_pinned = |hook| pinned_target(&self.pin(index, hook)).ok().flatten() == Some(index);
         let mut missing = Vec::new();
-        if !is_pinned(if attachment.native { "xdp_native" } else { "xdp_generic" }) {
+        if attachment.xdp.is_some_and(|hook| !is_pinned(hook.pin())) {
             missing.push("xdp");
         }
-        for (side, name) in SIDES.into_iter().zip(["tc ingress", "tc egress"]) {
+        let sides = SIDES.into_iter().zip(["tc ingress", "tc egress"]);
+        for (side, name) in sides.skip(usize::from(attachment.xdp.is_none())) {
             let is_there = if attachment.tcx {
                 is_pinned(clsact::name(side))
             } else {
@@ -481,46 +531,48 @@ impl Object {
         self.run("qos_explain", packet, 1).map(|_| ())
     }
 
-    fn attach_xdp(&mut self, place: Place<'_>, program: &'static str) -> Result<(bool, bool), ObjectError> {
-        for (hook, native) in [("xdp_native", true), ("xdp_generic", false)] {
-            let pin = self.pin(place.link.index, hook);
+    fn attach_xdp(
+        &mut self,
+        place: Place<'_>,
+        program: &'static str,
+    ) -> Result<(XdpHook, bool), ObjectError> {
+        for hook in XdpHook::ALL {
+            let pin = self.pin(place.link.index, hook.pin());
             if let Some(link) = take_pinned(&pin, place.link.index)? {
                 let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
                 let xdp: &mut Xdp = self.program(program)?;
                 let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
                 // The pin holds it; were it held here too, removing the pin would not end it.
                 drop(xdp.take_link(id).map_err(|reason| place.error(program, &reason))?);
-                return Ok((native, true));
+                return Ok((hook, true));
             }
         }
-        let (index, links) = (place.link.index, self.links_dir.clone());
+        let index = place.link.index;
         let xdp: &mut Xdp = self.program(program)?;
-        let (id, native) = match xdp.attach_to_if_index(index, XdpMode::Driver) {
-            Ok(id) => (id, true),
+        let (id, hook) = match xdp.attach_to_if_index(index, XdpMode::Driver) {
+            Ok(id) => (id, XdpHook::Native),
             Err(native_error) => match xdp.attach_to_if_index(index, XdpMode::Skb) {
-                Ok(id) => (id, false),
+                Ok(id) => (id, XdpHook::Generic),
                 // The first reason is the one that matters.
                 Err(_) => return Err(place.error(program, &native_error)),
             },
         };
         let link = xdp.take_link(id).map_err(|reason| place.error(program, &reason))?;
         let link = FdLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
-        let hook = if native { "xdp_native" } else { "xdp_generic" };
-        link.pin(links.join(format!("{index}_{hook}"))).map_err(|reason| place.error(program, &reason))?;
-        Ok((native, false))
+        link.pin(self.pin(index, hook.pin())).map_err(|reason| place.error(program, &reason))?;
+        Ok((hook, false))
     }
 
     fn attach_tc(
         &mut self,
         place: Place<'_>,
-        role: Role,
+        hooks: Hooks,
         side: TcAttachType,
-        hooks: TcHooks,
     ) -> Result<(bool, bool), ObjectError> {
-        let program = tc_program(role, side);
+        let program = tc_program(hooks.role, side);
         let pin = self.pin(place.link.index, clsact::name(side));
         let old = take_pinned(&pin, place.link.index)?;
-        if hooks == TcHooks::Clsact {
+        if hooks.tc == TcHooks::Clsact {
             let kept = self.attach_clsact(place, program, side)?;
             if old.is_some() {
                 fs::remove_file(&pin).map_err(|reason| pin_error("removing", &pin, reason))?;
@@ -558,11 +610,13 @@ impl Object {
         side: TcAttachType,
     ) -> Result<bool, ObjectError> {
         let hooks = Clsact::open(place.link).map_err(|reason| place.error(program, &reason))?;
-        if hooks.establish().map_err(|reason| place.error(program, &reason))? {
-            let marker = self.pin(place.link.index, "clsact");
+        let made = hooks.establish().map_err(|reason| place.error(program, &reason))?;
+        let marker = self.pin(place.link.index, CLSACT);
+        if made || fs::symlink_metadata(&marker).is_err() {
             // One of an interface that had this number before.
             let _ = fs::remove_file(&marker);
-            symlink("clsact", &marker).map_err(|reason| pin_error("creating", &marker, reason))?;
+            let whose = if made { OURS } else { FOUND };
+            symlink(whose, &marker).map_err(|reason| pin_error("creating", &marker, reason))?;
         }
         let found = hooks.program(side).map_err(|reason| place.error(program, &reason))?;
         if let Some(id) = found.filter(|id| !is_ours(*id)) {
@@ -604,6 +658,14 @@ impl Object {
 
     fn pin(&self, index: u32, hook: &str) -> PathBuf {
         self.links_dir.join(format!("{index}_{hook}"))
+    }
+}
+
+/// The program that judges what comes in.
+const fn xdp_program(role: Role) -> &'static str {
+    match role {
+        Role::Lan => "qos_xdp_lan",
+        Role::Wan => "qos_xdp_wan",
     }
 }
 
@@ -667,14 +729,18 @@ pub fn lock_pins(bpffs_dir: &Path) -> Result<Flock<File>, ObjectError> {
     })
 }
 
-/// Indices of the interfaces that have links of ours, pinned below `bpffs_dir`. Each has at least that
-/// of XDP.
+/// Indices of the interfaces that have links or filters of ours, by what is below `bpffs_dir`.
 ///
 /// # Errors
 /// Where a pin can't be read.
 pub fn pinned_interfaces(bpffs_dir: &Path) -> Result<BTreeSet<u32>, ObjectError> {
     let mut found = BTreeSet::new();
     for path in links_of(&links_dir(bpffs_dir)) {
+        if fs::read_link(&path).is_ok() {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            found.extend(name.split('_').next().and_then(|number| number.parse::<u32>().ok()));
+            continue;
+        }
         let target = pinned_target(&path).map_err(|reason| pin_error("opening", &path, reason))?;
         found.extend(target.filter(|index| *index != 0));
     }
@@ -687,8 +753,8 @@ pub fn pinned_interfaces(bpffs_dir: &Path) -> Result<BTreeSet<u32>, ObjectError>
 /// Where a pin can't be removed, or the kernel can't be asked.
 pub fn remove_interface(bpffs_dir: &Path, interface: &Link) -> Result<(), ObjectError> {
     let prefix = format!("{}_", interface.index);
-    let marker = links_dir(bpffs_dir).join(format!("{prefix}clsact"));
-    let made = fs::symlink_metadata(&marker).is_ok();
+    let marker = links_dir(bpffs_dir).join(format!("{prefix}{CLSACT}"));
+    let made = fs::read_link(&marker).is_ok_and(|target| target == Path::new(OURS));
     // XDP goes before what reads its answers.
     for path in links_of(&links_dir(bpffs_dir)) {
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {

@@ -85,7 +85,8 @@ pub struct InterfaceStatus {
     pub capacity: BitsPerSecond,
     /// Its index; none: it does not exist now.
     pub index: Option<u32>,
-    /// How XDP is attached: `native`, `generic` or `none`.
+    /// How XDP is attached: `native` or `generic`; `unused` where what comes in is judged on its way out;
+    /// `none`.
     pub xdp: String,
     /// How the tc programs are attached: `tcx`, `clsact` or `none`.
     pub tc: String,

@@ -164,6 +164,7 @@ impl Gateway {
             observe,
             mark_mask: 0xffff_e000,
             tc_hooks: TcHooks::Auto,
+            nat: false,
         };
         let state = state()?;
         let kernel = gateway.namespace.run(|| Kernel::start(&config, &state))?;
