@@ -173,6 +173,13 @@ impl Kernel {
         let links = links.collect::<Result<Vec<_>, _>>()?;
         let lock = lock_pins(&config.bpffs_dir)?;
         let mut object = Object::load(&config.bpffs_dir)?;
+        // Before anything is made on an interface: what is there may be another instance's.
+        if let Some(error) = links.iter().find_map(|link| object.refuse_foreign(link).err()) {
+            if !object.maps_taken_over() {
+                remove_pins(&config.bpffs_dir)?;
+            }
+            return Err(error.into());
+        }
         let maps = Maps::new(&mut object)?;
         let memory = (object.shared("tables")?, object.shared("rule_index")?, object.shared("rules")?);
         let classifier = if object.maps_taken_over() {
@@ -327,11 +334,19 @@ impl Kernel {
     ///
     /// # Errors
     /// Where something can't be removed; the rest is.
-    pub fn detach(self) -> Result<(), GatewayError> {
+    pub fn detach(mut self) -> Result<(), GatewayError> {
         let mut first_error = None;
-        for link in self.interfaces.iter().filter_map(|interface| interface.link.as_ref()) {
-            if let Err(error) = leave_alone(&self.config, link) {
-                first_error.get_or_insert(error);
+        for interface in &mut self.interfaces {
+            // A start that failed may not have come to each tree.
+            if let Some(scheduler) = &mut interface.scheduler
+                && let Err(error) = scheduler.detach()
+            {
+                first_error.get_or_insert(error.into());
+            }
+            if let Some(link) = &interface.link
+                && let Err(error) = remove_interface(&self.config.bpffs_dir, link)
+            {
+                first_error.get_or_insert(error.into());
             }
         }
         remove_pins(&self.config.bpffs_dir)?;
@@ -361,9 +376,6 @@ impl Kernel {
     /// Brings the kernel from whatever it holds to what the state says. Maps before programs, rules
     /// last: a packet never meets a rule whose allocation is not there.
     fn establish(&mut self, state: &State) -> Result<(), GatewayError> {
-        for link in self.interfaces.iter().filter_map(|interface| interface.link.as_ref()) {
-            self.object.refuse_foreign(link)?;
-        }
         for number in 0..self.interfaces.len() {
             self.schedule(number, state)?;
         }
