@@ -1,7 +1,7 @@
 //! What tests of levels ask of the daemon, in the product's own types.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use qos_userspace::api::types::{Explained, Outcome, Status};
@@ -139,6 +139,19 @@ pub fn undisturbed(
     window: Duration,
 ) -> Result<Measured> {
     Ok(measure_undisturbed(&[(flow, flow.rate())], warm_up, window)?.remove(0))
+}
+
+/// Waits until something holds, and tells how long that took.
+///
+/// # Panics
+/// When it does not hold within `limit`.
+pub fn eventually(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) -> Duration {
+    let began = Instant::now();
+    while !holds() {
+        assert!(began.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    began.elapsed()
 }
 
 /// Sends for `time` from a pause to a pause, so that every packet counts, and waits for the last one.

@@ -23,7 +23,6 @@ use netlink_packet_route::route::{
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
-
 use qos_userspace::domain::BitsPerSecond;
 
 use crate::netns::Namespace;

@@ -4,13 +4,12 @@
 
 use std::fs;
 use std::net::SocketAddr;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage};
-use qos_tests::ask::{Brief, undisturbed};
+use qos_tests::ask::{Brief, eventually, undisturbed};
 use qos_tests::capture::Capture;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::programs;
@@ -21,6 +20,8 @@ use qos_tests::traffic::{RunningUdp, UdpFlow};
 use qos_userspace::domain::BitsPerSecond;
 
 const WARM_UP: Duration = Duration::from_secs(1);
+/// For repairs, of which there are two a second.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 fn mbit(mbit: u64) -> BitsPerSecond {
     BitsPerSecond(mbit * 1_000_000)
@@ -106,14 +107,6 @@ fn delete_filter(net: &Topology, filter: &Filter) {
     Netlink::open(&net.gateway).unwrap().request(message, NLM_F_ACK).unwrap();
 }
 
-fn eventually(what: &str, condition: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while !condition() {
-        assert!(Instant::now() < deadline, "{what}");
-        thread::sleep(Duration::from_millis(50));
-    }
-}
-
 #[test]
 fn levels_are_held_and_taken_over_with_one_filter_a_hook() {
     let (net, mut daemon) = gateway();
@@ -146,10 +139,10 @@ fn lost_filters_are_told_and_attached_again() {
     for filter in &whole {
         delete_filter(&net, filter);
         assert_eq!(filters(&net).len(), 3);
-        eventually("a deleted filter is back", || filters(&net) == whole);
+        eventually(PATIENCE, "a deleted filter is back", || filters(&net) == whole);
     }
     delete_qdisc(&net, LAN);
-    eventually("a deleted clsact is back", || filters(&net) == whole);
+    eventually(PATIENCE, "a deleted clsact is back", || filters(&net) == whole);
     let repairs = daemon.status().unwrap().gateway.repairs;
     for told in [
         "lan0: tc ingress had lost our program; attached again",

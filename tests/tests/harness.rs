@@ -5,10 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::panic::catch_unwind;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use etherparse::{EtherType, IpFragOffset, IpNumber, Ipv4Header, NetSlice, PacketBuilder};
-use qos_tests::ask::measure_undisturbed;
+use qos_tests::ask::{eventually, measure_undisturbed};
 use qos_tests::capture::{Capture, Injector};
 use qos_tests::netlink::{Counters, Netlink, set_offloads};
 use qos_tests::netns::Namespace;
@@ -38,14 +38,6 @@ fn open_descriptors() -> usize {
 
 fn threads() -> usize {
     fs::read_dir("/proc/self/task").expect("procfs is mounted").count()
-}
-
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within ten seconds: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 #[test]
@@ -337,7 +329,9 @@ fn a_dropped_namespace_takes_its_links_along() {
     netlink.add_veth("eth0", "eth0", &b, 1_500).unwrap();
     assert!(netlink.link("eth0").is_ok());
     drop(b);
-    eventually("the veth of a closed namespace is gone", || netlink.link("eth0").is_err());
+    eventually(Duration::from_secs(10), "the veth of a closed namespace is gone", || {
+        netlink.link("eth0").is_err()
+    });
     assert_eq!(netlink.links().unwrap().len(), 1, "lo alone is left");
 }
 

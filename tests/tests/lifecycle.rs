@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use qos_common::abi::{self, directed};
 use qos_common::classify::{Direction, Rule};
 use qos_tests::api::Client;
-use qos_tests::ask::{Brief, measure_undisturbed, undisturbed};
+use qos_tests::ask::{Brief, eventually, measure_undisturbed, undisturbed};
 use qos_tests::capture::Capture;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, Maps, detach_link, pinned_links, programs};
@@ -80,15 +80,6 @@ fn up(net: &Topology, port: u16, rate: BitsPerSecond, packet: u32) -> RunningUdp
 
 fn within(measured: BitsPerSecond, expected: BitsPerSecond, tolerance: f64) -> bool {
     (measured.0 as f64 / expected.0 as f64 - 1.0).abs() <= tolerance
-}
-
-fn eventually(limit: Duration, what: &str, mut holds: impl FnMut() -> bool) -> Duration {
-    let began = Instant::now();
-    while !holds() {
-        assert!(began.elapsed() < limit, "not within {limit:?}: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
-    began.elapsed()
 }
 
 fn link_index(net: &Topology, name: &str) -> u32 {
