@@ -22,7 +22,7 @@ pub const MAX_RULES: u32 = 1 << 14;
 pub const RULE_ROOM: u32 = 4 * MAX_RULES;
 /// Subscriber prefixes of lines.
 pub const MAX_LINE_PREFIXES: u32 = 1 << 15;
-/// Interfaces that packets may come in by.
+/// Interfaces of a gateway.
 pub const MAX_INTERFACES: u32 = 1 << 8;
 /// Distinct prefix lengths that lines of one family may have.
 pub const MAX_LINE_LENGTHS: usize = 8;
@@ -242,6 +242,25 @@ impl Outcome {
         Self::MissingEntry,
         Self::Malformed,
     ];
+
+    /// The outcome of that number; one that is none counts as a missing entry.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_raw(raw: u32) -> Self {
+        match raw {
+            0 => Self::Admitted,
+            1 => Self::Unclassified,
+            2 => Self::OverMaximum,
+            3 => Self::OverAggregate,
+            4 => Self::NotIp,
+            5 => Self::Truncated,
+            6 => Self::TooManyTags,
+            7 => Self::StaleMark,
+            8 => Self::LostMark,
+            10 => Self::Malformed,
+            _ => Self::MissingEntry,
+        }
+    }
 }
 
 /// Key of map `lines`: a subscriber's prefix.
@@ -306,6 +325,21 @@ pub const FRAGMENT_AGE_NS: u64 = 30_000_000_000;
 
 /// Packets whose fragments are followed at once.
 pub const MAX_FRAGMENTS: u32 = 8_192;
+
+/// Packets that come in by the interface are judged there; what goes out without a mark has lost it.
+pub const JUDGED: u32 = 1;
+/// Packets on the interface begin with their IP header.
+pub const LAYER3: u32 = 2;
+
+/// An interface of the gateway, under its index in map `interfaces`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interface {
+    /// [`JUDGED`], [`LAYER3`].
+    pub flags: u32,
+}
+
+const _: () = assert!(size_of::<Interface>() == 4);
 
 /// What `explain` asks, the only value of map `question`.
 #[repr(C)]

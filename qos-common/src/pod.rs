@@ -3,8 +3,8 @@
 use aya::Pod;
 
 use crate::abi::{
-    Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Line, LineKey, Provider,
-    Question, Settings,
+    Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Interface, Line, LineKey,
+    Provider, Question, Settings,
 };
 use crate::classify::{IndexSlot, Rule, TableSet};
 
@@ -24,6 +24,7 @@ pod!(
     Fragment,
     FragmentKey,
     IndexSlot,
+    Interface,
     Line,
     LineKey,
     Provider,

@@ -1,5 +1,6 @@
 //! The way in: XDP parses, classifies, polices and leaves the answer in front of the packet; tc
-//! ingress moves it into the mark, where it survives routing.
+//! ingress moves it into the mark, where it survives routing. Where there is no XDP, tc ingress does
+//! all of it.
 
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use aya_ebpf::programs::{TcContext, XdpContext};
@@ -12,6 +13,7 @@ use crate::classify::{Search, classify};
 use crate::limit::judge;
 use crate::maps;
 use crate::packet::{Bytes, parse};
+use crate::skb;
 
 /// Classifies and polices a frame that came in.
 #[inline(always)]
@@ -29,13 +31,31 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
         Ok(()) => police(search, direction),
         Err(reason) => reason,
     };
-    // Observing, a packet that would be dropped goes on, and is nothing that would be marked.
-    let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate);
-    let slot = if search.limits_only == 0 && !over { search.slot } else { 0 };
+    let slot = if search.limits_only == 0 { search.slot } else { 0 };
     if search.carries != 0 {
-        write_metadata(ctx, settings, Marked { direction, slot });
+        write_metadata(ctx, settings, answer(outcome, direction, slot));
     }
     outcome
+}
+
+/// Classifies and polices a packet that came in where XDP does not, and marks it.
+#[inline(always)]
+pub(crate) fn tc<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
+    let Some(settings) = maps::settings() else {
+        return Outcome::MissingEntry;
+    };
+    let direction = Direction::from_bit(DIRECTION);
+    let (outcome, slot) = skb::police(ctx, direction, false);
+    write_mark(ctx, settings, answer(outcome, direction, slot));
+    outcome
+}
+
+/// What the mark is to say. Observing, a packet that would be dropped goes on, and is nothing that
+/// would be marked.
+#[inline(always)]
+fn answer(outcome: Outcome, direction: Direction, slot: u32) -> Marked {
+    let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate);
+    Marked { direction, slot: if over { 0 } else { slot } }
 }
 
 /// Classifies and charges the packet that was read.
@@ -83,13 +103,13 @@ fn write_metadata(ctx: &XdpContext, settings: &Settings, marked: Marked) {
 
 /// Moves the answer of XDP into the mark.
 #[inline(always)]
-pub(crate) fn tc(ctx: &TcContext) {
+pub(crate) fn take_over(ctx: &TcContext) {
     let Some(settings) = maps::settings() else {
         return;
     };
     let skb = ctx.skb.skb;
     // SAFETY: reads of this program's own context.
-    let (meta, data, mark) = unsafe { ((*skb).data_meta as usize, (*skb).data as usize, (*skb).mark) };
+    let (meta, data) = unsafe { ((*skb).data_meta as usize, (*skb).data as usize) };
     if meta + size_of::<Metadata>() > data {
         return;
     }
@@ -99,7 +119,13 @@ pub(crate) fn tc(ctx: &TcContext) {
         return;
     }
     if let Some(marked) = settings.mark.read(metadata.mark) {
-        // SAFETY: `mark` is a field that programs of this type may write.
-        unsafe { (*skb).mark = settings.mark.write(mark, marked) };
+        write_mark(ctx, settings, marked);
     }
+}
+
+#[inline(always)]
+fn write_mark(ctx: &TcContext, settings: &Settings, marked: Marked) {
+    let skb = ctx.skb.skb;
+    // SAFETY: `mark` is a field of this program's own context that programs of this type may write.
+    unsafe { (*skb).mark = settings.mark.write((*skb).mark, marked) };
 }

@@ -3,7 +3,8 @@
 //! A packet's way, upstream: it comes in on a LAN interface, where `qos_xdp_lan` reads its headers,
 //! finds the allocation that its flow belongs to, and drops it if the allocation's or the
 //! provider's limit says so. The answer stands in front of the packet until `qos_ingress` moves it
-//! into the mark, which survives routing and NAT. On the WAN interface `qos_egress_wan` turns the
+//! into the mark, which survives routing and NAT. Where XDP can't run, `qos_judge_lan` does both
+//! behind the driver. On the WAN interface `qos_egress_wan` turns the
 //! mark into the class that the packet queues in, and writes its code point. Downstream is the same
 //! with LAN and WAN exchanged. `qos_explain` is never attached: it answers what would be done.
 //!
@@ -28,6 +29,7 @@ mod limit;
 mod maps;
 mod mark;
 mod packet;
+mod skb;
 mod trace;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
@@ -75,8 +77,36 @@ pub fn qos_trace_wan(ctx: XdpContext) -> u32 {
 /// In on any interface, behind XDP.
 #[classifier]
 pub fn qos_ingress(ctx: TcContext) -> i32 {
-    ingress::tc(&ctx);
+    ingress::take_over(&ctx);
     TC_NEXT
+}
+
+/// In on a LAN interface without XDP.
+#[classifier]
+pub fn qos_judge_lan(ctx: TcContext) -> i32 {
+    judge_verdict(ingress::tc::<UP>(&ctx))
+}
+
+/// In on a WAN interface without XDP.
+#[classifier]
+pub fn qos_judge_wan(ctx: TcContext) -> i32 {
+    judge_verdict(ingress::tc::<DOWN>(&ctx))
+}
+
+/// Takes the place of `qos_judge_lan` while somebody listens.
+#[classifier]
+pub fn qos_trace_j_lan(ctx: TcContext) -> i32 {
+    let outcome = ingress::tc::<UP>(&ctx);
+    trace::packet(&ctx, outcome);
+    judge_verdict(outcome)
+}
+
+/// Takes the place of `qos_judge_wan` while somebody listens.
+#[classifier]
+pub fn qos_trace_j_wan(ctx: TcContext) -> i32 {
+    let outcome = ingress::tc::<DOWN>(&ctx);
+    trace::packet(&ctx, outcome);
+    judge_verdict(outcome)
 }
 
 /// Out of a LAN interface: to subscribers.
@@ -102,6 +132,12 @@ pub fn qos_explain(ctx: XdpContext) -> u32 {
 fn xdp_verdict(outcome: Outcome) -> u32 {
     maps::count(outcome);
     if drops(outcome) { XDP_DROP } else { XDP_PASS }
+}
+
+#[inline(always)]
+fn judge_verdict(outcome: Outcome) -> i32 {
+    maps::count(outcome);
+    tc_verdict(outcome)
 }
 
 #[inline(always)]

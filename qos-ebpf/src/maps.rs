@@ -7,8 +7,8 @@ use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
     ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
-    FragmentKey, Line, LineKey, MAX_FRAGMENTS, MAX_INTERFACES, MAX_LINE_PREFIXES, OUTCOMES, Outcome,
-    PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
+    FragmentKey, Interface, Line, LineKey, MAX_FRAGMENTS, MAX_INTERFACES, MAX_LINE_PREFIXES, OUTCOMES,
+    Outcome, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
 };
 use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
 
@@ -47,9 +47,8 @@ static COUNTERS: Array<Counters, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 static PROVIDER_COUNTERS: Array<Counters, PROVIDER_RECORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "outcomes")]
 static OUTCOME_COUNTERS: PerCpuArray<u64, { OUTCOMES as usize }> = PerCpuArray::new();
-/// Interfaces, by index, whose packets XDP has judged. Values mean nothing.
 #[btf_map(name = "interfaces")]
-static INTERFACES: HashMap<u32, u32, { MAX_INTERFACES as usize }> = HashMap::new();
+static INTERFACES: HashMap<u32, Interface, { MAX_INTERFACES as usize }> = HashMap::new();
 #[btf_map(name = "lines")]
 static LINES: HashMap<LineKey, Line, { MAX_LINE_PREFIXES as usize }> = HashMap::new();
 #[btf_map(name = "fragments")]
@@ -161,10 +160,15 @@ pub(crate) fn count(outcome: Outcome) {
     }
 }
 
-/// Whether XDP has judged what came in by an interface.
+/// What is known of an interface; nothing of one that is not the gateway's.
 #[inline(always)]
-pub(crate) fn judged_at(interface: u32) -> bool {
-    INTERFACES.get_ptr(interface).is_some()
+pub(crate) fn interface(index: u32) -> Interface {
+    match INTERFACES.get_ptr(index) {
+        // SAFETY: the value is copied at once, one aligned word; one that is deleted meanwhile is
+        // freed after a grace period.
+        Some(pointer) => unsafe { *pointer },
+        None => Interface { flags: 0 },
+    }
 }
 
 #[inline(always)]

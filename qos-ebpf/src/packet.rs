@@ -87,6 +87,8 @@ pub(crate) struct Packet {
     pub(crate) key: Key,
     /// Offset of the IP header.
     pub(crate) network: u32,
+    /// Offset of the transport header; zero where there is none, or it was not found.
+    pub(crate) transport: u32,
     /// IP length in bytes.
     pub(crate) ip_length: u32,
     /// Whole, or which fragment: a [`Piece`].
@@ -104,6 +106,7 @@ impl Packet {
         self.key.source_port = 0;
         self.key.destination_port = 0;
         self.ip_length = 0;
+        self.transport = 0;
         self.piece = Piece::Whole as u32;
     }
 
@@ -279,6 +282,7 @@ fn transport(bytes: Bytes, offset: usize, packet: &mut Packet) -> Result<(), Unp
     let ports = bytes.read::<[u8; 4]>(offset).ok_or(Outcome::Truncated)?;
     packet.key.source_port = u16::from_be_bytes([ports[0], ports[1]]);
     packet.key.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
+    packet.transport = offset as u32;
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::domain::{BitsPerSecond, Directed};
-use crate::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks};
+use crate::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
 use crate::manager::capacity::SMALLEST_REST;
 use crate::manager::{LineSide, Network};
 
@@ -263,8 +263,19 @@ fn read_interfaces(top: &mut Section<'_>) -> Result<Vec<InterfaceConfig>, Config
         })?;
         let capacity =
             section.required("capacity", "what the interface can send, such as \"1Gbit/s\"", capacity)?;
+        let xdp = section.optional("xdp", |value| {
+            one_of(
+                value,
+                &[
+                    ("auto", XdpChoice::Auto),
+                    ("native", XdpChoice::Native),
+                    ("generic", XdpChoice::Generic),
+                    ("off", XdpChoice::Off),
+                ],
+            )
+        })?;
         section.finish()?;
-        interfaces.push(InterfaceConfig { name, role, capacity });
+        interfaces.push(InterfaceConfig { name, role, capacity, xdp: xdp.unwrap_or_default() });
     }
     for (role, expected) in [
         (Role::Lan, "at least one with role = \"lan\", towards the subscribers"),

@@ -17,16 +17,20 @@ use tracing::{info, warn};
 
 use crate::api::service::{Service, ServiceError};
 use crate::api::socket::{self, SocketError};
-use crate::api::worker::Worker;
+use crate::api::worker::{Handle, Worker};
 use crate::api::{self, Api, doctor};
 use crate::config::Config;
 use crate::gateway::GatewayConfig;
 use crate::gateway::link::{Link, LinkError};
+use crate::gateway::netlink::LinkEvents;
 use crate::manager::{Gateway, State};
 use crate::store::sqlite::SqliteStore;
 
 /// How long answers that are under way may take at the end.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
+
+/// Largest IP packet of plain Ethernet, in bytes (RFC 894).
+const ETHERNET_MTU: u32 = 1_500;
 
 /// Why the daemon does not run, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +67,7 @@ pub enum DaemonError {
         source: io::Error,
     },
     /// An interface can't be used.
-    #[error("{0}; correct [[interface]] in the configuration, or make the interface")]
+    #[error(transparent)]
     Interface(#[from] LinkError),
     /// There is no socket.
     #[error(transparent)]
@@ -133,6 +137,8 @@ async fn live<G: Gateway + 'static>(
     let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
 
+    watch_interfaces(worker.handle())?;
+
     let stop = Arc::new(Notify::new());
     let (closing, closed) = oneshot::channel::<()>();
     let api = Api { handle: worker.handle(), config: Arc::clone(&config), stop: Arc::clone(&stop) };
@@ -174,6 +180,25 @@ async fn live<G: Gateway + 'static>(
         Ok(Ok(())) => Ok(()),
         _ => Err(DaemonError::Panicked),
     }
+}
+
+/// Has the service look at its interfaces whenever the kernel tells of any. The thread ends with the
+/// process: nothing waits for it.
+fn watch_interfaces(handle: Handle) -> Result<(), DaemonError> {
+    let failed = |source| DaemonError::System { what: "watch interfaces", source };
+    let events = LinkEvents::open().map_err(failed)?;
+    let watch = move || loop {
+        if let Err(error) = events.wait() {
+            warn!("interfaces are not watched any more, only looked at from time to time: {error}");
+            return;
+        }
+        // Meanwhile further events wait, and count as one.
+        if handle.run_blocking(|service| service.look_at_interfaces()).is_err() {
+            return;
+        }
+    };
+    std::thread::Builder::new().name("qos-interfaces".to_owned()).spawn(watch).map_err(failed)?;
+    Ok(())
 }
 
 /// A decision under way is in the store whole or not at all, and the next start carries it out.
@@ -229,10 +254,18 @@ pub fn lock(config: &Config) -> Result<Lock, DaemonError> {
     }
 }
 
-/// The largest IP packet that any interface takes, in bytes: delays are computed with it.
+/// The largest IP packet that any interface takes, in bytes: delays are computed with it. Ethernet's
+/// where no interface is there yet.
 fn largest_mtu(config: &Config) -> Result<u32, LinkError> {
-    let mtus = config.gateway.interfaces.iter().map(|interface| Ok(Link::by_name(&interface.name)?.mtu));
-    mtus.collect::<Result<Vec<_>, _>>().map(|mtus| mtus.into_iter().max().unwrap_or_default())
+    let mut largest = None;
+    for interface in &config.gateway.interfaces {
+        match Link::by_name(&interface.name) {
+            Ok(link) => largest = largest.max(Some(link.mtu)),
+            Err(LinkError::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(largest.unwrap_or(ETHERNET_MTU))
 }
 
 #[cfg(test)]
@@ -279,9 +312,9 @@ capacity = "1Gbit/s"
     }
 
     #[test]
-    fn a_missing_interface_is_named() {
+    fn interfaces_that_are_yet_to_come_have_no_mtu() {
         let directory = tempfile::tempdir().expect("temporary directory");
-        let error = largest_mtu(&config(directory.path(), "no-such-nic")).expect_err("missing").to_string();
-        assert_eq!(error, "interface no-such-nic does not exist");
+        let loopback = Link::by_name("lo").expect("every namespace has one").mtu;
+        assert_eq!(largest_mtu(&config(directory.path(), "no-such-nic")).expect("one is there"), loopback);
     }
 }

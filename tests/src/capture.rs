@@ -34,8 +34,11 @@ pub struct Injector {
 /// A captured frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
-    /// From the Ethernet header on, a VLAN tag that the kernel took off included.
+    /// From the Ethernet header on, a VLAN tag that the kernel took off included; from the IP header on
+    /// where the link has no Ethernet.
     pub bytes: Vec<u8>,
+    /// Whether it begins with its IP header.
+    pub layer3: bool,
     /// Whether the captured link's own namespace sent it.
     pub outgoing: bool,
 }
@@ -127,7 +130,8 @@ impl Capture {
         if let Some(tag) = stripped_tag(&message) {
             bytes.splice(12..12, tag);
         }
-        Ok(Frame { bytes, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING })
+        let layer3 = from.sll_hatype != libc::ARPHRD_ETHER && from.sll_hatype != libc::ARPHRD_LOOPBACK;
+        Ok(Frame { bytes, layer3, outgoing: from.sll_pkttype == libc::PACKET_OUTGOING })
     }
 }
 
@@ -159,7 +163,11 @@ impl Frame {
     /// The frame's headers; `None` where it isn't a frame that can be read.
     #[must_use]
     pub fn headers(&self) -> Option<SlicedPacket<'_>> {
-        SlicedPacket::from_ethernet(&self.bytes).ok()
+        if self.layer3 {
+            SlicedPacket::from_ip(&self.bytes).ok()
+        } else {
+            SlicedPacket::from_ethernet(&self.bytes).ok()
+        }
     }
 
     /// Source and destination address of the IP packet within.
@@ -215,7 +223,7 @@ impl Frame {
     /// Says which checksum is wrong, with both values.
     pub fn verify_checksums(&self) -> Result<()> {
         let headers = self.headers().context("not a frame that can be read")?;
-        ensure!(matches!(headers.link, Some(LinkSlice::Ethernet2(_))), "not Ethernet");
+        ensure!(self.layer3 || matches!(headers.link, Some(LinkSlice::Ethernet2(_))), "not Ethernet");
         let net = headers.net.context("not an IP packet")?;
         if let NetSlice::Ipv4(ip) = &net {
             let (found, computed) =
@@ -317,7 +325,7 @@ mod tests {
 
     #[test]
     fn a_right_frame_verifies_and_a_changed_one_does_not() {
-        let frame = |bytes| Frame { bytes, outgoing: false };
+        let frame = |bytes| Frame { bytes, layer3: false, outgoing: false };
         let right = frame(udp_frame());
         right.verify_checksums().unwrap();
         assert_eq!(right.ports(), Some((1_234, 5_000)));

@@ -40,6 +40,10 @@ pub struct Config {
     pub lan_capacity: BitsPerSecond,
     /// Capacity of the interface to the providers.
     pub wan_capacity: BitsPerSecond,
+    /// The interfaces and their roles.
+    pub interfaces: Vec<(&'static str, &'static str)>,
+    /// TOML put into each `[[interface]]` table.
+    pub each_interface: String,
     /// TOML put in front of the `[[interface]]` tables.
     pub more: String,
 }
@@ -52,6 +56,8 @@ impl Default for Config {
             soft_share: 0.95,
             lan_capacity: BitsPerSecond(1_000_000_000),
             wan_capacity: BitsPerSecond(1_000_000_000),
+            interfaces: vec![(LAN, "lan"), (WAN, "wan")],
+            each_interface: String::new(),
             more: String::new(),
         }
     }
@@ -297,11 +303,12 @@ impl Daemon {
             config.soft_share,
             config.more,
         );
-        for (name, role, capacity) in [(LAN, "lan", config.lan_capacity), (WAN, "wan", config.wan_capacity)] {
+        for (name, role) in &config.interfaces {
+            let capacity = if *role == "lan" { config.lan_capacity } else { config.wan_capacity };
             write!(
                 text,
-                "\n[[interface]]\nname = {name:?}\nrole = {role:?}\ncapacity = \"{}bit\"\n",
-                capacity.0
+                "\n[[interface]]\nname = {name:?}\nrole = {role:?}\ncapacity = \"{}bit\"\n{}\n",
+                capacity.0, config.each_interface
             )
             .context("writing to a String")?;
         }

@@ -36,6 +36,7 @@
 
 pub mod api;
 pub mod ask;
+pub mod boxes;
 pub mod capture;
 pub mod daemon;
 pub mod frames;
@@ -47,3 +48,4 @@ pub mod reference;
 pub mod skip;
 pub mod topology;
 pub mod traffic;
+pub mod tunnel;

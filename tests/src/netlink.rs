@@ -15,7 +15,7 @@ use netlink_packet_core::{
 };
 use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
+    InfoData, InfoKind, InfoVeth, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, LinkXdp,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -149,13 +149,33 @@ impl Netlink {
     /// # Errors
     /// When the kernel has no bridge or the name is taken.
     pub fn add_bridge(&mut self, name: &str) -> Result<()> {
+        self.add_device(name, None, vec![LinkInfo::Kind(InfoKind::Bridge)])
+    }
+
+    /// Makes a bond that has no links yet. It is down.
+    ///
+    /// # Errors
+    /// When the kernel has no bonds or the name is taken.
+    pub fn add_bond(&mut self, name: &str) -> Result<()> {
+        self.add_device(name, None, vec![LinkInfo::Kind(InfoKind::Bond)])
+    }
+
+    /// Makes a VLAN device on the link `below`. It is down.
+    ///
+    /// # Errors
+    /// When the kernel has no VLAN devices or the name is taken.
+    pub fn add_vlan(&mut self, name: &str, below: u32, number: u16) -> Result<()> {
+        let data = InfoData::Vlan(vec![InfoVlan::Id(number)]);
+        self.add_device(name, Some(below), vec![LinkInfo::Kind(InfoKind::Vlan), LinkInfo::Data(data)])
+    }
+
+    fn add_device(&mut self, name: &str, below: Option<u32>, info: Vec<LinkInfo>) -> Result<()> {
         let mut link = LinkMessage::default();
-        link.attributes = vec![
-            LinkAttribute::IfName(name.to_owned()),
-            LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Bridge)]),
-        ];
-        self.create(RouteNetlinkMessage::NewLink(link))
-            .with_context(|| format!("bridge {}/{name} (CONFIG_BRIDGE)", self.namespace))
+        link.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+        link.attributes.extend(below.map(LinkAttribute::Link));
+        let what = format!("device {}/{name}: {info:?}", self.namespace);
+        link.attributes.push(LinkAttribute::LinkInfo(info));
+        self.create(RouteNetlinkMessage::NewLink(link)).context(what)
     }
 
     /// The link of that name.
@@ -224,12 +244,20 @@ impl Netlink {
         self.set_attribute(index, LinkAttribute::Mtu(mtu))
     }
 
-    /// Makes a link a port of the bridge `bridge`.
+    /// Makes a link a port of a bridge or bond.
     ///
     /// # Errors
     /// When either doesn't exist.
-    pub fn set_bridge(&mut self, index: u32, bridge: u32) -> Result<()> {
-        self.set_attribute(index, LinkAttribute::Controller(bridge))
+    pub fn set_controller(&mut self, index: u32, controller: u32) -> Result<()> {
+        self.set_attribute(index, LinkAttribute::Controller(controller))
+    }
+
+    /// Renames a link.
+    ///
+    /// # Errors
+    /// When the name is taken.
+    pub fn rename(&mut self, index: u32, name: &str) -> Result<()> {
+        self.set_attribute(index, LinkAttribute::IfName(name.to_owned()))
     }
 
     fn set_attribute(&mut self, index: u32, attribute: LinkAttribute) -> Result<()> {
@@ -416,6 +444,13 @@ impl Netlink {
             }
         }
     }
+}
+
+/// Whether a link could not be made because the kernel has no such kind.
+#[must_use]
+pub fn is_unknown_device(error: &anyhow::Error) -> bool {
+    // net/core/rtnetlink.c
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP))
 }
 
 /// Switches segmentation, receive aggregation and transmit checksums of a link on or off.

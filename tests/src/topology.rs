@@ -23,6 +23,7 @@ use ipnet::IpNet;
 
 use crate::netlink::{Mac, Netlink, set_offloads};
 use crate::netns::Namespace;
+use crate::tunnel::{Encapsulation, Layer, Pump, Tunnel};
 
 /// The gateway's interface to the subscribers.
 pub const LAN: &str = "lan0";
@@ -34,6 +35,8 @@ pub const HOST_LINK: &str = "eth0";
 const LAN_NETWORKS: [&str; 2] = ["192.0.2.1/24", "2001:db8:1::1/48"];
 const WAN_NETWORKS: [&str; 3] = ["198.51.100.1/24", "203.0.113.1/24", "2001:db8:2::1/48"];
 const BRIDGE: &str = "br0";
+/// What is below a host's or gateway's interface that is no link itself.
+const WIRE: &str = "wire";
 /// How long links and neighbours may take to come up.
 const READY: Duration = Duration::from_secs(10);
 
@@ -44,8 +47,23 @@ pub struct Topology {
     pub gateway: Namespace,
     subscribers: Vec<Host>,
     providers: Vec<Host>,
+    /// What carries packets where no link does.
+    _pumps: Vec<Pump>,
     /// Held for their bridges.
     _segments: Vec<Namespace>,
+}
+
+/// What an interface of the gateway is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// One end of a veth pair.
+    Ethernet,
+    /// A tun device: its packets begin with their IP header. Its side has one host.
+    Tun,
+    /// A VLAN device of that number on a veth pair, at the host too. Its side has one host.
+    Vlan(u16),
+    /// A bond of one veth link. Its side has one host.
+    Bond,
 }
 
 /// A subscriber's or provider's machine.
@@ -68,13 +86,23 @@ pub struct Builder {
     providers: Vec<(String, Vec<String>)>,
     mtu: u32,
     offloads: bool,
+    devices: [(String, Device); 2],
+    /// The gateway is a bridge, and the hosts wrap their packets.
+    bridged: Option<Option<Encapsulation>>,
 }
 
 impl Topology {
     /// A network without hosts yet, MTU 1500, offloads off at the hosts.
     #[must_use]
     pub fn builder() -> Builder {
-        Builder { subscribers: Vec::new(), providers: Vec::new(), mtu: 1_500, offloads: false }
+        Builder {
+            subscribers: Vec::new(),
+            providers: Vec::new(),
+            mtu: 1_500,
+            offloads: false,
+            devices: [LAN, WAN].map(|name| (name.to_owned(), Device::Ethernet)),
+            bridged: None,
+        }
     }
 
     /// One subscriber `home` (192.0.2.10, 2001:db8:1::10) and one provider `video` (203.0.113.10,
@@ -181,16 +209,52 @@ impl Builder {
         self
     }
 
+    /// Says what the gateway's interfaces to the subscribers and to the providers are, and their
+    /// names. Under other names there are [`LAN`] and [`WAN`] beside them, with nobody behind.
+    #[must_use]
+    pub fn devices(mut self, devices: [(&str, Device); 2]) -> Self {
+        self.devices = devices.map(|(name, device)| (name.to_owned(), device));
+        self
+    }
+
+    /// Makes the gateway a transparent bridge between one subscriber and one provider, which wrap
+    /// their packets in `encapsulation`.
+    #[must_use]
+    pub fn bridged(mut self, encapsulation: Option<Encapsulation>) -> Self {
+        self.bridged = Some(encapsulation);
+        self
+    }
+
     /// Makes the network.
     ///
     /// # Errors
-    /// Without root, when an address can't be read, or when several hosts share a side and the
-    /// kernel has no bridge.
+    /// Without root, when an address can't be read, or when the kernel lacks a device.
     pub fn build(self) -> Result<Topology> {
         let gateway = Namespace::new("gateway")?;
+        if let Some(encapsulation) = &self.bridged {
+            return self.build_bridged(gateway, encapsulation.as_ref());
+        }
         let mut segments = Vec::new();
-        let subscribers = self.build_side(&gateway, LAN, &LAN_NETWORKS, &self.subscribers, &mut segments)?;
-        let providers = self.build_side(&gateway, WAN, &WAN_NETWORKS, &self.providers, &mut segments)?;
+        let mut pumps = Vec::new();
+        let [(lan, near), (wan, far)] = &self.devices;
+        let mut side = |link: &str, device, networks: &[&str], hosts: &[_]| {
+            self.build_side(&gateway, (link, device), networks, hosts, &mut segments, &mut pumps)
+        };
+        let subscribers = side(lan, *near, &LAN_NETWORKS, &self.subscribers)?;
+        let providers = side(wan, *far, &WAN_NETWORKS, &self.providers)?;
+        if [LAN, WAN] != [lan, wan] {
+            let nobody = Namespace::new("nobody")?;
+            let mut netlink = Netlink::open(&gateway)?;
+            for link in [LAN, WAN].into_iter().filter(|link| ![lan, wan].contains(&&(*link).to_owned())) {
+                netlink.add_veth(link, link, &nobody, self.mtu)?;
+                let index = netlink.link(link)?.index;
+                netlink.set_up(index)?;
+                let mut beyond = Netlink::open(&nobody)?;
+                let index = beyond.link(link)?.index;
+                beyond.set_up(index)?;
+            }
+            segments.push(nobody);
+        }
         gateway.set_sysctl("ipv4/ip_forward", "1")?;
         gateway.set_sysctl("ipv6/conf/all/forwarding", "1")?;
         for (hosts, networks) in [(&subscribers, &LAN_NETWORKS[..]), (&providers, &WAN_NETWORKS[..])] {
@@ -198,16 +262,69 @@ impl Builder {
                 host.wait_until_reachable(&gateway, &parse_networks(networks)?)?;
             }
         }
-        Ok(Topology { gateway, subscribers, providers, _segments: segments })
+        Ok(Topology { gateway, subscribers, providers, _pumps: pumps, _segments: segments })
+    }
+
+    /// Both hosts on one segment that leads through the gateway.
+    fn build_bridged(&self, gateway: Namespace, encapsulation: Option<&Encapsulation>) -> Result<Topology> {
+        let mut bridge = Bridge::new(&gateway)?;
+        let sides = [(LAN, self.subscribers.as_slice()), (WAN, self.providers.as_slice())];
+        let mut made = Vec::new();
+        for (link, hosts) in sides {
+            let [(name, addresses)] = hosts else { bail!("a bridged network has one host on either side") };
+            let namespace = Namespace::new(name)?;
+            let wire = if encapsulation.is_some() { WIRE } else { HOST_LINK };
+            bridge.netlink.add_veth(link, wire, &namespace, self.mtu)?;
+            bridge.take(link)?;
+            let mut netlink = Netlink::open(&namespace)?;
+            let wire = netlink.link(wire)?;
+            set_offloads(&namespace, &wire.name, self.offloads)?;
+            netlink.set_up(wire.index)?;
+            made.push((namespace, parse_all(name, addresses)?, wire.mac));
+        }
+        let mut pumps = Vec::new();
+        let macs = [(made[0].2, made[1].2), (made[1].2, made[0].2)];
+        for ((namespace, ..), macs) in made.iter().zip(macs) {
+            let Some(encapsulation) = encapsulation else { continue };
+            let device = Tunnel::new(namespace, HOST_LINK, encapsulation.layer())?;
+            let mut netlink = Netlink::open(namespace)?;
+            let link = netlink.link(HOST_LINK)?;
+            netlink.set_mtu(link.index, self.mtu - encapsulation.length())?;
+            if encapsulation.layer() == Layer::Two {
+                netlink.set_mac(link.index, macs.0)?;
+            }
+            pumps.push(Pump::around(device, namespace, WIRE, encapsulation, macs)?);
+        }
+        let mut hosts = made.into_iter().map(|(namespace, addresses, gateway_mac)| {
+            let mac = self.set_up_host(&namespace, &addresses, &[])?;
+            Ok(Host { namespace, addresses, mac, gateway_mac })
+        });
+        let both = hosts.by_ref().collect::<Result<Vec<_>>>()?;
+        for (from, to) in [(&both[0], &both[1]), (&both[1], &both[0])] {
+            for &address in &to.addresses {
+                reach(&from.namespace, &to.namespace, address)?;
+            }
+        }
+        drop(hosts);
+        let [subscriber, provider] =
+            <[Host; 2]>::try_from(both).map_err(|_| anyhow::anyhow!("two hosts were made"))?;
+        Ok(Topology {
+            gateway,
+            subscribers: vec![subscriber],
+            providers: vec![provider],
+            _pumps: pumps,
+            _segments: Vec::new(),
+        })
     }
 
     fn build_side(
         &self,
         gateway: &Namespace,
-        link: &str,
+        (link, device): (&str, Device),
         networks: &[&str],
         hosts: &[(String, Vec<String>)],
         segments: &mut Vec<Namespace>,
+        pumps: &mut Vec<Pump>,
     ) -> Result<Vec<Host>> {
         let made = hosts
             .iter()
@@ -217,7 +334,33 @@ impl Builder {
         let mut netlink = Netlink::open(gateway)?;
         match made.as_slice() {
             [] => bail!("no host behind {link}"),
-            [(only, _)] => netlink.add_veth(link, HOST_LINK, only, self.mtu)?,
+            [(only, _)] => match device {
+                Device::Ethernet => netlink.add_veth(link, HOST_LINK, only, self.mtu)?,
+                Device::Tun => {
+                    let here = Tunnel::new(gateway, link, Layer::Three)?;
+                    let there = Tunnel::new(only, HOST_LINK, Layer::Three)?;
+                    pumps.push(Pump::between(here, there)?);
+                }
+                Device::Vlan(number) => {
+                    let wire = format!("{WIRE}-{link}");
+                    netlink.add_veth(&wire, WIRE, only, self.mtu)?;
+                    for (namespace, name, wire) in [(gateway, link, wire.as_str()), (only, HOST_LINK, WIRE)] {
+                        let mut netlink = Netlink::open(namespace)?;
+                        let below = netlink.link(wire)?.index;
+                        netlink.set_up(below)?;
+                        netlink.add_vlan(name, below, number)?;
+                    }
+                }
+                Device::Bond => {
+                    let wire = format!("{WIRE}-{link}");
+                    netlink.add_bond(link)?;
+                    netlink.add_veth(&wire, HOST_LINK, only, self.mtu)?;
+                    let (bond, below) = (netlink.link(link)?.index, netlink.link(&wire)?.index);
+                    netlink.set_controller(below, bond)?;
+                    netlink.set_up(below)?;
+                }
+            },
+            _ if device != Device::Ethernet => bail!("{device:?} leads to one host only"),
             _ => {
                 let segment = Namespace::new(&format!("segment of {link}"))?;
                 let mut bridge = Bridge::new(&segment)?;
@@ -257,7 +400,8 @@ impl Builder {
         let mut netlink = Netlink::open(namespace)?;
         let link = netlink.link(HOST_LINK)?;
         keep_neighbours(namespace, HOST_LINK)?;
-        if !self.offloads {
+        // A tunnel hands out wire packets whatever is set.
+        if !self.offloads && link.mac != Mac::default() {
             set_offloads(namespace, HOST_LINK, false)?;
         }
         netlink.set_up(link.index)?;
@@ -291,7 +435,7 @@ impl Bridge {
 
     fn take(&mut self, port: &str) -> Result<()> {
         let port = self.netlink.link(port)?.index;
-        self.netlink.set_bridge(port, self.index)?;
+        self.netlink.set_controller(port, self.index)?;
         self.netlink.set_up(port)
     }
 }

@@ -689,12 +689,6 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
     };
 
     let mut daemon = fresh();
-    rewrite(&daemon, "\"wan0\"", "\"wan9\"");
-    let text = refused_start(&mut daemon, 1);
-    assert!(text.contains("interface wan9 does not exist") && text.contains("[[interface]]"), "{text}");
-    leaves_nothing(&daemon, "interface missing");
-
-    let mut daemon = fresh();
     rewrite(&daemon, "line_side", "line_sied");
     let text = refused_start(&mut daemon, 3);
     assert!(text.contains("unknown key `line_sied`") && text.contains("did you mean `line_side`"), "{text}");
@@ -717,7 +711,9 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
 
     // Somebody else's program and queueing discipline, on the second interface.
     let mut daemon = fresh();
-    let foreign = ForeignXdp::attach(&net.gateway, WAN);
+    let whole = "[[interface]]\nname = \"wan0\"";
+    rewrite(&daemon, whole, &format!("{whole}\nxdp = \"native\""));
+    let foreign = ForeignXdp::attach(&net.gateway, WAN, 0);
     let text = refused_start(&mut daemon, 1);
     let id = programs(&net.gateway, WAN).unwrap().0.unwrap();
     assert!(
@@ -742,6 +738,34 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
     leaves_nothing(&daemon, "foreign root");
     // And once it is gone, the same one starts.
     daemon.restart().unwrap();
+}
+
+#[test]
+fn beside_somebody_elses_xdp_program_tc_judges_and_it_stays() {
+    const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
+    for flags in [0, XDP_FLAGS_SKB_MODE] {
+        let net = Topology::pair().unwrap();
+        let _foreign = ForeignXdp::attach(&net.gateway, LAN, flags);
+        let theirs = programs(&net.gateway, LAN).unwrap().0;
+        let daemon = Daemon::start(&net.gateway, &config()).unwrap();
+        let judged: Vec<_> =
+            daemon.status().unwrap().gateway.interfaces.into_iter().map(|found| found.judged).collect();
+        assert_eq!(judged, ["tc", "xdp"]);
+        daemon.qos_line("session add home --address 192.0.2.10 --down 50mbit --up 50mbit").unwrap();
+        daemon.qos_line("provider add isp --kind network --network 192.0.2.0/24").unwrap();
+        let (home, video) = (net.subscriber("home"), net.provider("video"));
+        let level = "--max-up 2mbit --enforcement police";
+        daemon.grant(&format!("--provider isp --flow 'up udp from 192.0.2.10' {level}")).unwrap();
+        let target = SocketAddr::from((video.v4(0), 5_000));
+        let flow = UdpFlow::new((home.v4(0), 0), target, BitsPerSecond(4_000_000))
+            .packet(1_000)
+            .start(&home.namespace, &video.namespace)
+            .unwrap();
+        let held = undisturbed(&flow, Duration::from_millis(500), Duration::from_secs(2)).unwrap();
+        assert!((held.ratio_to(BitsPerSecond(2_000_000)) - 1.0).abs() < 0.03, "{flags}: {:?}", Brief(&held));
+        drop(daemon);
+        assert_eq!(programs(&net.gateway, LAN).unwrap(), (theirs, vec![], vec![]));
+    }
 }
 
 #[test]
@@ -971,7 +995,8 @@ struct ForeignXdp {
 }
 
 impl ForeignXdp {
-    fn attach(gateway: &Namespace, link: &str) -> Self {
+    /// `flags`: `XDP_FLAGS_…` of linux/if_link.h, zero for the driver's hook.
+    fn attach(gateway: &Namespace, link: &str, flags: u32) -> Self {
         // linux/bpf.h: commands, program type, attach type, `union bpf_attr`.
         const BPF_PROG_LOAD: libc::c_long = 5;
         const BPF_LINK_CREATE: libc::c_long = 28;
@@ -1011,7 +1036,7 @@ impl ForeignXdp {
             unsafe { OwnedFd::from_raw_fd(fd as i32) }
         };
         let program = bpf(BPF_PROG_LOAD, (&raw const load).cast(), size_of::<Load>());
-        let create = [program.as_raw_fd() as u32, index, BPF_XDP, 0];
+        let create = [program.as_raw_fd() as u32, index, BPF_XDP, flags];
         let link = gateway.run(|| bpf(BPF_LINK_CREATE, create.as_ptr().cast(), size_of_val(&create)));
         Self { _link: link }
     }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::types::Status;
 use crate::config::Config;
 use crate::gateway::InterfaceConfig;
-use crate::gateway::link::{Link, LinkError};
+use crate::gateway::link::{Framing, Link, LinkError};
 use crate::gateway::netlink::{NetlinkError, Refusal, RouteSocket};
 use crate::gateway::port::Port;
 
@@ -376,9 +376,12 @@ fn interfaces(configured: &[InterfaceConfig]) -> Vec<Check> {
 }
 
 fn link(name: &str, interface: &InterfaceConfig, found: &Link) -> Vec<Check> {
-    if !found.ethernet {
-        let mend = "name an Ethernet interface: this version attaches to no other";
-        return vec![Check::error(name, "it has no Ethernet header", mend)];
+    if let Framing::Other(number) = found.framing {
+        return vec![Check::error(
+            name,
+            format!("its packets begin with neither an Ethernet nor an IP header (hardware type {number})"),
+            "name the interface that carries IP",
+        )];
     }
     if !found.up {
         return vec![Check::error(name, "it is down", format!("ip link set {} up", interface.name))];

@@ -139,6 +139,9 @@ pub trait Operations {
     /// Where the kernel can't be read, or a repair is refused.
     fn reconcile(&mut self) -> Result<Vec<String>, ServiceError>;
 
+    /// Makes the kernel equal to the state if an interface has come, gone or changed.
+    fn look_at_interfaces(&mut self);
+
     /// Listens to the programs' debugging, which is on as long as somebody does.
     ///
     /// # Errors
@@ -400,6 +403,21 @@ impl<S: Store, G: Gateway> Operations for Service<S, G> {
             }
         }
         result
+    }
+
+    fn look_at_interfaces(&mut self) {
+        let changed = match self.gateway.as_ref().map(G::interfaces_changed) {
+            Some(Ok(changed)) => changed,
+            Some(Err(error)) => {
+                warn!("cannot look at the interfaces: {error}");
+                false
+            }
+            None => false,
+        };
+        if changed {
+            // Kept for the status and logged there.
+            let _ = self.reconcile();
+        }
     }
 
     fn trace(&mut self) -> Result<mpsc::Receiver<String>, ServiceError> {

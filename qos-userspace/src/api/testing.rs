@@ -90,6 +90,10 @@ impl Gateway for Recorder {
         Ok(())
     }
 
+    fn interfaces_changed(&self) -> Result<bool, Self::Error> {
+        Ok(false)
+    }
+
     fn reconcile(&mut self, _state: &State) -> Result<Vec<String>, Refused> {
         let mut record = self.record();
         record.reconciled += 1;
@@ -159,6 +163,8 @@ impl Gateway for Recorder {
                 role: "lan".to_owned(),
                 capacity: crate::domain::BitsPerSecond(100_000_000),
                 index: Some(2),
+                framing: Some("ethernet".to_owned()),
+                judged: "xdp".to_owned(),
                 xdp: "native".to_owned(),
                 tc: "tcx".to_owned(),
                 scheduler: "htb".to_owned(),

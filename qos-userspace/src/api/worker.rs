@@ -58,6 +58,22 @@ impl Handle {
         self.messages.send(Message::Do(job)).map_err(|_| Stopped)?;
         receiver.await.map_err(|_| Stopped)
     }
+
+    /// Runs `job` likewise, from a thread that may be held up.
+    ///
+    /// # Errors
+    /// Where the thread has ended.
+    pub fn run_blocking<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut dyn Operations) -> T + Send + 'static,
+    ) -> Result<T, Stopped> {
+        let (sender, receiver) = channel();
+        let job: Job = Box::new(move |service| {
+            let _ = sender.send(job(service));
+        });
+        self.messages.send(Message::Do(job)).map_err(|_| Stopped)?;
+        receiver.recv().map_err(|_| Stopped)
+    }
 }
 
 impl Worker {

@@ -2,7 +2,7 @@
 //!
 //! What must stand in the maps and trees follows from the state alone, so that carrying out a change, taking over at start and repairing drift are one piece of code.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
@@ -12,23 +12,25 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use nix::fcntl::Flock;
 use nix::time::{ClockId, clock_gettime};
-use qos_common::abi::{self, Line, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question, Settings};
+use qos_common::abi::{
+    self, JUDGED, LAYER3, Line, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question, Settings,
+};
 use qos_common::classify::{Address, Direction, Family, Rule, selector_of};
 use qos_common::clock::Meter;
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
 use qos_common::mark::MarkLayout;
 
 use super::classifier::{Classifier, ClassifierError};
-use super::link::{Link, LinkError};
+use super::link::{Framing, Link, LinkError};
 use super::maps::Maps;
 use super::object::{
-    Attachment, Hooks, Object, ObjectError, XdpHook, lock_pins, pinned_interfaces, remove_interface,
+    Attachment, Hooks, Judge, Object, ObjectError, XdpHook, lock_pins, pinned_interfaces, remove_interface,
     remove_pins,
 };
 use super::scheduler::htb::{Htb, LeafQueue};
 use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
 use super::trace::Tracer;
-use super::{Role, TcHooks};
+use super::{Role, TcHooks, XdpChoice};
 use crate::domain::selector::rules;
 use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
 use crate::manager::report::{
@@ -78,6 +80,8 @@ pub struct InterfaceConfig {
     pub role: Role,
     /// Its capacity.
     pub capacity: BitsPerSecond,
+    /// Where XDP programs are attached.
+    pub xdp: XdpChoice,
 }
 
 /// Why the kernel does not do what was decided.
@@ -95,9 +99,12 @@ pub enum GatewayError {
     /// An interface could not be used.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// An interface that is no Ethernet.
-    #[error("interface {0} has no Ethernet header; this version attaches to Ethernet interfaces only")]
-    NotEthernet(String),
+    /// An interface whose packets can't be read.
+    #[error(
+        "interface {0}: its packets begin with neither an Ethernet nor an IP header (hardware type {1}), \
+         and can't be read"
+    )]
+    Framing(String, u16),
     /// The mark's bits are unusable.
     #[error("mark_mask {0:#010x} is not one run of at least 18 bits")]
     MarkMask(u32),
@@ -142,7 +149,7 @@ pub struct Kernel {
 #[derive(Debug)]
 struct Interface {
     config: InterfaceConfig,
-    /// None: it has gone.
+    /// None: it has gone, or is yet to come.
     link: Option<Link>,
     attachment: Option<Attachment>,
     /// None in observe mode, and while the interface has gone.
@@ -165,16 +172,19 @@ impl Kernel {
     /// says.
     ///
     /// # Errors
-    /// Where an interface is missing, another instance runs, or anything is refused. What was not
-    /// there before is then removed again, and what was goes on enforcing.
+    /// Where another instance runs, or anything is refused. What was not there before is then removed
+    /// again, and what was goes on enforcing. An interface that is missing is waited for.
     pub fn start(config: &GatewayConfig, state: &State) -> Result<Self, GatewayError> {
         let mark = MarkLayout::new(config.mark_mask, 0).ok_or(GatewayError::MarkMask(config.mark_mask))?;
-        let links = config.interfaces.iter().map(|interface| usable_link(&interface.name));
+        let links = config.interfaces.iter().map(|interface| found_link(&interface.name));
         let links = links.collect::<Result<Vec<_>, _>>()?;
         let lock = lock_pins(&config.bpffs_dir)?;
         let mut object = Object::load(&config.bpffs_dir)?;
         // Before anything is made on an interface: what is there may be another instance's.
-        if let Some(error) = links.iter().find_map(|link| object.refuse_foreign(link).err()) {
+        let mut there = config.interfaces.iter().zip(&links);
+        let foreign =
+            there.find_map(|(interface, link)| object.refuse_foreign(link.as_ref()?, interface.xdp).err());
+        if let Some(error) = foreign {
             if !object.maps_taken_over() {
                 remove_pins(&config.bpffs_dir)?;
             }
@@ -189,7 +199,7 @@ impl Kernel {
         };
         let interfaces = config.interfaces.iter().zip(links).map(|(config, link)| Interface {
             config: config.clone(),
-            link: Some(link),
+            link,
             attachment: None,
             scheduler: None,
             tree: None,
@@ -220,6 +230,22 @@ impl Kernel {
         }
     }
 
+    /// Tells whether an interface has come, gone, become another, or takes other packets, since the last
+    /// look.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    pub fn interfaces_changed(&self) -> Result<bool, GatewayError> {
+        for interface in &self.interfaces {
+            let found = found_link(&interface.config.name)?;
+            let facts = |link: &Link| (link.index, link.mtu, link.framing);
+            if found.as_ref().map(facts) != interface.link.as_ref().map(facts) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Compares the kernel with the state and repairs what differs. Returns what was wrong; that and
     /// what is wrong with an interface that can't be repaired is in the status too.
     ///
@@ -230,6 +256,14 @@ impl Kernel {
         let mut failed = None;
         for number in 0..self.interfaces.len() {
             if let Err(error) = self.reconcile_interface(number, state, &mut wrong) {
+                failed.get_or_insert(error);
+            }
+        }
+        match self.remove_leftovers() {
+            Ok(names) => {
+                wrong.extend(names.into_iter().map(|name| format!("interface {name} is not configured")));
+            }
+            Err(error) => {
                 failed.get_or_insert(error);
             }
         }
@@ -384,40 +418,58 @@ impl Kernel {
             self.classifier.insert(&all_rules(state))?;
         }
         for number in 0..self.interfaces.len() {
+            if self.interfaces[number].link.is_none() {
+                let name = &self.interfaces[number].config.name;
+                tracing::warn!("interface {name} does not exist; it is attached to when it appears");
+            }
             self.attach(number)?;
         }
-        self.put_interfaces()?;
+        self.remove_leftovers().map(drop)
+    }
+
+    /// Takes everything of ours off interfaces that are not configured, or not by their name of now.
+    fn remove_leftovers(&self) -> Result<Vec<String>, GatewayError> {
         let configured =
             self.interfaces.iter().filter_map(|interface| interface.link.as_ref().map(|link| link.index));
+        let mut names = Vec::new();
         for left in leftovers(&self.config, configured)? {
-            tracing::info!(interface = left.name, "not configured any more: our programs and classes go");
+            tracing::info!(interface = left.name, "not configured: our programs and classes go");
             leave_alone(&self.config, &left)?;
+            names.push(left.name);
         }
-        Ok(())
+        Ok(names)
     }
 
     fn attach(&mut self, number: usize) -> Result<(), GatewayError> {
+        // How to read its packets, before the first one comes.
+        self.put_interfaces()?;
+        let hooks = self.hooks(&self.interfaces[number].config);
         let interface = &mut self.interfaces[number];
         if let Some(link) = &interface.link {
-            let role = interface.config.role;
-            // Behind NAT a subscriber's address can't be seen before it is put back, on the way out.
-            let judges = !(self.config.nat && role == Role::Wan);
-            let hooks = Hooks { role, tc: self.config.tc_hooks, judges };
-            let attachment = self.object.attach(link, hooks)?;
-            interface.attachment = Some(attachment);
+            interface.attachment = Some(self.object.attach(link, hooks)?);
+            self.put_interfaces()?;
         }
         Ok(())
     }
 
-    /// Tells the programs by which interfaces packets come in judged.
+    fn hooks(&self, interface: &InterfaceConfig) -> Hooks {
+        let role = interface.role;
+        // Behind NAT a subscriber's address can't be seen before it is put back, on the way out.
+        let judges = !(self.config.nat && role == Role::Wan);
+        Hooks { role, tc: self.config.tc_hooks, xdp: interface.xdp, judges }
+    }
+
+    /// Tells the programs how packets of each interface begin, and by which they come in judged.
     fn put_interfaces(&mut self) -> Result<(), GatewayError> {
-        let judges = |interface: &&Interface| interface.attachment.is_some_and(|at| at.xdp.is_some());
-        let indices = self
-            .interfaces
-            .iter()
-            .filter(judges)
-            .filter_map(|interface| interface.link.as_ref().map(|link| link.index));
-        Ok(self.maps.put_interfaces(&indices.collect())?)
+        let records = self.interfaces.iter().filter_map(|interface| {
+            let link = interface.link.as_ref()?;
+            let layer3 = if link.framing == Framing::Layer3 { LAYER3 } else { 0 };
+            let judge = interface.attachment.map_or(Judge::Egress, |at| at.judge);
+            let judged = if judge == Judge::Egress { 0 } else { JUDGED };
+            Some((link.index, abi::Interface { flags: layer3 | judged }))
+        });
+        let records: BTreeMap<_, _> = records.collect();
+        Ok(self.maps.put_interfaces(&records)?)
     }
 
     /// Declares the tree of an interface to its scheduler. In observe mode there is none, and one
@@ -449,19 +501,15 @@ impl Kernel {
     ) -> Result<(), GatewayError> {
         let name = self.interfaces[number].config.name.clone();
         let before = self.interfaces[number].link.as_ref().map(|link| link.index);
-        let link = match usable_link(&name) {
-            Ok(link) => link,
-            Err(GatewayError::Link(LinkError::NotFound { .. })) => {
-                let interface = &mut self.interfaces[number];
-                interface.attachment = None;
-                interface.scheduler = None;
-                if interface.link.take().is_some() {
-                    wrong.push(format!("interface {name} has gone"));
-                    self.object.remove_dead_links()?;
-                }
-                return Ok(());
+        let Some(link) = found_link(&name)? else {
+            let interface = &mut self.interfaces[number];
+            interface.attachment = None;
+            interface.scheduler = None;
+            if interface.link.take().is_some() {
+                wrong.push(format!("interface {name} has gone"));
+                self.object.remove_dead_links()?;
             }
-            Err(error) => return Err(error),
+            return Ok(());
         };
         let interface = &mut self.interfaces[number];
         if before != Some(link.index) {
@@ -470,7 +518,13 @@ impl Kernel {
             interface.scheduler = None;
             self.object.remove_dead_links()?;
         }
-        self.interfaces[number].link = Some(link.clone());
+        let mtu_before = self.interfaces[number].tree.as_ref().map(|tree| tree.mtu);
+        if self.interfaces[number].scheduler.is_some() && mtu_before.is_some_and(|mtu| mtu != link.mtu) {
+            wrong.push(format!("interface {name} takes packets of up to {} bytes", link.mtu));
+            self.interfaces[number].link = Some(link.clone());
+            self.schedule(number, state)?;
+        }
+        self.interfaces[number].link = Some(link);
         // The tree before the programs, as at the start; but each is repaired whatever ails the other.
         let scheduled = match &mut self.interfaces[number].scheduler {
             Some(scheduler) => scheduler.repair().map_err(GatewayError::from).map(|drift| {
@@ -802,6 +856,10 @@ impl Gateway for Kernel {
         result
     }
 
+    fn interfaces_changed(&self) -> Result<bool, GatewayError> {
+        Self::interfaces_changed(self)
+    }
+
     fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
         Self::reconcile(self, state)
     }
@@ -828,10 +886,8 @@ impl Gateway for Kernel {
             self.tracer = Some(self.object.tracer()?);
         }
         for interface in &self.interfaces {
-            if let Some(link) = &interface.link
-                && interface.attachment.is_some_and(|at| at.xdp.is_some())
-            {
-                self.object.trace(link, interface.config.role, on)?;
+            if let (Some(link), Some(attachment)) = (&interface.link, interface.attachment) {
+                self.object.trace(link, self.hooks(&interface.config), attachment, on)?;
             }
         }
         Ok(())
@@ -846,10 +902,16 @@ impl Gateway for Kernel {
     }
 }
 
-/// An interface that programs and a tree can be put on.
-fn usable_link(name: &str) -> Result<Link, GatewayError> {
-    let link = Link::by_name(name)?;
-    if link.ethernet { Ok(link) } else { Err(GatewayError::NotEthernet(name.to_owned())) }
+/// An interface that programs and a tree can be put on; none: there is none of that name.
+fn found_link(name: &str) -> Result<Option<Link>, GatewayError> {
+    match Link::by_name(name) {
+        Ok(Link { framing: Framing::Other(number), .. }) => {
+            Err(GatewayError::Framing(name.to_owned(), number))
+        }
+        Ok(link) => Ok(Some(link)),
+        Err(LinkError::NotFound { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Interfaces that have programs of ours and are not among `configured` ones: the configuration has
@@ -1000,10 +1062,21 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
         .to_owned(),
         capacity: interface.config.capacity,
         index: interface.link.as_ref().map(|link| link.index),
-        xdp: match attachment.map(|at| at.xdp) {
-            Some(Some(XdpHook::Native)) => "native",
-            Some(Some(XdpHook::Generic)) => "generic",
-            Some(None) => "unused",
+        framing: interface
+            .link
+            .as_ref()
+            .map(|link| if link.framing == Framing::Layer3 { "layer3" } else { "ethernet" }.to_owned()),
+        judged: match attachment.map(|at| at.judge) {
+            Some(Judge::Xdp(_)) => "xdp",
+            Some(Judge::Tc) => "tc",
+            Some(Judge::Egress) => "egress",
+            None => "none",
+        }
+        .to_owned(),
+        xdp: match attachment.map(|at| at.judge) {
+            Some(Judge::Xdp(XdpHook::Native)) => "native",
+            Some(Judge::Xdp(XdpHook::Generic)) => "generic",
+            Some(Judge::Tc | Judge::Egress) => "unused",
             None => "none",
         }
         .to_owned(),

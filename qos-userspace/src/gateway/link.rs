@@ -21,14 +21,45 @@ pub struct Link {
     pub kind: Option<String>,
     /// Whether it is the loopback interface.
     pub loopback: bool,
-    /// Whether packets on it start with an Ethernet header (else with the IP header).
-    pub ethernet: bool,
+    /// What packets on it begin with.
+    pub framing: Framing,
     /// Transmit queues.
     pub tx_queues: u32,
     /// Ethernet address.
     pub mac: Option<[u8; 6]>,
     /// Number of the XDP program that is attached to it.
     pub xdp_program: Option<u32>,
+}
+
+/// What packets of an interface begin with, as programs and queueing disciplines meet them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// An Ethernet header.
+    Ethernet,
+    /// The IP header: tun, ppp, wireguard and tunnels of IP in IP.
+    Layer3,
+    /// Something else: the hardware type, `ARPHRD_…` of linux/if_arp.h.
+    Other(u16),
+}
+
+impl Framing {
+    fn of(layer: LinkLayerType) -> Self {
+        // linux/if_arp.h: ARPHRD_NONE, which this crate has no name for.
+        const NONE: u16 = 0xfffe;
+        match layer {
+            // The loopback interface carries empty Ethernet headers.
+            LinkLayerType::Ether | LinkLayerType::Loopback => Self::Ethernet,
+            LinkLayerType::Ppp
+            | LinkLayerType::Rawip
+            | LinkLayerType::Tunnel
+            | LinkLayerType::Tunnel6
+            | LinkLayerType::Sit => Self::Layer3,
+            other => match u16::from(other) {
+                NONE => Self::Layer3,
+                number => Self::Other(number),
+            },
+        }
+    }
 }
 
 /// Why an interface could not be looked up.
@@ -107,8 +138,7 @@ impl Link {
             up: message.header.flags.contains(LinkFlags::Up),
             kind: None,
             loopback: layer == LinkLayerType::Loopback,
-            // The loopback interface carries empty Ethernet headers.
-            ethernet: matches!(layer, LinkLayerType::Ether | LinkLayerType::Loopback),
+            framing: Framing::of(layer),
             tx_queues: 1,
             mac: None,
             xdp_program: None,
@@ -145,7 +175,10 @@ mod tests {
     #[test]
     fn loopback_is_found_and_others_are_not() {
         let link = Link::by_name("lo").expect("every namespace has one");
-        assert_eq!((link.name.as_str(), link.index, link.loopback, link.ethernet), ("lo", 1, true, true));
+        assert_eq!(
+            (link.name.as_str(), link.index, link.loopback, link.framing),
+            ("lo", 1, true, Framing::Ethernet)
+        );
         assert_eq!(link.mac, Some([0; 6]));
         assert_eq!(Link::by_index(1).expect("the same"), link);
         let error = Link::by_index(0x7fff_fff0).expect_err("there is none");

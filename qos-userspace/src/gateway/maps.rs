@@ -1,11 +1,11 @@
 //! The maps of the object, typed. What must stand in them is decided in [`super::kernel`]; here is
 //! how it gets there so that no packet meets a half-written record.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Line, LineKey, OUTCOMES,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, Line, LineKey, OUTCOMES,
     PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
@@ -27,7 +27,7 @@ pub(super) struct Maps {
     counters: SharedArray<Counters>,
     provider_counters: SharedArray<Counters>,
     outcomes: PerCpuArray<MapData, u64>,
-    interfaces: HashMap<MapData, u32, u32>,
+    interfaces: HashMap<MapData, u32, Interface>,
     lines: HashMap<MapData, LineKey, Line>,
     question: SharedArray<Question>,
     answer: SharedArray<Answer>,
@@ -122,14 +122,17 @@ impl Maps {
         differs
     }
 
-    /// Makes the map of interfaces hold exactly `wanted`.
-    pub(super) fn put_interfaces(&mut self, wanted: &BTreeSet<u32>) -> Result<(), ObjectError> {
+    /// Makes the map of interfaces hold exactly `wanted`, by their indices.
+    pub(super) fn put_interfaces(&mut self, wanted: &BTreeMap<u32, Interface>) -> Result<(), ObjectError> {
         let error = |reason| ObjectError::map("interfaces", reason);
-        let found: BTreeSet<u32> = self.interfaces.keys().collect::<Result<_, _>>().map_err(error)?;
-        for index in wanted.difference(&found) {
-            self.interfaces.insert(index, 0, 0).map_err(error)?;
+        let found: BTreeMap<u32, Interface> =
+            self.interfaces.iter().collect::<Result<_, _>>().map_err(error)?;
+        for (index, interface) in wanted {
+            if found.get(index) != Some(interface) {
+                self.interfaces.insert(index, interface, 0).map_err(error)?;
+            }
         }
-        for index in found.difference(wanted) {
+        for index in found.keys().filter(|index| !wanted.contains_key(*index)) {
             self.interfaces.remove(index).map_err(error)?;
         }
         Ok(())

@@ -32,4 +32,19 @@ pub enum TcHooks {
     Clsact,
 }
 
+/// Where XDP programs are attached to an interface.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum XdpChoice {
+    /// In the driver; not at all where it can't, packets have no Ethernet header, or somebody else's
+    /// program is there.
+    #[default]
+    Auto,
+    /// In the driver.
+    Native,
+    /// In the stack.
+    Generic,
+    /// Not at all: tc ingress judges.
+    Off,
+}
+
 pub use kernel::{GatewayConfig, GatewayError, InterfaceConfig, Kernel, PACKET_LENGTHS};

@@ -213,6 +213,51 @@ impl RouteSocket {
     }
 }
 
+/// Tells when a network interface of a namespace comes, goes or changes.
+pub struct LinkEvents {
+    socket: Socket,
+}
+
+impl std::fmt::Debug for LinkEvents {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LinkEvents").finish_non_exhaustive()
+    }
+}
+
+impl LinkEvents {
+    /// Listens in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// Where the kernel refuses.
+    pub fn open() -> io::Result<Self> {
+        // linux/rtnetlink.h
+        const RTNLGRP_LINK: u32 = 1;
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.add_membership(RTNLGRP_LINK)?;
+        Ok(Self { socket })
+    }
+
+    /// Waits for the next event, and takes those that have come with it.
+    ///
+    /// # Errors
+    /// Where the socket fails. Events that were lost because too many came count as one.
+    pub fn wait(&self) -> io::Result<()> {
+        let mut buffer = vec![0; RECEIVE_BUFFER];
+        let mut flags = 0;
+        loop {
+            match self.socket.recv(&mut &mut buffer[..], flags) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            flags = libc::MSG_DONTWAIT;
+        }
+    }
+}
+
 pub(crate) fn malformed(error: impl std::fmt::Display) -> NetlinkError {
     NetlinkError::Malformed(error.to_string())
 }

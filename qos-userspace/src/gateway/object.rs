@@ -34,11 +34,13 @@ use nix::sys::statfs::{FsType, statfs};
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
 
 use super::clsact::{self, Clsact, ClsactError};
-use super::link::Link;
+use super::link::{Framing, Link};
 use super::memory::SharedArray;
 use super::trace::Tracer;
-use super::{Role, TcHooks};
+use super::{Role, TcHooks, XdpChoice};
 
+/// Start of the names of our programs.
+const PREFIX: &str = "qos_";
 /// Start of the names of programs that are loaded when somebody traces.
 const TRACING: &str = "qos_trace_";
 
@@ -95,7 +97,8 @@ pub enum ObjectError {
     /// A hook that takes one program has somebody else's.
     #[error(
         "interface {interface}: XDP program `{program}` (id {id}) is attached, which is not ours; \
-         remove it with `ip link set dev {interface} xdp off`, or detach the link that holds it"
+         remove it with `ip link set dev {interface} xdp off`, detach the link that holds it, or set \
+         `xdp = \"off\"` in [[interface]] to work beside it"
     )]
     ForeignProgram {
         /// Where.
@@ -202,12 +205,44 @@ fn program_error(error: &ProgramError) -> String {
 /// How programs are attached to one interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attachment {
-    /// How XDP judges what comes in; none: it doesn't, and egress does.
-    pub xdp: Option<XdpHook>,
+    /// Where what comes in is judged.
+    pub judge: Judge,
     /// tcx; false: clsact and netlink.
     pub tcx: bool,
     /// Some of it was there before.
     pub taken_over: bool,
+}
+
+/// Where what comes in by an interface is judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Judge {
+    /// By XDP.
+    Xdp(XdpHook),
+    /// At tc ingress.
+    Tc,
+    /// Not there, but where it goes out.
+    Egress,
+}
+
+impl Judge {
+    /// The hooks of tc that have a program of ours.
+    const fn sides(self) -> &'static [TcAttachType] {
+        match self {
+            Self::Egress => &[TcAttachType::Egress],
+            Self::Xdp(_) | Self::Tc => &SIDES,
+        }
+    }
+
+    /// The program for a hook of tc.
+    const fn tc_program(self, role: Role, side: TcAttachType) -> &'static str {
+        match (side, role, self) {
+            (TcAttachType::Ingress, Role::Lan, Self::Tc) => "qos_judge_lan",
+            (TcAttachType::Ingress, Role::Wan, Self::Tc) => "qos_judge_wan",
+            (TcAttachType::Ingress, ..) => "qos_ingress",
+            (_, Role::Lan, _) => "qos_egress_lan",
+            (_, Role::Wan, _) => "qos_egress_wan",
+        }
+    }
 }
 
 /// Where an XDP program runs.
@@ -229,6 +264,13 @@ impl XdpHook {
             Self::Generic => "xdp_generic",
         }
     }
+
+    const fn mode(self) -> XdpMode {
+        match self {
+            Self::Native => XdpMode::Driver,
+            Self::Generic => XdpMode::Skb,
+        }
+    }
 }
 
 /// What is to be attached to an interface.
@@ -238,6 +280,8 @@ pub struct Hooks {
     pub role: Role,
     /// Where tc programs are attached.
     pub tc: TcHooks,
+    /// Where XDP programs are attached.
+    pub xdp: XdpChoice,
     /// Whether what comes in is judged there; else where it goes out.
     pub judges: bool,
 }
@@ -280,15 +324,7 @@ impl Object {
         }
         let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
         for (name, program) in ebpf.programs_mut().filter(|(name, _)| !name.starts_with(TRACING)) {
-            let loaded = match program {
-                aya::programs::Program::Xdp(program) => program.load(),
-                aya::programs::Program::SchedClassifier(program) => program.load(),
-                other => panic!("program {name} of the embedded object has type {:?}", other.prog_type()),
-            };
-            loaded.map_err(|reason| ObjectError::Program {
-                program: name.to_owned(),
-                reason: Box::new(reason),
-            })?;
+            load(name, program)?;
         }
         let pinned = shapes.keys().map(|name| {
             let path = maps_dir.join(name);
@@ -333,21 +369,33 @@ impl Object {
         Ok(())
     }
 
-    /// Refuses an interface whose XDP hook has somebody else's program.
+    /// Refuses an interface whose XDP hook has somebody else's program, where it is to have ours, or
+    /// has one of another instance.
     ///
     /// # Errors
-    /// In this case.
-    pub fn refuse_foreign(&self, link: &Link) -> Result<(), ObjectError> {
-        let Some(id) = link.xdp_program else { return Ok(()) };
+    /// In these cases.
+    pub fn refuse_foreign(&self, link: &Link, xdp: XdpChoice) -> Result<(), ObjectError> {
+        match self.foreign_xdp(link) {
+            Some((id, program))
+                if matches!(xdp, XdpChoice::Native | XdpChoice::Generic) || program.starts_with(PREFIX) =>
+            {
+                Err(ObjectError::ForeignProgram { interface: link.name.clone(), program, id })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Id and name of somebody else's program on the XDP hook of an interface.
+    fn foreign_xdp(&self, link: &Link) -> Option<(u32, String)> {
+        let id = link.xdp_program?;
         let ours = XdpHook::ALL
             .iter()
             .any(|hook| pinned_target(&self.pin(link.index, hook.pin())).ok().flatten() == Some(link.index));
         if ours {
-            return Ok(());
+            return None;
         }
         let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
-        let program = found.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_default();
-        Err(ObjectError::ForeignProgram { interface: link.name.clone(), program, id })
+        Some((id, found.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_default()))
     }
 
     /// Tells whether the maps were there before, with all that they hold.
@@ -389,57 +437,93 @@ impl Object {
     /// # Errors
     /// Where the kernel refuses; programs that were attached stay attached.
     pub fn attach(&mut self, interface: &Link, hooks: Hooks) -> Result<Attachment, ObjectError> {
-        self.refuse_foreign(interface)?;
+        self.refuse_foreign(interface, hooks.xdp)?;
         fs::create_dir_all(&self.links_dir)
             .map_err(|reason| pin_error("creating", &self.links_dir, reason))?;
         let place = Place { link: interface };
         // Egress first and ingress before XDP: a packet that carries an answer finds its reader.
-        let (tcx, egress_kept) = self.attach_tc(place, hooks, TcAttachType::Egress)?;
+        let (tcx, egress_kept) = self.attach_tc(place, hooks, Judge::Egress, TcAttachType::Egress)?;
         if !hooks.judges {
-            self.stop_judging(interface)?;
-            return Ok(Attachment { xdp: None, tcx, taken_over: egress_kept });
+            self.remove_xdp(interface, &XdpHook::ALL)?;
+            self.remove_ingress(interface)?;
+            return Ok(Attachment { judge: Judge::Egress, tcx, taken_over: egress_kept });
         }
-        let (_, ingress_kept) = self.attach_tc(place, hooks, TcAttachType::Ingress)?;
-        let (xdp, xdp_kept) = self.attach_xdp(place, xdp_program(hooks.role))?;
-        Ok(Attachment { xdp: Some(xdp), tcx, taken_over: egress_kept || ingress_kept || xdp_kept })
-    }
-
-    /// Takes off what judged packets that came in, under an earlier configuration.
-    fn stop_judging(&self, interface: &Link) -> Result<(), ObjectError> {
-        let ingress = clsact::name(TcAttachType::Ingress);
-        for hook in XdpHook::ALL.map(XdpHook::pin).into_iter().chain([ingress]) {
-            let pin = self.pin(interface.index, hook);
-            match fs::remove_file(&pin) {
-                Err(reason) if reason.kind() != io::ErrorKind::NotFound => {
-                    return Err(pin_error("removing", &pin, reason));
+        let xdp = if interface.framing == Framing::Ethernet { hooks.xdp } else { XdpChoice::Off };
+        let tried: &[XdpHook] = match xdp {
+            XdpChoice::Native => &[XdpHook::Native],
+            XdpChoice::Generic => &[XdpHook::Generic],
+            XdpChoice::Off => &[],
+            XdpChoice::Auto if self.foreign_xdp(interface).is_some() => &[],
+            // Not in the stack: what tc ingress does there costs less (ADR 0012).
+            XdpChoice::Auto => &[XdpHook::Native],
+        };
+        let unwanted: Vec<_> = XdpHook::ALL.into_iter().filter(|hook| !tried.contains(hook)).collect();
+        self.remove_xdp(interface, &unwanted)?;
+        if !tried.is_empty() {
+            let behind = Judge::Xdp(XdpHook::Native);
+            let (_, ingress_kept) = self.attach_tc(place, hooks, behind, TcAttachType::Ingress)?;
+            match self.attach_xdp(place, xdp_program(hooks.role), tried) {
+                Ok((hook, xdp_kept)) => {
+                    let taken_over = egress_kept || ingress_kept || xdp_kept;
+                    return Ok(Attachment { judge: Judge::Xdp(hook), tcx, taken_over });
                 }
-                _ => {}
+                Err(error) if xdp == XdpChoice::Auto => {
+                    tracing::info!(interface = interface.name, %error, "no native XDP: tc ingress judges");
+                }
+                Err(error) => return Err(error),
             }
         }
+        let (_, ingress_kept) = self.attach_tc(place, hooks, Judge::Tc, TcAttachType::Ingress)?;
+        Ok(Attachment { judge: Judge::Tc, tcx, taken_over: egress_kept || ingress_kept })
+    }
+
+    /// Takes our XDP programs off, which an earlier configuration attached.
+    fn remove_xdp(&self, interface: &Link, hooks: &[XdpHook]) -> Result<(), ObjectError> {
+        hooks.iter().try_for_each(|hook| remove_pin(&self.pin(interface.index, hook.pin())))
+    }
+
+    /// Takes our program off tc ingress, likewise.
+    fn remove_ingress(&self, interface: &Link) -> Result<(), ObjectError> {
+        remove_pin(&self.pin(interface.index, clsact::name(TcAttachType::Ingress)))?;
         remove_filter(interface, TcAttachType::Ingress)
             .map_err(|source| ObjectError::Hooks { interface: interface.name.clone(), source })
     }
 
-    /// Replaces the XDP program of an interface by one that also tells of packets, or puts the plain
-    /// one back. No packet is missed in between.
+    /// Replaces the program of an interface that judges by one that also tells of packets, or puts the
+    /// plain one back. No packet is missed in between.
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn trace(&mut self, interface: &Link, role: Role, on: bool) -> Result<(), ObjectError> {
-        let program = match (role, on) {
-            (Role::Lan, true) => "qos_trace_lan",
-            (Role::Wan, true) => "qos_trace_wan",
-            (Role::Lan, false) => "qos_xdp_lan",
-            (Role::Wan, false) => "qos_xdp_wan",
-        };
-        let xdp: &mut Xdp = self.program(program)?;
-        if xdp.fd().is_err() {
-            xdp.load().map_err(|reason| ObjectError::Program {
-                program: program.to_owned(),
-                reason: Box::new(reason),
-            })?;
+    pub fn trace(
+        &mut self,
+        interface: &Link,
+        hooks: Hooks,
+        attachment: Attachment,
+        on: bool,
+    ) -> Result<(), ObjectError> {
+        let place = Place { link: interface };
+        match attachment.judge {
+            Judge::Xdp(hook) => {
+                let program = match (hooks.role, on) {
+                    (Role::Lan, true) => "qos_trace_lan",
+                    (Role::Wan, true) => "qos_trace_wan",
+                    (role, false) => xdp_program(role),
+                };
+                load(program, self.program(program)?)?;
+                self.attach_xdp(place, program, &[hook]).map(drop)
+            }
+            Judge::Tc => {
+                let program = match (hooks.role, on) {
+                    (Role::Lan, true) => "qos_trace_j_lan",
+                    (Role::Wan, true) => "qos_trace_j_wan",
+                    (role, false) => Judge::Tc.tc_program(role, TcAttachType::Ingress),
+                };
+                load(program, self.program(program)?)?;
+                self.attach_tc_program(place, hooks.tc, program, TcAttachType::Ingress).map(drop)
+            }
+            // Egress meets what others have judged too.
+            Judge::Egress => Ok(()),
         }
-        self.attach_xdp(Place { link: interface }, program).map(|_| ())
     }
 
     /// The reader of what tracing programs tell; there is one.
@@ -457,30 +541,32 @@ impl Object {
         let index = interface.index;
         let is_pinned = |hook| pinned_target(&self.pin(index, hook)).ok().flatten() == Some(index);
         let mut missing = Vec::new();
-        if attachment.xdp.is_some_and(|hook| !is_pinned(hook.pin())) {
+        if let Judge::Xdp(hook) = attachment.judge
+            && !is_pinned(hook.pin())
+        {
             missing.push("xdp");
         }
-        let sides = SIDES.into_iter().zip(["tc ingress", "tc egress"]);
-        for (side, name) in sides.skip(usize::from(attachment.xdp.is_none())) {
+        for &side in attachment.judge.sides() {
             let is_there = if attachment.tcx {
                 is_pinned(clsact::name(side))
             } else {
+                let program = attachment.judge.tc_program(role, side);
                 match Clsact::open(interface).and_then(|hooks| hooks.program(side)) {
-                    Ok(found) => found.is_some() && found == self.tc_program_id(role, side),
+                    Ok(found) => found.is_some() && found == self.tc_program_id(program),
                     // What can't be asked is not known to be missing.
                     Err(_) => true,
                 }
             };
             if !is_there {
-                missing.push(name);
+                missing.push(if side == TcAttachType::Ingress { "tc ingress" } else { "tc egress" });
             }
         }
         missing
     }
 
-    /// Id of the program for a tc hook.
-    fn tc_program_id(&self, role: Role, side: TcAttachType) -> Option<u32> {
-        match self.ebpf.program(tc_program(role, side)) {
+    /// Id of a program for a tc hook.
+    fn tc_program_id(&self, program: &str) -> Option<u32> {
+        match self.ebpf.program(program) {
             Some(aya::programs::Program::SchedClassifier(program)) => {
                 program.info().ok().map(|info| info.id())
             }
@@ -535,8 +621,9 @@ impl Object {
         &mut self,
         place: Place<'_>,
         program: &'static str,
+        hooks: &[XdpHook],
     ) -> Result<(XdpHook, bool), ObjectError> {
-        for hook in XdpHook::ALL {
+        for &hook in hooks {
             let pin = self.pin(place.link.index, hook.pin());
             if let Some(link) = take_pinned(&pin, place.link.index)? {
                 let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
@@ -549,13 +636,17 @@ impl Object {
         }
         let index = place.link.index;
         let xdp: &mut Xdp = self.program(program)?;
-        let (id, hook) = match xdp.attach_to_if_index(index, XdpMode::Driver) {
-            Ok(id) => (id, XdpHook::Native),
-            Err(native_error) => match xdp.attach_to_if_index(index, XdpMode::Skb) {
-                Ok(id) => (id, XdpHook::Generic),
+        let mut first_error = None;
+        let attached = hooks.iter().find_map(|&hook| match xdp.attach_to_if_index(index, hook.mode()) {
+            Ok(id) => Some((id, hook)),
+            Err(error) => {
                 // The first reason is the one that matters.
-                Err(_) => return Err(place.error(program, &native_error)),
-            },
+                first_error.get_or_insert_with(|| place.error(program, &error));
+                None
+            }
+        });
+        let Some((id, hook)) = attached else {
+            return Err(first_error.unwrap_or_else(|| place.error(program, &io::Error::other("no hook"))));
         };
         let link = xdp.take_link(id).map_err(|reason| place.error(program, &reason))?;
         let link = FdLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
@@ -567,12 +658,22 @@ impl Object {
         &mut self,
         place: Place<'_>,
         hooks: Hooks,
+        judge: Judge,
         side: TcAttachType,
     ) -> Result<(bool, bool), ObjectError> {
-        let program = tc_program(hooks.role, side);
+        self.attach_tc_program(place, hooks.tc, judge.tc_program(hooks.role, side), side)
+    }
+
+    fn attach_tc_program(
+        &mut self,
+        place: Place<'_>,
+        hooks: TcHooks,
+        program: &'static str,
+        side: TcAttachType,
+    ) -> Result<(bool, bool), ObjectError> {
         let pin = self.pin(place.link.index, clsact::name(side));
         let old = take_pinned(&pin, place.link.index)?;
-        if hooks.tc == TcHooks::Clsact {
+        if hooks == TcHooks::Clsact {
             let kept = self.attach_clsact(place, program, side)?;
             if old.is_some() {
                 fs::remove_file(&pin).map_err(|reason| pin_error("removing", &pin, reason))?;
@@ -669,19 +770,29 @@ const fn xdp_program(role: Role) -> &'static str {
     }
 }
 
-/// The program for a tc hook.
-const fn tc_program(role: Role, side: TcAttachType) -> &'static str {
-    match (side, role) {
-        (TcAttachType::Ingress, _) => "qos_ingress",
-        (_, Role::Lan) => "qos_egress_lan",
-        (_, Role::Wan) => "qos_egress_wan",
-    }
-}
-
 /// Whether a loaded program is one of the object's, of whatever version.
 fn is_ours(id: u32) -> bool {
     let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
-    found.is_some_and(|program| program.name_as_str().is_some_and(|name| name.starts_with("qos_")))
+    found.is_some_and(|program| program.name_as_str().is_some_and(|name| name.starts_with(PREFIX)))
+}
+
+/// Loads a program, unless it is loaded.
+fn load(name: &str, program: &mut aya::programs::Program) -> Result<(), ObjectError> {
+    let loaded = match program {
+        aya::programs::Program::Xdp(program) if program.fd().is_err() => program.load(),
+        aya::programs::Program::SchedClassifier(program) if program.fd().is_err() => program.load(),
+        aya::programs::Program::Xdp(_) | aya::programs::Program::SchedClassifier(_) => Ok(()),
+        other => panic!("program {name} of the embedded object has type {:?}", other.prog_type()),
+    };
+    loaded.map_err(|reason| ObjectError::Program { program: name.to_owned(), reason: Box::new(reason) })
+}
+
+/// Removes a pin, if it is there.
+fn remove_pin(pin: &Path) -> Result<(), ObjectError> {
+    match fs::remove_file(pin) {
+        Err(reason) if reason.kind() != io::ErrorKind::NotFound => Err(pin_error("removing", pin, reason)),
+        _ => Ok(()),
+    }
 }
 
 /// Removes our filter on clsact, if there is one.

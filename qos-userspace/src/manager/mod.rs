@@ -244,6 +244,12 @@ pub trait Gateway {
     /// Where a step is refused; the kernel is then as before the call.
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
 
+    /// Tells whether an interface has come, gone or changed since the last look.
+    ///
+    /// # Errors
+    /// Where the gateway can't tell.
+    fn interfaces_changed(&self) -> Result<bool, Self::Error>;
+
     /// Compares the kernel with `state`, repairs what differs, and says what it repaired.
     ///
     /// # Errors

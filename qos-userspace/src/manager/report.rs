@@ -85,8 +85,11 @@ pub struct InterfaceStatus {
     pub capacity: BitsPerSecond,
     /// Its index; none: it does not exist now.
     pub index: Option<u32>,
-    /// How XDP is attached: `native` or `generic`; `unused` where what comes in is judged on its way out;
-    /// `none`.
+    /// What its packets begin with: `ethernet`, or `layer3` for the IP header.
+    pub framing: Option<String>,
+    /// Where what comes in is judged: `xdp`, `tc` ingress, or `egress`, where it goes out; `none`.
+    pub judged: String,
+    /// How XDP is attached: `native` or `generic`; `unused` where something else judges; `none`.
     pub xdp: String,
     /// How the tc programs are attached: `tcx`, `clsact` or `none`.
     pub tc: String,

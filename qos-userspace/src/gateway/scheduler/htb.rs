@@ -29,7 +29,7 @@ use self::change::{Change, changes};
 use self::class::{Class, DEFAULT, Discipline, Kind, Queue, ROOT};
 use self::message::{Found, Qdisc};
 use super::{AllocationSlot, ClassStatistics, Drift, LineSlot, Scheduler, SchedulerError, Tree};
-use crate::gateway::link::Link;
+use crate::gateway::link::{Framing, Link};
 use crate::gateway::netlink::{Answer, BATCH, NetlinkError, Refusal, RouteSocket};
 
 /// After so long a class that is to go is deleted with what waits in it.
@@ -112,7 +112,7 @@ impl Htb {
         Ok(Self {
             interface: link.name.clone(),
             index: link.index,
-            header: if link.ethernet { ETHERNET_HEADER } else { 0 },
+            header: if link.framing == Framing::Ethernet { ETHERNET_HEADER } else { 0 },
             socket: RouteSocket::open()?,
             leaves,
             state: None,

@@ -19,7 +19,7 @@ use qos_tests::netns::Namespace;
 use qos_userspace::domain::selector::{Range16, Selector};
 use qos_userspace::domain::{BitsPerSecond, Directed, Direction, Enforcement, ProviderKind};
 use qos_userspace::gateway::object::remove_pins;
-use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role, TcHooks};
+use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role, TcHooks, XdpChoice};
 use qos_userspace::manager::capacity::SMALLEST_REST;
 use qos_userspace::manager::{self, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State};
 use serde::Serialize;
@@ -156,8 +156,12 @@ impl Gateway {
         let mut gateway = Self::plain(name)?;
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}-{observe}", std::process::id()));
         gateway.pins = Some(pins.clone());
-        let interface =
-            |name: &str, role| InterfaceConfig { name: name.to_owned(), role, capacity: CAPACITY };
+        let interface = |name: &str, role| InterfaceConfig {
+            name: name.to_owned(),
+            role,
+            capacity: CAPACITY,
+            xdp: XdpChoice::Auto,
+        };
         let config = GatewayConfig {
             interfaces: vec![interface("lan0", Role::Lan), interface("wan0", Role::Wan)],
             bpffs_dir: pins,

@@ -1,0 +1,163 @@
+//! Packets as tc programs meet them: behind GRO, before segmentation, with the outer VLAN tag beside
+//! them, and on some interfaces without an Ethernet header.
+
+use aya_ebpf::bindings::__sk_buff;
+use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_MAC;
+use aya_ebpf::helpers::generated::bpf_skb_load_bytes_relative;
+use aya_ebpf::programs::TcContext;
+use qos_common::abi::{Allocation, LAYER3, Outcome, directed};
+use qos_common::classify::Direction;
+use qos_common::length::{LinkLayer, charged_segments};
+
+use crate::classify::classify;
+use crate::limit::judge;
+use crate::maps;
+use crate::packet::{Bytes, Packet, parse};
+
+/// Bytes that the parser may need: Ethernet, two tags, PPPoE, an IPv6 header and some extensions.
+const HEADERS: u32 = 192;
+
+/// IANA protocol number.
+const TCP: u8 = 6;
+/// Length of a UDP header.
+const UDP_HEADER: u32 = 8;
+
+/// Reads, classifies and charges a packet. Returns what became of it and the slot of its allocation,
+/// zero for none. `charged`: it was charged before, and only its allocation is not known any more.
+#[inline(always)]
+pub(crate) fn police(ctx: &TcContext, direction: Direction, charged: bool) -> (Outcome, u32) {
+    if let Err(reason) = read(ctx, direction) {
+        return (reason, 0);
+    }
+    // Not before: who reads has a reference of its own.
+    let Some(search) = maps::search() else {
+        return (Outcome::MissingEntry, 0);
+    };
+    search.packet.key.length = segment_length(ctx, &search.packet);
+    classify::<true>(search);
+    let slot = if search.limits_only == 0 { search.slot } else { 0 };
+    if charged {
+        return (Outcome::LostMark, slot);
+    }
+    if search.slot == 0 {
+        return (Outcome::Unclassified, 0);
+    }
+    let Some(allocation) = maps::allocation(directed(search.slot, direction)) else {
+        return (Outcome::MissingEntry, 0);
+    };
+    let bytes = charge_of(ctx, &search.packet, allocation);
+    (judge::<true>(allocation, search.slot, direction, search.now_ns, bytes).outcome(), slot)
+}
+
+/// Reads the packet's headers into this CPU's search, pulling them into the linear part first if need
+/// be. Returns [`Outcome::Admitted`] if they could be read, or why not.
+///
+/// A global function: the verifier follows the ways through the parser once, on their own, and not
+/// again behind each way that leads here.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn qos_read(skb: *mut __sk_buff, direction: u32) -> u32 {
+    let Some(search) = maps::search() else {
+        return Outcome::MissingEntry as u32;
+    };
+    search.begin(direction);
+    let ctx = TcContext::new(skb);
+    let length = ctx.len();
+    if (ctx.data_end().wrapping_sub(ctx.data()) as u32) < HEADERS.min(length) {
+        // A packet that can't be pulled is read as far as it goes.
+        let _ = ctx.pull_data(HEADERS.min(length));
+    }
+    let bytes = Bytes::new(ctx.data(), ctx.data_end());
+    // SAFETY: a read of this program's own context.
+    let layer3 = maps::interface(unsafe { (*skb).ifindex }).flags & LAYER3 != 0;
+    let read = match parse(bytes, layer3, length, &mut search.packet) {
+        Err(_) if !layer3 && lacks_ethernet(&ctx, bytes) => parse(bytes, true, length, &mut search.packet),
+        read => read,
+    };
+    match read {
+        Ok(()) => Outcome::Admitted as u32,
+        Err(reason) => reason as u32,
+    }
+}
+
+/// Whether a packet of an Ethernet interface begins with its IP header all the same. Behind a generic
+/// XDP program it does at tc ingress, where the kernel had to copy it: the copy forgets the length of
+/// the Ethernet header (linux/net/core/skbuff.c, skb_pp_cow_data, 6.9 to 6.18).
+#[inline(always)]
+fn lacks_ethernet(ctx: &TcContext, bytes: Bytes) -> bool {
+    let mut ethernet = [0_u8; 14];
+    // SAFETY: the helper writes at most that many bytes into the buffer.
+    let result = unsafe {
+        bpf_skb_load_bytes_relative(
+            ctx.skb.skb.cast(),
+            0,
+            ethernet.as_mut_ptr().cast(),
+            ethernet.len() as u32,
+            BPF_HDR_START_MAC,
+        )
+    };
+    result == 0 && bytes.read::<[u8; 14]>(0).is_some_and(|start| start != ethernet)
+}
+
+/// Reads a packet as [`qos_read`] does.
+#[inline(always)]
+pub(crate) fn read(ctx: &TcContext, direction: Direction) -> Result<(), Outcome> {
+    match Outcome::from_raw(qos_read(ctx.skb.skb, direction as u32)) {
+        Outcome::Admitted => Ok(()),
+        reason => Err(reason),
+    }
+}
+
+/// Segments of a GSO super-packet; one for any other packet.
+#[inline(always)]
+fn segments(ctx: &TcContext) -> u32 {
+    // SAFETY: a read of this program's own context.
+    unsafe { (*ctx.skb.skb).gso_segs }.max(1)
+}
+
+/// IP length and transport headers that each segment of a super-packet repeats. At egress `wire_len`
+/// counts them once for each segment (linux/net/core/dev.c, qdisc_pkt_len_init, 6.1); at ingress it
+/// does not, and they are read.
+#[inline(always)]
+fn repeated_headers(ctx: &TcContext, packet: &Packet, segments: u32) -> u32 {
+    // SAFETY: a read of this program's own context.
+    let wire_length = unsafe { (*ctx.skb.skb).wire_len };
+    let extra = wire_length.saturating_sub(ctx.len());
+    if extra != 0 {
+        return (extra / (segments - 1)).saturating_sub(packet.network);
+    }
+    let network = packet.transport.saturating_sub(packet.network);
+    if packet.key.protocol != TCP {
+        return network + UDP_HEADER;
+    }
+    // The mask tells the verifier where it can be.
+    let offset = (packet.transport as usize & 0xff) + 12;
+    let data_offset = Bytes::new(ctx.data(), ctx.data_end()).read::<[u8; 2]>(offset);
+    network + u32::from(data_offset.map_or(5, |bytes| bytes[0] >> 4)) * 4
+}
+
+/// IP length of a packet as it is on the wire.
+#[inline(always)]
+fn segment_length(ctx: &TcContext, packet: &Packet) -> u16 {
+    let segments = segments(ctx);
+    if segments == 1 {
+        return packet.key.length;
+    }
+    // SAFETY: a read of this program's own context.
+    let payload = unsafe { (*ctx.skb.skb).gso_size };
+    repeated_headers(ctx, packet, segments).saturating_add(payload).min(0xffff) as u16
+}
+
+/// Bytes that the packet is charged on the allocation's line.
+#[inline(always)]
+pub(crate) fn charge_of(ctx: &TcContext, packet: &Packet, allocation: &Allocation) -> u32 {
+    let layer = LinkLayer::from_raw(allocation.link_layer);
+    let segments = segments(ctx);
+    if segments == 1 {
+        return charged_segments(packet.ip_length, 0, 1, 0, allocation.overhead, layer);
+    }
+    let header = repeated_headers(ctx, packet, segments);
+    // SAFETY: a read of this program's own context.
+    let payload = unsafe { (*ctx.skb.skb).gso_size };
+    charged_segments(packet.ip_length, header, segments, payload, allocation.overhead, layer)
+}
