@@ -54,8 +54,8 @@ pub struct Settings {
     pub line_lengths_v6_used: u32,
     /// `skb->priority` of traffic on no known line, upstream and downstream; zero leaves it alone.
     pub default_class: [u32; 2],
-    /// Not used, zero.
-    pub reserved: u32,
+    /// Non-zero: an allocation has an MTU.
+    pub mtus: u32,
 }
 
 const _: () = assert!(size_of::<Settings>() == 56);
@@ -96,14 +96,16 @@ pub struct Allocation {
     pub link_layer: u8,
     /// Code point written where [`MARK_DSCP`] is set.
     pub dscp: u8,
+    /// Largest IP packet in bytes; zero: any.
+    pub mtu: u32,
     /// Not used, zero.
-    pub reserved: [u32; 11],
+    pub reserved: [u32; 10],
 }
 
 const _: () = assert!(size_of::<Allocation>() == 128);
 
-/// Running clocks of one direction of an allocation, or of a provider's aggregate. A cache line, so
-/// that two of them never share one.
+/// Running clocks of one direction of an allocation, or of a provider's aggregate, and counts of what
+/// is too rare to be counted for each CPU. A cache line, so that two of them never share one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Clocks {
@@ -111,11 +113,25 @@ pub struct Clocks {
     pub guaranteed: u64,
     /// Clock of the maximum or aggregate capacity.
     pub maximum: u64,
+    /// When all answers to packets above the MTU would have been due one by one, in ns of
+    /// CLOCK_MONOTONIC.
+    pub answers_due: u64,
+    /// Packets above the MTU that may not be fragmented: dropped.
+    pub too_big_dropped: u64,
+    /// Those of them whose sender was told.
+    pub too_big_answered: u64,
+    /// Packets above the MTU that may be fragmented: passed.
+    pub too_big_passed: u64,
+    /// TCP handshake packets whose segment size was lowered.
+    pub mss_lowered: u64,
     /// Not used, zero.
-    pub reserved: [u64; 6],
+    pub reserved: u64,
 }
 
 const _: () = assert!(size_of::<Clocks>() == 64);
+
+/// Smallest MTU that IPv6 hosts accept, in bytes (RFC 8200, section 5).
+pub const SMALLEST_IPV6_MTU: u32 = 1_280;
 
 /// Longest name kept in a map, in bytes of UTF-8; shorter ones are padded with zeros.
 pub const NAME_LENGTH: usize = 32;
@@ -222,10 +238,12 @@ pub enum Outcome {
     MissingEntry = 9,
     /// The IP header contradicts itself: version, header length or total length.
     Malformed = 10,
+    /// Dropped: larger than the allocation's MTU, and not to be fragmented.
+    TooBig = 11,
 }
 
 /// Number of [`Outcome`]s.
-pub const OUTCOMES: u32 = 11;
+pub const OUTCOMES: u32 = 12;
 
 impl Outcome {
     /// All outcomes, in the order of their numbers.
@@ -241,6 +259,7 @@ impl Outcome {
         Self::LostMark,
         Self::MissingEntry,
         Self::Malformed,
+        Self::TooBig,
     ];
 
     /// The outcome of that number; one that is none counts as a missing entry.
@@ -258,6 +277,7 @@ impl Outcome {
             7 => Self::StaleMark,
             8 => Self::LostMark,
             10 => Self::Malformed,
+            11 => Self::TooBig,
             _ => Self::MissingEntry,
         }
     }
@@ -337,9 +357,13 @@ pub const LAYER3: u32 = 2;
 pub struct Interface {
     /// [`JUDGED`], [`LAYER3`].
     pub flags: u32,
+    /// Its IPv4 address, in network order; zeros: none.
+    pub v4: [u8; 4],
+    /// Its global IPv6 address; zeros: none.
+    pub v6: [u8; 16],
 }
 
-const _: () = assert!(size_of::<Interface>() == 4);
+const _: () = assert!(size_of::<Interface>() == 24);
 
 /// What `explain` asks, the only value of map `question`.
 #[repr(C)]
@@ -398,9 +422,27 @@ pub struct Metadata {
     pub magic: u32,
     /// The classification, as it goes into `skb->mark`.
     pub mark: u32,
+    /// What is still to be done, with [`LOWER_MSS`] or [`TELL_SENDER`], and the MTU in the low 16 bits;
+    /// zero: nothing.
+    pub task: u32,
+    /// Differs from packet to packet where there is a task, so that GRO merges none of them.
+    pub serial: u32,
 }
 
-const _: () = assert!(size_of::<Metadata>() == 8);
+const _: () = assert!(size_of::<Metadata>() == 16);
+
+/// The packet opens a TCP connection: lower its segment size.
+pub const LOWER_MSS: u32 = 1 << 16;
+/// The packet is above the MTU: tell its sender instead of passing it on.
+pub const TELL_SENDER: u32 = 1 << 17;
+/// Part of [`Metadata::task`] that is the MTU.
+pub const TASK_MTU: u32 = 0xffff;
+
+/// Time that one answer to a packet above the MTU takes up, for each direction of an allocation, in ns:
+/// up to 200 a second.
+pub const ANSWER_INTERVAL_NS: u64 = 5_000_000;
+/// Time that answers may be ahead of that, in ns: 50 at once.
+pub const ANSWER_BURST_NS: u64 = 50 * ANSWER_INTERVAL_NS;
 
 /// Class id of a minor number under a qdisc's major one (`TC_H_MAKE`, linux/pkt_sched.h).
 #[must_use]

@@ -13,5 +13,6 @@ pub mod classify;
 pub mod clock;
 pub mod length;
 pub mod mark;
+pub mod mss;
 #[cfg(feature = "user")]
 mod pod;

@@ -9,7 +9,7 @@ use core::ffi::{c_long, c_void};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_loop;
 use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
-use qos_common::classify::{Direction, selector_of, slot_of_key, table_set};
+use qos_common::classify::{Direction, Key, selector_of, slot_of_key, table_set};
 
 use crate::maps;
 use crate::packet::{Packet, Piece};
@@ -40,7 +40,14 @@ pub(crate) struct Search {
     pub(crate) limits_only: u32,
     /// Not zero: there is room for the answer in front of the packet.
     pub(crate) carries: u32,
+    /// What tc is to do with the packet, as in [`qos_common::abi::Metadata`].
+    pub(crate) task: u32,
+    /// The packet's link-layer header, while it is written anew.
+    pub(crate) link: [u8; LINK_ROOM],
 }
+
+/// Longest link-layer header that is read: Ethernet, two tags, PPPoE.
+pub(crate) const LINK_ROOM: usize = 32;
 
 impl Search {
     /// Begins anew, for a packet of `direction` that is yet to be read.
@@ -54,6 +61,7 @@ impl Search {
         self.rules = 0;
         self.expired = 0;
         self.limits_only = 0;
+        self.task = 0;
     }
 
     /// The record of the packet's direction in maps that hold both.
@@ -110,6 +118,37 @@ fn remember(search: &mut Search) -> bool {
         }
     }
     maps::remember_fragment(&search.packet.fragment_key(), &first)
+}
+
+/// MTU of the allocation that answers to this packet belong to; zero: any.
+///
+/// Out of line: connections open rarely.
+#[inline(never)]
+pub(crate) fn opposite_mtu(search: &mut Search) -> u32 {
+    let (rank, slot) = (search.rank, search.slot);
+    turn(&mut search.packet.key);
+    search.rank = u64::MAX;
+    search.slot = 0;
+    look_up(search);
+    let mtu = match maps::allocation(search.record(search.slot)) {
+        Some(allocation) if search.slot != 0 => allocation.mtu,
+        _ => 0,
+    };
+    turn(&mut search.packet.key);
+    search.rank = rank;
+    search.slot = slot;
+    mtu
+}
+
+/// Exchanges the ends of a key.
+#[inline(always)]
+fn turn(key: &mut Key) {
+    let (source, source_port) = (key.source, key.source_port);
+    key.source = key.destination;
+    key.destination = source;
+    key.source_port = key.destination_port;
+    key.destination_port = source_port;
+    key.direction ^= 1;
 }
 
 #[inline(always)]

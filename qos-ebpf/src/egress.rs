@@ -29,12 +29,12 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
         None => {
             // A mark of the other direction is not lost: from a subscriber to another.
             let lost = marked.is_none() && maps::interface(came_in).flags & JUDGED != 0;
-            let (outcome, slot) = police(ctx, direction, lost);
+            let (outcome, slot) = police(ctx, settings, direction, lost);
             maps::count(outcome);
             (outcome, slot)
         }
     };
-    if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate) {
+    if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate | Outcome::TooBig) {
         return outcome;
     }
     let allocation = match slot {

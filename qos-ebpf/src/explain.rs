@@ -10,6 +10,7 @@ use crate::classify::classify;
 use crate::egress::rest_class;
 use crate::limit::{Judgement, judge};
 use crate::maps;
+use crate::mtu::would_refuse;
 use crate::packet::{Bytes, parse};
 
 /// Answers the question for the packet of this context.
@@ -56,6 +57,9 @@ pub(crate) fn run(ctx: &XdpContext) {
         answer.allocation = allocation.id;
         answer.charged = bytes;
         answer.outcome = judgement.outcome() as u32;
+        if would_refuse(&search.packet, allocation) {
+            answer.outcome = Outcome::TooBig as u32;
+        }
         answer.in_profile = u32::from(judgement == Judgement::InProfile);
         if search.limits_only == 0 {
             answer.class = allocation.class;

@@ -4,16 +4,18 @@
 
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use aya_ebpf::programs::{TcContext, XdpContext};
-use qos_common::abi::{METADATA_MAGIC, Metadata, Outcome, Settings, directed};
+use qos_common::abi::{METADATA_MAGIC, Metadata, Outcome, Settings, TELL_SENDER, directed};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 use qos_common::mark::Marked;
 
-use crate::classify::{Search, classify};
+use crate::classify::{Search, classify, now_ns};
 use crate::limit::judge;
 use crate::maps;
+use crate::mtu::qos_mtu_frame;
 use crate::packet::{Bytes, parse};
 use crate::skb;
+use crate::tell::{TC_NEXT, lower_mss, tell_sender};
 
 /// Classifies and polices a frame that came in.
 #[inline(always)]
@@ -28,14 +30,21 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
     search.begin(DIRECTION);
     search.carries = u32::from(carries);
     let outcome = match parse(bytes, false, bytes.length() as u32, &mut search.packet) {
-        Ok(()) => police(search, direction),
+        Ok(()) => police(ctx, search, settings, direction),
         Err(reason) => reason,
     };
     let slot = if search.limits_only == 0 { search.slot } else { 0 };
     if search.carries != 0 {
-        write_metadata(ctx, settings, answer(outcome, direction, slot));
+        let task = if settings.observe == 0 { search.task } else { 0 };
+        write_metadata(ctx, settings, answer(outcome, direction, slot), task);
     }
     outcome
+}
+
+/// Whether the packet that XDP refused goes on to tc ingress all the same, to tell its sender.
+#[inline(always)]
+pub(crate) fn hands_over(outcome: Outcome) -> bool {
+    outcome == Outcome::TooBig && maps::search().is_some_and(|search| search.carries != 0 && search.task != 0)
 }
 
 /// Classifies and polices a packet that came in where XDP does not, and marks it.
@@ -45,7 +54,7 @@ pub(crate) fn tc<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
         return Outcome::MissingEntry;
     };
     let direction = Direction::from_bit(DIRECTION);
-    let (outcome, slot) = skb::police(ctx, direction, false);
+    let (outcome, slot) = skb::police(ctx, settings, direction, false);
     write_mark(ctx, settings, answer(outcome, direction, slot));
     outcome
 }
@@ -54,14 +63,18 @@ pub(crate) fn tc<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
 /// would be marked.
 #[inline(always)]
 fn answer(outcome: Outcome, direction: Direction, slot: u32) -> Marked {
-    let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate);
+    let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate | Outcome::TooBig);
     Marked { direction, slot: if over { 0 } else { slot } }
 }
 
-/// Classifies and charges the packet that was read.
+/// Classifies and charges the packet that was read. What egress is to classify again, for want of a
+/// place for the answer, is looked at there for its MTU.
 #[inline(always)]
-fn police(search: &mut Search, direction: Direction) -> Outcome {
+fn police(ctx: &XdpContext, search: &mut Search, settings: &Settings, direction: Direction) -> Outcome {
     classify::<true>(search);
+    if settings.mtus != 0 && search.carries != 0 && qos_mtu_frame(ctx.ctx) != 0 {
+        return Outcome::TooBig;
+    }
     if search.slot == 0 {
         return Outcome::Unclassified;
     }
@@ -89,38 +102,46 @@ fn reserve_metadata(ctx: &XdpContext) -> bool {
 }
 
 #[inline(always)]
-fn write_metadata(ctx: &XdpContext, settings: &Settings, marked: Marked) {
+fn write_metadata(ctx: &XdpContext, settings: &Settings, marked: Marked, task: u32) {
     let meta = ctx.metadata();
     if meta + size_of::<Metadata>() > ctx.data() {
         return;
     }
+    let serial = if task == 0 { 0 } else { now_ns() as u32 };
+    let answer = Metadata { magic: METADATA_MAGIC, mark: settings.mark.write(0, marked), task, serial };
     // SAFETY: the comparison showed the verifier that the whole of it lies in front of the packet.
-    unsafe {
-        (meta as *mut Metadata)
-            .write_unaligned(Metadata { magic: METADATA_MAGIC, mark: settings.mark.write(0, marked) });
-    }
+    unsafe { (meta as *mut Metadata).write_unaligned(answer) };
 }
 
-/// Moves the answer of XDP into the mark.
+/// Moves the answer of XDP into the mark, and does what XDP left to do. Returns the verdict.
 #[inline(always)]
-pub(crate) fn take_over(ctx: &TcContext) {
+pub(crate) fn take_over(ctx: &TcContext) -> i32 {
     let Some(settings) = maps::settings() else {
-        return;
+        return TC_NEXT;
     };
     let skb = ctx.skb.skb;
     // SAFETY: reads of this program's own context.
     let (meta, data) = unsafe { ((*skb).data_meta as usize, (*skb).data as usize) };
     if meta + size_of::<Metadata>() > data {
-        return;
+        return TC_NEXT;
     }
     // SAFETY: the comparison showed the verifier that the whole of it lies in front of the packet.
     let metadata = unsafe { (meta as *const Metadata).read_unaligned() };
     if metadata.magic != METADATA_MAGIC {
-        return;
+        return TC_NEXT;
     }
-    if let Some(marked) = settings.mark.read(metadata.mark) {
-        write_mark(ctx, settings, marked);
+    let Some(marked) = settings.mark.read(metadata.mark) else {
+        return TC_NEXT;
+    };
+    write_mark(ctx, settings, marked);
+    if metadata.task == 0 || skb::read(ctx, marked.direction).is_err() {
+        return TC_NEXT;
     }
+    if metadata.task & TELL_SENDER != 0 {
+        return tell_sender(ctx, metadata.task, false);
+    }
+    lower_mss(ctx, metadata.task, marked.slot, marked.direction);
+    TC_NEXT
 }
 
 #[inline(always)]

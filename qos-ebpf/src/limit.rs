@@ -155,8 +155,9 @@ fn exchange(clock: *mut u64, before: u64, after: u64) -> bool {
     done
 }
 
+/// Moves a clock, or a count beside one, of a live map's element.
 #[inline(always)]
-fn add(clock: *mut u64, ticks: u64) {
+pub(crate) fn add(clock: *mut u64, ticks: u64) {
     // SAFETY: as for `load`.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::SeqCst }>(clock, ticks) };
 }

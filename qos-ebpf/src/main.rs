@@ -28,8 +28,10 @@ mod ingress;
 mod limit;
 mod maps;
 mod mark;
+mod mtu;
 mod packet;
 mod skb;
+mod tell;
 mod trace;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
@@ -38,13 +40,10 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use qos_common::abi::Outcome;
 use qos_common::classify::Direction;
 
+use crate::tell::{TC_DROP, TC_NEXT, tell_sender};
+
 const UP: u32 = Direction::Upstream as u32;
 const DOWN: u32 = Direction::Downstream as u32;
-
-/// Goes on to the next program, or with the stack: TCX_NEXT and TC_ACT_UNSPEC, linux/bpf.h.
-const TC_NEXT: i32 = -1;
-/// Drops the packet: TC_ACT_SHOT.
-const TC_DROP: i32 = 2;
 
 /// In on a LAN interface: from subscribers.
 #[xdp(frags)]
@@ -77,20 +76,19 @@ pub fn qos_trace_wan(ctx: XdpContext) -> u32 {
 /// In on any interface, behind XDP.
 #[classifier]
 pub fn qos_ingress(ctx: TcContext) -> i32 {
-    ingress::take_over(&ctx);
-    TC_NEXT
+    ingress::take_over(&ctx)
 }
 
 /// In on a LAN interface without XDP.
 #[classifier]
 pub fn qos_judge_lan(ctx: TcContext) -> i32 {
-    judge_verdict(ingress::tc::<UP>(&ctx))
+    judge_verdict(&ctx, ingress::tc::<UP>(&ctx))
 }
 
 /// In on a WAN interface without XDP.
 #[classifier]
 pub fn qos_judge_wan(ctx: TcContext) -> i32 {
-    judge_verdict(ingress::tc::<DOWN>(&ctx))
+    judge_verdict(&ctx, ingress::tc::<DOWN>(&ctx))
 }
 
 /// Takes the place of `qos_judge_lan` while somebody listens.
@@ -98,7 +96,7 @@ pub fn qos_judge_wan(ctx: TcContext) -> i32 {
 pub fn qos_trace_j_lan(ctx: TcContext) -> i32 {
     let outcome = ingress::tc::<UP>(&ctx);
     trace::packet(&ctx, outcome);
-    judge_verdict(outcome)
+    judge_verdict(&ctx, outcome)
 }
 
 /// Takes the place of `qos_judge_wan` while somebody listens.
@@ -106,19 +104,19 @@ pub fn qos_trace_j_lan(ctx: TcContext) -> i32 {
 pub fn qos_trace_j_wan(ctx: TcContext) -> i32 {
     let outcome = ingress::tc::<DOWN>(&ctx);
     trace::packet(&ctx, outcome);
-    judge_verdict(outcome)
+    judge_verdict(&ctx, outcome)
 }
 
 /// Out of a LAN interface: to subscribers.
 #[classifier]
 pub fn qos_egress_lan(ctx: TcContext) -> i32 {
-    tc_verdict(egress::run::<DOWN>(&ctx))
+    tc_verdict(&ctx, egress::run::<DOWN>(&ctx), true)
 }
 
 /// Out of a WAN interface: from subscribers.
 #[classifier]
 pub fn qos_egress_wan(ctx: TcContext) -> i32 {
-    tc_verdict(egress::run::<UP>(&ctx))
+    tc_verdict(&ctx, egress::run::<UP>(&ctx), true)
 }
 
 /// Never attached: run by the daemon on a packet that somebody asks about.
@@ -131,25 +129,31 @@ pub fn qos_explain(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn xdp_verdict(outcome: Outcome) -> u32 {
     maps::count(outcome);
-    if drops(outcome) { XDP_DROP } else { XDP_PASS }
+    if drops(outcome) && !ingress::hands_over(outcome) { XDP_DROP } else { XDP_PASS }
 }
 
 #[inline(always)]
-fn judge_verdict(outcome: Outcome) -> i32 {
+fn judge_verdict(ctx: &TcContext, outcome: Outcome) -> i32 {
     maps::count(outcome);
-    tc_verdict(outcome)
+    tc_verdict(ctx, outcome, false)
 }
 
 #[inline(always)]
-fn tc_verdict(outcome: Outcome) -> i32 {
-    if drops(outcome) { TC_DROP } else { TC_NEXT }
+fn tc_verdict(ctx: &TcContext, outcome: Outcome, at_egress: bool) -> i32 {
+    if !drops(outcome) {
+        return TC_NEXT;
+    }
+    match (outcome, maps::search()) {
+        (Outcome::TooBig, Some(search)) if search.task != 0 => tell_sender(ctx, search.task, at_egress),
+        _ => TC_DROP,
+    }
 }
 
 /// The policy: which outcomes end a packet.
 #[inline(always)]
 fn drops(outcome: Outcome) -> bool {
     match outcome {
-        Outcome::OverMaximum | Outcome::OverAggregate => !observes(),
+        Outcome::OverMaximum | Outcome::OverAggregate | Outcome::TooBig => !observes(),
         Outcome::Admitted | Outcome::Unclassified => false,
         // Fail-open: a packet that can't be read, or that our own maps can't judge, is somebody
         // else's to judge.

@@ -164,10 +164,10 @@ pub(crate) fn count(outcome: Outcome) {
 #[inline(always)]
 pub(crate) fn interface(index: u32) -> Interface {
     match INTERFACES.get_ptr(index) {
-        // SAFETY: the value is copied at once, one aligned word; one that is deleted meanwhile is
-        // freed after a grace period.
+        // SAFETY: the value is copied at once; one that is deleted meanwhile is freed after a grace
+        // period, and one that is replaced is another element.
         Some(pointer) => unsafe { *pointer },
-        None => Interface { flags: 0 },
+        None => Interface { flags: 0, v4: [0; 4], v6: [0; 16] },
     }
 }
 

@@ -87,7 +87,7 @@ pub(crate) struct Packet {
     pub(crate) key: Key,
     /// Offset of the IP header.
     pub(crate) network: u32,
-    /// Offset of the transport header; zero where there is none, or it was not found.
+    /// Offset of what is behind the IP header and its extensions; zero where it was not found.
     pub(crate) transport: u32,
     /// IP length in bytes.
     pub(crate) ip_length: u32,
@@ -95,6 +95,8 @@ pub(crate) struct Packet {
     pub(crate) piece: u32,
     /// Identification that all fragments of the packet share.
     pub(crate) id: u32,
+    /// Not zero: a router may fragment it (RFC 791, "don't fragment" is not set).
+    pub(crate) fragmentable: u32,
 }
 
 impl Packet {
@@ -108,6 +110,7 @@ impl Packet {
         self.ip_length = 0;
         self.transport = 0;
         self.piece = Piece::Whole as u32;
+        self.fragmentable = 0;
     }
 
     /// Key of the fragment table.
@@ -201,6 +204,7 @@ fn ipv4(bytes: Bytes, network: usize, frame_length: u32, packet: &mut Packet) ->
     set_length(packet, ip_length);
     let fragment = u16::from_be_bytes(header.frags);
     packet.id = u32::from(u16::from_be_bytes(header.id));
+    packet.fragmentable = u32::from(fragment & 0x4000 == 0);
     if fragment & 0x1fff != 0 {
         packet.piece = Piece::Later as u32;
     } else if fragment & 0x2000 != 0 {
@@ -272,6 +276,7 @@ fn is_extension(protocol: u8) -> bool {
 /// Fills in the ports, or that they are not known.
 #[inline(always)]
 fn transport(bytes: Bytes, offset: usize, packet: &mut Packet) -> Result<(), Unparsed> {
+    packet.transport = offset as u32;
     if !has_ports(packet.key.protocol) {
         return Ok(());
     }
@@ -282,7 +287,6 @@ fn transport(bytes: Bytes, offset: usize, packet: &mut Packet) -> Result<(), Unp
     let ports = bytes.read::<[u8; 4]>(offset).ok_or(Outcome::Truncated)?;
     packet.key.source_port = u16::from_be_bytes([ports[0], ports[1]]);
     packet.key.destination_port = u16::from_be_bytes([ports[2], ports[3]]);
-    packet.transport = offset as u32;
     Ok(())
 }
 

@@ -5,19 +5,21 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_MAC;
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes_relative;
 use aya_ebpf::programs::TcContext;
-use qos_common::abi::{Allocation, LAYER3, Outcome, directed};
+use qos_common::abi::{Allocation, LAYER3, Outcome, Settings, directed};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged_segments};
 
 use crate::classify::classify;
 use crate::limit::judge;
 use crate::maps;
+use crate::mtu::qos_mtu_skb;
 use crate::packet::{Bytes, Packet, parse};
+use crate::tell::lower_mss;
 
 /// Bytes that the parser may need: Ethernet, two tags, PPPoE, an IPv6 header and some extensions.
 const HEADERS: u32 = 192;
 
-/// IANA protocol number.
+/// Protocol number (IANA).
 const TCP: u8 = 6;
 /// Length of a UDP header.
 const UDP_HEADER: u32 = 8;
@@ -25,7 +27,12 @@ const UDP_HEADER: u32 = 8;
 /// Reads, classifies and charges a packet. Returns what became of it and the slot of its allocation,
 /// zero for none. `charged`: it was charged before, and only its allocation is not known any more.
 #[inline(always)]
-pub(crate) fn police(ctx: &TcContext, direction: Direction, charged: bool) -> (Outcome, u32) {
+pub(crate) fn police(
+    ctx: &TcContext,
+    settings: &Settings,
+    direction: Direction,
+    charged: bool,
+) -> (Outcome, u32) {
     if let Err(reason) = read(ctx, direction) {
         return (reason, 0);
     }
@@ -35,14 +42,26 @@ pub(crate) fn police(ctx: &TcContext, direction: Direction, charged: bool) -> (O
     };
     search.packet.key.length = segment_length(ctx, &search.packet);
     classify::<true>(search);
+    let allocation = match search.slot {
+        0 => None,
+        slot => maps::allocation(directed(slot, direction)),
+    };
     let slot = if search.limits_only == 0 { search.slot } else { 0 };
+    if settings.mtus != 0 {
+        if qos_mtu_skb(ctx.skb.skb) != 0 {
+            return (Outcome::TooBig, slot);
+        }
+        if search.task != 0 && settings.observe == 0 {
+            lower_mss(ctx, search.task, search.slot, direction);
+        }
+    }
     if charged {
         return (Outcome::LostMark, slot);
     }
     if search.slot == 0 {
         return (Outcome::Unclassified, 0);
     }
-    let Some(allocation) = maps::allocation(directed(search.slot, direction)) else {
+    let Some(allocation) = allocation else {
         return (Outcome::MissingEntry, 0);
     };
     let bytes = charge_of(ctx, &search.packet, allocation);
@@ -50,13 +69,30 @@ pub(crate) fn police(ctx: &TcContext, direction: Direction, charged: bool) -> (O
 }
 
 /// Reads the packet's headers into this CPU's search, pulling them into the linear part first if need
-/// be. Returns [`Outcome::Admitted`] if they could be read, or why not.
+/// be.
+#[inline(always)]
+pub(crate) fn read(ctx: &TcContext, direction: Direction) -> Result<(), Outcome> {
+    // SAFETY: a read of this program's own context.
+    let layer3 = maps::interface(unsafe { (*ctx.skb.skb).ifindex }).flags & LAYER3;
+    let direction = direction as u32;
+    let mut outcome = qos_read(ctx.skb.skb, direction, layer3);
+    if outcome != Outcome::Admitted as u32 && layer3 == 0 && lacks_ethernet(ctx) {
+        outcome = qos_read(ctx.skb.skb, direction, LAYER3);
+    }
+    match Outcome::from_raw(outcome) {
+        Outcome::Admitted => Ok(()),
+        reason => Err(reason),
+    }
+}
+
+/// As [`read`]. Returns [`Outcome::Admitted`] if the headers could be read, or why not. `layer3`, not zero:
+/// they begin with the IP header.
 ///
 /// A global function: the verifier follows the ways through the parser once, on their own, and not
 /// again behind each way that leads here.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn qos_read(skb: *mut __sk_buff, direction: u32) -> u32 {
+extern "C" fn qos_read(skb: *mut __sk_buff, direction: u32, layer3: u32) -> u32 {
     let Some(search) = maps::search() else {
         return Outcome::MissingEntry as u32;
     };
@@ -68,13 +104,7 @@ extern "C" fn qos_read(skb: *mut __sk_buff, direction: u32) -> u32 {
         let _ = ctx.pull_data(HEADERS.min(length));
     }
     let bytes = Bytes::new(ctx.data(), ctx.data_end());
-    // SAFETY: a read of this program's own context.
-    let layer3 = maps::interface(unsafe { (*skb).ifindex }).flags & LAYER3 != 0;
-    let read = match parse(bytes, layer3, length, &mut search.packet) {
-        Err(_) if !layer3 && lacks_ethernet(&ctx, bytes) => parse(bytes, true, length, &mut search.packet),
-        read => read,
-    };
-    match read {
+    match parse(bytes, layer3 != 0, length, &mut search.packet) {
         Ok(()) => Outcome::Admitted as u32,
         Err(reason) => reason as u32,
     }
@@ -84,7 +114,7 @@ extern "C" fn qos_read(skb: *mut __sk_buff, direction: u32) -> u32 {
 /// XDP program it does at tc ingress, where the kernel had to copy it: the copy forgets the length of
 /// the Ethernet header (linux/net/core/skbuff.c, skb_pp_cow_data, 6.9 to 6.18).
 #[inline(always)]
-fn lacks_ethernet(ctx: &TcContext, bytes: Bytes) -> bool {
+fn lacks_ethernet(ctx: &TcContext) -> bool {
     let mut ethernet = [0_u8; 14];
     // SAFETY: the helper writes at most that many bytes into the buffer.
     let result = unsafe {
@@ -96,16 +126,8 @@ fn lacks_ethernet(ctx: &TcContext, bytes: Bytes) -> bool {
             BPF_HDR_START_MAC,
         )
     };
+    let bytes = Bytes::new(ctx.data(), ctx.data_end());
     result == 0 && bytes.read::<[u8; 14]>(0).is_some_and(|start| start != ethernet)
-}
-
-/// Reads a packet as [`qos_read`] does.
-#[inline(always)]
-pub(crate) fn read(ctx: &TcContext, direction: Direction) -> Result<(), Outcome> {
-    match Outcome::from_raw(qos_read(ctx.skb.skb, direction as u32)) {
-        Outcome::Admitted => Ok(()),
-        reason => Err(reason),
-    }
 }
 
 /// Segments of a GSO super-packet; one for any other packet.

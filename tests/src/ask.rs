@@ -189,6 +189,7 @@ pub fn since(before: &Counts, after: &Counts) -> Counts {
         marked: count(|counts| counts.marked),
         in_profile: count(|counts| counts.in_profile),
         excess: count(|counts| counts.excess),
+        mtu: after.mtu,
     }
 }
 

@@ -184,6 +184,16 @@ impl Frame {
         }
     }
 
+    /// Length of the IP packet within, as it says itself.
+    #[must_use]
+    pub fn ip_length(&self) -> Option<u16> {
+        match self.headers()?.net? {
+            NetSlice::Ipv4(ip) => Some(ip.header().total_len()),
+            NetSlice::Ipv6(ip) => Some(ip.header().payload_length() + 40),
+            NetSlice::Arp(_) => None,
+        }
+    }
+
     /// Source and destination port, where the packet has any.
     #[must_use]
     pub fn ports(&self) -> Option<(u16, u16)> {

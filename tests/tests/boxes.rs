@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use qos_tests::ask::{Brief, measure_undisturbed};
 use qos_tests::boxes::{Box, Kind};
-use qos_tests::capture::Capture;
+use qos_tests::capture::{Capture, Frame};
 use qos_tests::skip::skip;
 use qos_tests::topology::{HOST_LINK, Host};
 use qos_tests::traffic::{Flow, RunningTcp, RunningUdp, TcpFlow, UdpFlow};
@@ -144,6 +144,7 @@ fn levels_hold(test: &str, kind: Kind) {
     }
     udp_is_policed_shaped_and_marked(&under_test);
     tcp_is_shaped(&under_test);
+    an_mtu_is_kept_by_connections_that_were_open_before(&under_test);
     a_guarantee_is_kept_while_the_line_is_full(&under_test);
     let outcomes = started.daemon.statistics().unwrap().outcomes;
     for outcome in ["lost_mark", "malformed", "truncated", "too_many_tags", "missing_entry"] {
@@ -240,6 +241,46 @@ fn tcp_is_shaped(under_test: &Suite<'_>) {
         })
         .collect();
     check(kind, &all);
+}
+
+/// By "packet too big" and "fragmentation needed" alone: what was open before has shaken hands.
+fn an_mtu_is_kept_by_connections_that_were_open_before(under_test: &Suite<'_>) {
+    const MTU: u16 = 1_300;
+    let kind = under_test.0.kind;
+    let mut port = 6_100;
+    for &v6 in kind.families() {
+        for direction in ["down", "up"] {
+            port += 1;
+            let case = format!("{kind:?} {direction} IPv{}", if v6 { 6 } else { 4 });
+            let [_, to] = under_test.sides(direction, v6);
+            let flow = under_test.tcp(direction, v6, port);
+            let capture = Capture::open(&to.host.namespace, HOST_LINK).unwrap();
+            let largest = |capture: &Capture| {
+                let frames = capture.collect(Duration::from_millis(300)).unwrap();
+                let of_flow =
+                    frames.iter().filter(|frame| frame.ports().is_some_and(|ports| ports.1 == port));
+                of_flow.filter_map(Frame::ip_length).max().unwrap_or_default()
+            };
+            let before = largest(&capture);
+            // What a host learnt of the path by the first direction may serve it in the second too.
+            assert!(before > MTU || direction == "up", "{case}: packets of {before} bytes before");
+            let level = format!("--max-{direction} 8mbit --mtu {MTU}");
+            let id = under_test.grant(direction, "tcp", v6, port, &level);
+            std::thread::sleep(Duration::from_millis(500));
+            let capture = Capture::open(&to.host.namespace, HOST_LINK).unwrap();
+            let after = largest(&capture);
+            assert!((1_000..=MTU).contains(&after), "{case}: packets of {after} bytes under the MTU");
+            let measured = flow.measure(Duration::ZERO, Duration::from_millis(500)).unwrap();
+            assert!(measured.goodput > mbit(2), "{case}: {:?}", Brief(&measured));
+            let counts = under_test.0.daemon.counts(id).unwrap();
+            let counts = if direction == "up" { counts.up.mtu } else { counts.down.mtu };
+            let told = counts.dropped_packets > 0 && counts.senders_told > 0;
+            assert!(told || before <= MTU, "{case}: {counts:?}");
+            println!("{case}: {before} bytes, then {after}; {counts:?}");
+            under_test.0.daemon.revoke(id).unwrap();
+            drop(flow);
+        }
+    }
 }
 
 fn a_guarantee_is_kept_while_the_line_is_full(under_test: &Suite<'_>) {

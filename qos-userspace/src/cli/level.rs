@@ -37,6 +37,9 @@ pub(super) struct LevelArgs {
     /// Code point to write into the packets: EF, AF41, CS1 or 0 to 63
     #[arg(long, value_name = "NAME", value_parser = code_point)]
     dscp: Option<u8>,
+    /// Largest IP packet, in bytes: lowers TCP's segment size, and answers larger packets as a router does
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(576..))]
+    mtu: Option<u16>,
     /// Longest delay that in-profile packets may meet between here and the subscriber
     #[arg(long, value_name = "TIME", value_parser = delay)]
     delay: Option<u32>,
@@ -67,6 +70,7 @@ impl LevelArgs {
             delay_us: self.delay,
             loss: self.loss,
             dscp: self.dscp,
+            mtu: self.mtu,
             enforcement: self.enforcement.map(|enforcement| match enforcement {
                 Enforce::Police => Enforcement::Police,
                 Enforce::Shape => Enforcement::Shape,
@@ -87,6 +91,7 @@ impl LevelArgs {
             delay_us: request.delay_us,
             loss: request.loss,
             dscp: request.dscp,
+            mtu: request.mtu,
             enforcement: request.enforcement.unwrap_or(usual.enforcement),
             hard: request.hard.unwrap_or(usual.hard),
         }
@@ -114,6 +119,7 @@ pub(super) fn pairs(level: &Level) -> Vec<(&'static str, Option<String>)> {
         ("priority", Some(level.priority.to_string())),
         ("enforcement", Some(enforcement(level.enforcement).to_owned())),
         ("dscp", level.dscp.map(dscp::name)),
+        ("mtu", level.mtu.map(|mtu| format!("{mtu} B"))),
         ("delay budget", level.delay_us.map(microseconds)),
         ("loss budget", level.loss.map(|share| format!("{} %", share * 100.0))),
         ("hard", level.hard.then(|| "yes".to_owned())),

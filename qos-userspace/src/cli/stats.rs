@@ -12,7 +12,7 @@ use super::client::{Client, typed};
 use super::output::Output;
 use crate::api::types::Listing;
 use crate::domain::{Allocation, AllocationId, BitsPerSecond, ByteCount, Direction};
-use crate::manager::report::{Count, Counts, DirectedCounts, Statistics};
+use crate::manager::report::{Count, Counts, DirectedCounts, MtuCounts, Statistics};
 
 /// Shows what was counted, and rates
 ///
@@ -218,7 +218,24 @@ fn round_to_three_digits(value: f64) -> u64 {
 /// The tables that have rows, and what became of all packets.
 fn text(tables: &[Table], now: &Statistics) -> String {
     let tables = tables.iter().filter(|table| !table.is_empty()).map(Table::trim_fmt);
-    tables.chain([outcomes(now)]).collect::<Vec<_>>().join("\n\n")
+    tables.chain([outcomes(now)]).chain(above_mtu(now)).collect::<Vec<_>>().join("\n\n")
+}
+
+/// What was done for the MTU of allocations, where anything was.
+fn above_mtu(now: &Statistics) -> Option<String> {
+    let both =
+        now.allocations.iter().flat_map(|(id, counts)| [(id, "down", counts.down), (id, "up", counts.up)]);
+    let lines: Vec<_> = both
+        .filter(|(.., counts)| counts.mtu != MtuCounts::default())
+        .map(|(id, direction, Counts { mtu, .. })| {
+            format!(
+                "mtu of {id} {direction}: {} packets too big and dropped, {} senders told, {} that may be \
+                 fragmented passed, {} handshakes lowered",
+                mtu.dropped_packets, mtu.senders_told, mtu.passed_packets, mtu.mss_lowered
+            )
+        })
+        .collect();
+    (!lines.is_empty()).then(|| lines.join("\n"))
 }
 
 /// What became of all packets.

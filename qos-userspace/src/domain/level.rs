@@ -50,6 +50,13 @@ pub enum Enforcement {
 /// Lowest urgency of an allocation; 0 is the highest.
 pub const LAST_PRIORITY: u8 = 7;
 
+/// Smallest MTU that a level may ask for, in bytes: every host takes IPv4 packets of this length (RFC
+/// 791, section 3.1).
+pub const SMALLEST_MTU: u16 = 576;
+
+/// Smallest MTU of IPv6, in bytes (RFC 8200, section 5): hosts don't go below it.
+pub const SMALLEST_IPV6_MTU: u16 = 1_280;
+
 /// Priority of an allocation that asks for none.
 pub const DEFAULT_PRIORITY: u8 = 4;
 
@@ -72,6 +79,8 @@ pub struct Level {
     pub loss: Option<f64>,
     /// Code point written into the packets, 0 to 63.
     pub dscp: Option<u8>,
+    /// Largest IP packet in bytes, [`SMALLEST_MTU`] and up.
+    pub mtu: Option<u16>,
     /// Queue or drop above the maximum.
     pub enforcement: Enforcement,
     /// The guarantee must hold although the gateway does not send into the line in that direction.
@@ -88,6 +97,7 @@ impl Default for Level {
             delay_us: None,
             loss: None,
             dscp: None,
+            mtu: None,
             enforcement: Enforcement::default(),
             hard: false,
         }

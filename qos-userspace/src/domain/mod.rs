@@ -14,7 +14,7 @@ pub mod session;
 pub mod units;
 
 pub use allocation::{Allocation, AllocationId, Status};
-pub use level::{Directed, Enforcement, Level, Profile};
+pub use level::{Directed, Enforcement, Level, Profile, SMALLEST_IPV6_MTU, SMALLEST_MTU};
 pub use name::Name;
 pub use provider::{Application, Provider, ProviderKind};
 pub use selector::Selector;

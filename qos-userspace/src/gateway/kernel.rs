@@ -21,7 +21,7 @@ use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
 use qos_common::mark::MarkLayout;
 
 use super::classifier::{Classifier, ClassifierError};
-use super::link::{Framing, Link, LinkError};
+use super::link::{Addresses, Framing, Link, LinkError};
 use super::maps::Maps;
 use super::object::{
     Attachment, Hooks, Judge, Object, ObjectError, XdpHook, lock_pins, pinned_interfaces, remove_interface,
@@ -34,7 +34,7 @@ use super::{Role, TcHooks, XdpChoice};
 use crate::domain::selector::rules;
 use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
 use crate::manager::report::{
-    DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
+    Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
 };
 use crate::manager::{Change, Gateway, State};
 
@@ -289,10 +289,12 @@ impl Kernel {
         let mut statistics = Statistics { at_ns: monotonic_ns(), ..Statistics::default() };
         let mut slots = HashMap::new();
         for allocation in state.allocations.values() {
-            let counts = DirectedCounts {
-                up: self.maps.allocation_counters(allocation.slot, Direction::Upstream).into(),
-                down: self.maps.allocation_counters(allocation.slot, Direction::Downstream).into(),
+            let count = |direction| Counts {
+                mtu: self.maps.allocation_clocks(allocation.slot, direction).into(),
+                ..Counts::from(self.maps.allocation_counters(allocation.slot, direction))
             };
+            let counts =
+                DirectedCounts { up: count(Direction::Upstream), down: count(Direction::Downstream) };
             slots.insert(AllocationSlot(allocation.slot), allocation.id);
             statistics.allocations.insert(allocation.id, counts);
         }
@@ -461,12 +463,18 @@ impl Kernel {
 
     /// Tells the programs how packets of each interface begin, and by which they come in judged.
     fn put_interfaces(&mut self) -> Result<(), GatewayError> {
+        let addresses = Addresses::of_all()?;
         let records = self.interfaces.iter().filter_map(|interface| {
             let link = interface.link.as_ref()?;
             let layer3 = if link.framing == Framing::Layer3 { LAYER3 } else { 0 };
             let judge = interface.attachment.map_or(Judge::Egress, |at| at.judge);
             let judged = if judge == Judge::Egress { 0 } else { JUDGED };
-            Some((link.index, abi::Interface { flags: layer3 | judged }))
+            // A port answers in the name of its bridge.
+            let indices = [Some(link.index), link.controller].into_iter().flatten();
+            let own: Vec<_> = indices.filter_map(|index| addresses.get(&index)).collect();
+            let v4 = own.iter().find_map(|own| own.v4).map_or([0; 4], |address| address.octets());
+            let v6 = own.iter().find_map(|own| own.v6).map_or([0; 16], |address| address.octets());
+            Some((link.index, abi::Interface { flags: layer3 | judged, v4, v6 }))
         });
         let records: BTreeMap<_, _> = records.collect();
         Ok(self.maps.put_interfaces(&records)?)
@@ -606,6 +614,7 @@ impl Kernel {
             abi: abi::ABI_VERSION,
             observe: u32::from(self.config.observe),
             mark: self.mark,
+            mtus: u32::from(state.allocations.values().any(|allocation| allocation.level.mtu.is_some())),
             ..Settings::default()
         };
         for interface in &self.interfaces {
@@ -685,7 +694,8 @@ impl Kernel {
             overhead: session.map_or(ETHERNET_OVERHEAD, |session| session.overhead),
             link_layer: session.map_or(LinkLayer::Ethernet, |session| session.link_layer) as u8,
             dscp: level.dscp.unwrap_or_default(),
-            reserved: [0; 11],
+            mtu: level.mtu.map_or(0, u32::from),
+            reserved: [0; 10],
         })
     }
 
@@ -1140,6 +1150,7 @@ pub(super) const fn outcome_name(outcome: Outcome) -> &'static str {
         Outcome::LostMark => "lost_mark",
         Outcome::MissingEntry => "missing_entry",
         Outcome::Malformed => "malformed",
+        Outcome::TooBig => "too_big",
     }
 }
 

@@ -1,7 +1,11 @@
 //! Network interfaces: what the gateway must know of one before it uses it. Nothing is changed here.
 
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use netlink_packet_core::Parseable as _;
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp};
 
 use super::netlink::{NetlinkError, RouteSocket, malformed};
@@ -29,6 +33,51 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// Number of the XDP program that is attached to it.
     pub xdp_program: Option<u32>,
+    /// Index of the bridge or bond that it is a port of.
+    pub controller: Option<u32>,
+}
+
+/// An interface's own addresses that others can answer to: the first global one of each family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Addresses {
+    /// IPv4.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6.
+    pub v6: Option<Ipv6Addr>,
+}
+
+impl Addresses {
+    /// Reads those of all interfaces of the network namespace of the calling thread, by index.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    pub fn of_all() -> Result<HashMap<u32, Self>, LinkError> {
+        let answer = |error: NetlinkError| LinkError::Addresses(error.to_string());
+        let socket = RouteSocket::open().map_err(|error| answer(error.into()))?;
+        let message = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        let read = |all: &mut HashMap<u32, Self>, payload: &[u8]| {
+            let message = AddressMessage::parse(payload).map_err(malformed)?;
+            if message.header.scope != AddressScope::Universe {
+                return Ok(());
+            }
+            let own = all.entry(message.header.index).or_default();
+            // IPv4 has the own address in `Local`: on point-to-point links `Address` is the peer's.
+            let find = |local| {
+                message.attributes.iter().find_map(|attribute| match attribute {
+                    AddressAttribute::Local(address) if local => Some(*address),
+                    AddressAttribute::Address(address) if !local => Some(*address),
+                    _ => None,
+                })
+            };
+            match find(true).or_else(|| find(false)) {
+                Some(IpAddr::V4(address)) => own.v4 = own.v4.or(Some(address)),
+                Some(IpAddr::V6(address)) => own.v6 = own.v6.or(Some(address)),
+                None => {}
+            }
+            Ok(())
+        };
+        socket.dump(&message, HashMap::new, read).map_err(answer)
+    }
 }
 
 /// What packets of an interface begin with, as programs and queueing disciplines meet them.
@@ -79,6 +128,9 @@ pub enum LinkError {
         /// What went wrong.
         source: std::io::Error,
     },
+    /// The addresses could not be read.
+    #[error("reading the interfaces' addresses: {0}")]
+    Addresses(String),
     /// The kernel refused, or its answer could not be read.
     #[error("looking up interface {name}: {reason}")]
     Answer {
@@ -142,12 +194,14 @@ impl Link {
             tx_queues: 1,
             mac: None,
             xdp_program: None,
+            controller: None,
         };
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
+                LinkAttribute::Controller(index) => link.controller = Some(index),
                 LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
                 LinkAttribute::Xdp(parts) => {
                     link.xdp_program = parts.into_iter().find_map(|part| match part {

@@ -181,6 +181,11 @@ impl Maps {
         sum_counters(&self.counters, directed(u32::from(slot), direction), ALLOCATION_SLOTS * 2)
     }
 
+    /// Clocks of one direction of an allocation's slot, and what is counted beside them.
+    pub(super) fn allocation_clocks(&self, slot: u16, direction: Direction) -> Clocks {
+        self.clocks.read(directed(u32::from(slot), direction))
+    }
+
     /// Counters of one direction of a provider's slot, all CPUs together.
     pub(super) fn provider_counters(&self, slot: u16, direction: Direction) -> Counters {
         sum_counters(&self.provider_counters, directed(u32::from(slot), direction), PROVIDER_SLOTS * 2)

@@ -214,7 +214,7 @@ impl RouteSocket {
 }
 
 /// Tells when a network interface of a namespace comes, goes or changes.
-pub struct LinkEvents {
+pub(crate) struct LinkEvents {
     socket: Socket,
 }
 
@@ -229,7 +229,7 @@ impl LinkEvents {
     ///
     /// # Errors
     /// Where the kernel refuses.
-    pub fn open() -> io::Result<Self> {
+    pub(crate) fn open() -> io::Result<Self> {
         // linux/rtnetlink.h
         const RTNLGRP_LINK: u32 = 1;
         let mut socket = Socket::new(NETLINK_ROUTE)?;
@@ -242,7 +242,7 @@ impl LinkEvents {
     ///
     /// # Errors
     /// Where the socket fails. Events that were lost because too many came count as one.
-    pub fn wait(&self) -> io::Result<()> {
+    pub(crate) fn wait(&self) -> io::Result<()> {
         let mut buffer = vec![0; RECEIVE_BUFFER];
         let mut flags = 0;
         loop {

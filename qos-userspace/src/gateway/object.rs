@@ -1086,15 +1086,27 @@ mod tests {
     fn every_program_passes_the_verifier() {
         let pins = Pins::new("load");
         let mut object = Object::load(&pins.0).expect("loads");
-        for name in ["qos_trace_lan", "qos_trace_wan"] {
-            let program: &mut Xdp = object.program(name).expect("is in the object");
-            assert!(program.fd().is_err(), "{name} is loaded when somebody traces");
-            program.load().unwrap_or_else(|error| panic!("{name}: {}", program_error(&error)));
+        for name in ["qos_trace_lan", "qos_trace_wan", "qos_trace_j_lan", "qos_trace_j_wan"] {
+            let program = object.ebpf.program_mut(name).expect("is in the object");
+            let is_loaded = match program {
+                aya::programs::Program::Xdp(program) => program.fd().is_ok(),
+                aya::programs::Program::SchedClassifier(program) => program.fd().is_ok(),
+                other => panic!("{name} has type {:?}", other.prog_type()),
+            };
+            assert!(!is_loaded, "{name} is loaded when somebody traces");
+            load(name, program).unwrap_or_else(|error| panic!("{error}"));
         }
         let names: Vec<_> = object.ebpf.programs().map(|(name, _)| name.to_owned()).collect();
-        for name in
-            ["qos_xdp_lan", "qos_xdp_wan", "qos_ingress", "qos_egress_lan", "qos_egress_wan", "qos_explain"]
-        {
+        for name in [
+            "qos_xdp_lan",
+            "qos_xdp_wan",
+            "qos_ingress",
+            "qos_judge_lan",
+            "qos_judge_wan",
+            "qos_egress_lan",
+            "qos_egress_wan",
+            "qos_explain",
+        ] {
             assert!(names.iter().any(|other| other == name), "{name} is in the object: {names:?}");
         }
         for (name, program) in object.ebpf.programs() {

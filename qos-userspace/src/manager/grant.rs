@@ -18,7 +18,7 @@ use super::{
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
     Allocation, AllocationId, BitsPerSecond, ByteCount, Directed, Level, Name, Profile, Provider,
-    ProviderKind, Selector, Session, Status, dscp,
+    ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session, Status, dscp,
 };
 
 /// Longest time an allocation is granted for: 100 years.
@@ -204,6 +204,7 @@ fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> 
         delay_us: asked.delay_us.or(base.delay_us),
         loss: asked.loss.or(base.loss),
         dscp: asked.dscp.or(base.dscp),
+        mtu: asked.mtu.or(base.mtu),
         enforcement: asked.enforcement.unwrap_or(base.enforcement),
         hard: asked.hard.unwrap_or(base.hard),
         ..Level::default()
@@ -220,6 +221,7 @@ fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> 
         return Err(nothing_asked(if profile.is_some() { "profile" } else { "level" }));
     }
     check_level(&level)?;
+    check_mtu(&level, &request.selectors)?;
     for direction in Direction::BOTH {
         let rate = level.guaranteed.get(direction).or(*level.maximum.get(direction));
         let burst = *level.burst.get(direction);
@@ -252,6 +254,7 @@ fn is_empty(level: &Level) -> bool {
     level.guaranteed == Directed::default()
         && level.maximum == Directed::default()
         && level.dscp.is_none()
+        && level.mtu.is_none()
         && level.priority == DEFAULT_PRIORITY
 }
 
@@ -259,7 +262,7 @@ fn nothing_asked(field: &str) -> Refusal {
     Refusal::invalid(
         field,
         "nothing",
-        "is asked for: name a guaranteed or maximum rate, a priority or a dscp",
+        "is asked for: name a guaranteed or maximum rate, a priority, a dscp or an mtu",
     )
 }
 
@@ -286,6 +289,10 @@ fn check_level(level: &Level) -> Result<(), Refusal> {
     if let Some(value) = level.dscp.filter(|value| *value > dscp::MAX) {
         return Err(Refusal::invalid("level.dscp", value, "is out of range: 0 to 63"));
     }
+    if let Some(value) = level.mtu.filter(|value| *value < SMALLEST_MTU) {
+        let reason = format!("is less than {SMALLEST_MTU}, which every host must be able to receive");
+        return Err(Refusal::invalid("level.mtu", value, &reason));
+    }
     let guarantees = level.guaranteed != Directed::default();
     if let Some(loss) = level.loss {
         if !(0.0..=1.0).contains(&loss) {
@@ -304,6 +311,20 @@ fn check_level(level: &Level) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// IPv6 hosts take no MTU below IPv6's smallest from anybody.
+fn check_mtu(level: &Level, selectors: &[Selector]) -> Result<(), Refusal> {
+    let Some(mtu) = level.mtu.filter(|mtu| *mtu < SMALLEST_IPV6_MTU) else { return Ok(()) };
+    let prefixes = selectors.iter().flat_map(|selector| [selector.source, selector.destination]).flatten();
+    match prefixes.into_iter().find(|prefix| prefix.addr().is_ipv6()) {
+        Some(prefix) => {
+            let reason =
+                format!("is less than {SMALLEST_IPV6_MTU}, the smallest of IPv6, and {prefix} is selected");
+            Err(Refusal::invalid("level.mtu", mtu, &reason))
+        }
+        None => Ok(()),
+    }
 }
 
 fn check_burst(

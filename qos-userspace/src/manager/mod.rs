@@ -192,6 +192,8 @@ pub struct LevelRequest {
     pub loss: Option<f64>,
     /// Code point to write.
     pub dscp: Option<u8>,
+    /// Largest IP packet in bytes.
+    pub mtu: Option<u16>,
     /// Queue or drop.
     pub enforcement: Option<crate::domain::Enforcement>,
     /// Refuse rather than give a soft guarantee.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use qos_common::abi::Counters;
+use qos_common::abi::{Clocks, Counters};
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{AllocationId, BitsPerSecond, Name};
@@ -32,6 +32,33 @@ pub struct Counts {
     pub in_profile: Count,
     /// Above the guaranteed and within the maximum capacity.
     pub excess: Count,
+    /// What was done for the largest packet of the level; of allocations only.
+    #[serde(default)]
+    pub mtu: MtuCounts,
+}
+
+/// What was done for an allocation's MTU in one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MtuCounts {
+    /// Packets above it that may not be fragmented: dropped, and not counted elsewhere.
+    pub dropped_packets: u64,
+    /// Those of them whose sender was told; answers are limited to 200 a second.
+    pub senders_told: u64,
+    /// Packets above it that may be fragmented: passed.
+    pub passed_packets: u64,
+    /// TCP handshakes whose segment size was lowered.
+    pub mss_lowered: u64,
+}
+
+impl From<Clocks> for MtuCounts {
+    fn from(clocks: Clocks) -> Self {
+        Self {
+            dropped_packets: clocks.too_big_dropped,
+            senders_told: clocks.too_big_answered,
+            passed_packets: clocks.too_big_passed,
+            mss_lowered: clocks.mss_lowered,
+        }
+    }
 }
 
 impl From<Counters> for Counts {
@@ -48,6 +75,7 @@ impl From<Counters> for Counts {
             marked: Count { packets: counters.marked_packets, bytes: counters.marked_bytes },
             in_profile,
             excess,
+            mtu: MtuCounts::default(),
         }
     }
 }

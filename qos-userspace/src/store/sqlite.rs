@@ -35,7 +35,7 @@ pub const HISTORY_LIMIT: u32 = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Statement `n` brings a file of version `n` to version `n + 1`.
-const MIGRATIONS: [&str; 1] = [include_str!("schema-1.sql")];
+const MIGRATIONS: [&str; 2] = [include_str!("schema-1.sql"), include_str!("schema-2.sql")];
 
 /// An SQLite file that this process owns.
 #[derive(Debug)]
@@ -503,6 +503,7 @@ fn level_columns(level: &Level) -> Vec<Column> {
         ("delay_us", option(level.delay_us, |delay| integer(delay.into()))),
         ("loss", option(level.loss, Value::Real)),
         ("dscp", option(level.dscp, |dscp| integer(dscp.into()))),
+        ("mtu", option(level.mtu, |mtu| integer(mtu.into()))),
         ("enforcement", text(enforcement)),
         ("hard", integer(level.hard.into())),
     ]
@@ -661,6 +662,7 @@ fn read_level(row: &Reader<'_, '_>) -> Result<Level, String> {
         delay_us: row.number_option("delay_us")?,
         loss: row.get("loss")?,
         dscp: row.number_option("dscp")?,
+        mtu: row.number_option("mtu")?,
         enforcement: match enforcement.as_str() {
             "shape" => Enforcement::Shape,
             "police" => Enforcement::Police,

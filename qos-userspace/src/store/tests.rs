@@ -163,8 +163,8 @@ fn a_file_that_is_not_ours_is_told_from_a_damaged_one() {
     drop(filled(&path));
     Connection::open(&path).unwrap().execute_batch("PRAGMA user_version = 9").unwrap();
     let error = open().unwrap_err();
-    assert!(matches!(error, StoreError::TooNew { found: 9, known: 1, .. }), "{error}");
-    assert!(error.to_string().contains("schema version 9, this qosd knows versions up to 1"), "{error}");
+    assert!(matches!(error, StoreError::TooNew { found: 9, known: 2, .. }), "{error}");
+    assert!(error.to_string().contains("schema version 9, this qosd knows versions up to 2"), "{error}");
 
     let error = SqliteStore::open(folder.path().join("no/such/folder/state.db")).unwrap_err();
     assert!(matches!(error, StoreError::CannotOpen { .. }), "{error}");
