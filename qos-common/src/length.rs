@@ -50,6 +50,21 @@ pub const fn charged(ip_length: u32, overhead: i16, link_layer: LinkLayer) -> u3
     }
 }
 
+/// Bytes that a packet of `ip_length` leaves unused of its last ATM cell.
+#[must_use]
+pub const fn unused_in_cells(ip_length: u32, overhead: i16) -> u32 {
+    let framed = ip_length as i64 + overhead as i64;
+    if framed <= 0 { 0 } else { (CELL_PAYLOAD - framed as u32 % CELL_PAYLOAD) % CELL_PAYLOAD }
+}
+
+/// The largest IP length up to `mtu` that leaves nothing of its cells unused; none where there is none.
+#[must_use]
+pub const fn largest_in_whole_cells(mtu: u32, overhead: i16) -> Option<u32> {
+    let framed = mtu as i64 + overhead as i64;
+    let whole = framed - framed % CELL_PAYLOAD as i64 - overhead as i64;
+    if framed > 0 && whole > 0 && whole <= mtu as i64 { Some(whole as u32) } else { None }
+}
+
 /// Bytes that a GSO super-packet takes: each of its `segments` repeats `header` bytes (IP and
 /// transport) and its own line overhead. All but the last carry `segment` bytes of payload.
 ///
@@ -85,6 +100,23 @@ mod tests {
         {
             assert_eq!(charged(ip, overhead, LinkLayer::Atm), cells * 53, "{ip} + {overhead}");
         }
+    }
+
+    #[test]
+    fn whole_cells() {
+        for (mtu, overhead, unused, fits) in [
+            (1_500, 32, 4, Some(1_456)),
+            (1_504, 32, 0, Some(1_504)),
+            (1_500, -20, 8, Some(1_460)),
+            (20, 0, 28, None),
+        ] {
+            assert_eq!(unused_in_cells(mtu, overhead), unused, "{mtu} + {overhead}");
+            assert_eq!(largest_in_whole_cells(mtu, overhead), fits, "{mtu} + {overhead}");
+            if let Some(fits) = fits {
+                assert_eq!(unused_in_cells(fits, overhead), 0);
+            }
+        }
+        assert_eq!((unused_in_cells(10, -20), largest_in_whole_cells(10, -20)), (0, None));
     }
 
     #[test]

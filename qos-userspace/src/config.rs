@@ -46,6 +46,8 @@ const LONGEST_SOCKET_PATH: usize = 107;
 /// The configuration, checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
+    /// The file that it was read from.
+    pub path: PathBuf,
     /// Directory of the database and the lock.
     pub state_dir: PathBuf,
     /// The socket that the API is on.
@@ -66,6 +68,15 @@ pub struct Config {
     pub link_rest: BitsPerSecond,
     /// What the gateway is made of.
     pub gateway: GatewayConfig,
+}
+
+/// In what two configurations differ, by key.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// What a daemon that runs can change.
+    pub live: Vec<String>,
+    /// What it can't.
+    pub restart: Vec<String>,
 }
 
 /// Who may use the API on the socket besides root and the daemon's own user.
@@ -174,6 +185,7 @@ impl Config {
 
         let interfaces = read_interfaces(&mut top)?;
         let config = Self {
+            path: path.to_owned(),
             state_dir: top.optional("state_dir", absolute_path)?.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
             socket: top.optional("socket", socket_path)?.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             access: Access {
@@ -232,6 +244,50 @@ impl Config {
             link_rest: self.link_rest,
             mtu,
             require_session: self.require_session,
+        }
+    }
+
+    /// Names of the keys in which another configuration differs: those that a daemon which runs can
+    /// change, and those that only a restart changes.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Differences {
+        let (mine, theirs) = (&self.gateway, &other.gateway);
+        let named = |list: &[(&'static str, bool)]| {
+            list.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()).collect()
+        };
+        let mut live: Vec<String> = named(&[
+            ("mode", mine.observe != theirs.observe),
+            ("line_side", self.line_side != other.line_side),
+            ("soft_share", self.soft_share.to_bits() != other.soft_share.to_bits()),
+            ("line_rest", self.line_rest != other.line_rest),
+            ("link_rest", self.link_rest != other.link_rest),
+            ("tc_hooks", mine.tc_hooks != theirs.tc_hooks),
+            ("nat", mine.nat != theirs.nat),
+            ("require_session", self.require_session != other.require_session),
+            ("reconcile_interval", self.reconcile_interval != other.reconcile_interval),
+        ]);
+        let all = mine.interfaces.iter().chain(&theirs.interfaces).map(|interface| interface.name.as_str());
+        let find = |interfaces: &[InterfaceConfig], name: &str| {
+            interfaces.iter().find(|interface| interface.name == name).cloned()
+        };
+        for name in all.collect::<BTreeSet<_>>() {
+            live.extend(match (find(&mine.interfaces, name), find(&theirs.interfaces, name)) {
+                (None, Some(_)) => Some(format!("interface {name} (added)")),
+                (Some(_), None) => Some(format!("interface {name} (removed)")),
+                (one, other) if one != other => Some(format!("interface {name}")),
+                _ => None,
+            });
+        }
+        Differences {
+            live,
+            restart: named(&[
+                ("state_dir", self.state_dir != other.state_dir),
+                ("socket", self.socket != other.socket),
+                ("allow_users", self.access.users != other.access.users),
+                ("allow_groups", self.access.groups != other.access.groups),
+                ("bpffs_dir", mine.bpffs_dir != theirs.bpffs_dir),
+                ("mark_mask", mine.mark_mask != theirs.mark_mask),
+            ]),
         }
     }
 

@@ -13,24 +13,22 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, oneshot};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
+use crate::api::reload::reload;
 use crate::api::service::{Service, ServiceError};
 use crate::api::socket::{self, SocketError};
 use crate::api::worker::{Handle, Worker};
 use crate::api::{self, Api, doctor};
 use crate::config::Config;
 use crate::gateway::GatewayConfig;
-use crate::gateway::link::{Link, LinkError};
+use crate::gateway::link::LinkError;
 use crate::gateway::netlink::LinkEvents;
 use crate::manager::{Gateway, State};
 use crate::store::sqlite::SqliteStore;
 
 /// How long answers that are under way may take at the end.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
-
-/// Largest IP packet of plain Ethernet, in bytes (RFC 894).
-const ETHERNET_MTU: u32 = 1_500;
 
 /// Why the daemon does not run, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +91,7 @@ pub enum DaemonError {
 ///
 /// # Errors
 /// Where it can't start, or the service ends by itself.
-pub fn run<G: Gateway + 'static>(
+pub fn run<G: Gateway<Config = GatewayConfig> + 'static>(
     config: Config,
     start_gateway: impl FnOnce(&GatewayConfig, &State) -> Result<G, G::Error> + Send + 'static,
 ) -> Result<(), DaemonError> {
@@ -103,20 +101,20 @@ pub fn run<G: Gateway + 'static>(
         return Err(DaemonError::Unprivileged { uid: nix::unistd::geteuid().as_raw(), missing });
     }
     let _lock = lock(&config)?;
-    let mtu = largest_mtu(&config)?;
+    let mtu = config.gateway.largest_mtu()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|source| DaemonError::System { what: "make threads", source })?;
-    let result = runtime.block_on(live(Arc::new(config), mtu, start_gateway));
+    let result = runtime.block_on(live(config, mtu, start_gateway));
     // Whoever was not waited for on purpose is not waited for here either.
     runtime.shutdown_background();
     result
 }
 
-async fn live<G: Gateway + 'static>(
-    config: Arc<Config>,
+async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
+    config: Config,
     mtu: u32,
     start_gateway: impl FnOnce(&GatewayConfig, &State) -> Result<G, G::Error> + Send + 'static,
 ) -> Result<(), DaemonError> {
@@ -128,10 +126,13 @@ async fn live<G: Gateway + 'static>(
     // Who is second must find out before it touches the kernel.
     socket::refuse_live(&config.socket)?;
 
-    let own = Arc::clone(&config);
+    let mut hang_up = signal(SignalKind::hangup()).map_err(handled)?;
+
+    let own = config.clone();
     let mut worker = Worker::spawn(move || {
         let store = SqliteStore::open(own.database()).map_err(ServiceError::Store)?;
-        Service::start(Config::clone(&own), mtu, store, |state| start_gateway(&own.gateway, state))
+        let gateway = own.gateway.clone();
+        Service::start(own, mtu, store, |state| start_gateway(&gateway, state))
     })?;
     // Last, so that whoever can connect meets a gateway that enforces.
     let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
@@ -141,17 +142,34 @@ async fn live<G: Gateway + 'static>(
 
     let stop = Arc::new(Notify::new());
     let (closing, closed) = oneshot::channel::<()>();
-    let api = Api { handle: worker.handle(), config: Arc::clone(&config), stop: Arc::clone(&stop) };
+    let api = Api {
+        handle: worker.handle(),
+        access: config.access.clone(),
+        config_path: config.path.clone(),
+        stop: Arc::clone(&stop),
+    };
     let server = tokio::spawn(api::serve(listener, api, async {
         let _ = closed.await;
     }));
 
     let mut detached = false;
-    tokio::select! {
-        _ = terminate.recv() => info!("SIGTERM: stopping; the programs in the kernel go on enforcing"),
-        _ = interrupt.recv() => info!("SIGINT: stopping; the programs in the kernel go on enforcing"),
-        () = stop.notified() => detached = true,
-        () = worker.ended() => {}
+    let handle = worker.handle();
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => info!("SIGTERM: stopping; the programs in the kernel go on enforcing"),
+            _ = interrupt.recv() => info!("SIGINT: stopping; the programs in the kernel go on enforcing"),
+            _ = hang_up.recv() => {
+                match reload(&handle, &config.path).await {
+                    Ok(changed) if changed.is_empty() => info!("SIGHUP: the configuration is as it was"),
+                    Ok(changed) => info!("SIGHUP: changed {}", changed.join(", ")),
+                    Err(error) => error!("SIGHUP: going on with the configuration as it was: {error}"),
+                }
+                continue;
+            }
+            () = stop.notified() => detached = true,
+            () = worker.ended() => {}
+        }
+        break;
     }
     let _ = closing.send(());
     let finish = async {
@@ -254,20 +272,6 @@ pub fn lock(config: &Config) -> Result<Lock, DaemonError> {
     }
 }
 
-/// The largest IP packet that any interface takes, in bytes: delays are computed with it. Ethernet's
-/// where no interface is there yet.
-fn largest_mtu(config: &Config) -> Result<u32, LinkError> {
-    let mut largest = None;
-    for interface in &config.gateway.interfaces {
-        match Link::by_name(&interface.name) {
-            Ok(link) => largest = largest.max(Some(link.mtu)),
-            Err(LinkError::NotFound { .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(largest.unwrap_or(ETHERNET_MTU))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -309,12 +313,5 @@ capacity = "1Gbit/s"
         std::fs::write(directory.path().join("state"), "a file").expect("written");
         let error = lock(&config(directory.path(), "eth1")).expect_err("in the way").to_string();
         assert!(error.starts_with("cannot make the state directory "), "{error}");
-    }
-
-    #[test]
-    fn interfaces_that_are_yet_to_come_have_no_mtu() {
-        let directory = tempfile::tempdir().expect("temporary directory");
-        let loopback = Link::by_name("lo").expect("every namespace has one").mtu;
-        assert_eq!(largest_mtu(&config(directory.path(), "no-such-nic")).expect("one is there"), loopback);
     }
 }

@@ -144,8 +144,9 @@ fn levels_hold(test: &str, kind: Kind) {
     }
     udp_is_policed_shaped_and_marked(&under_test);
     tcp_is_shaped(&under_test);
-    an_mtu_is_kept_by_connections_that_were_open_before(&under_test);
     a_guarantee_is_kept_while_the_line_is_full(&under_test);
+    // Last: hosts remember what they learn of a path.
+    an_mtu_is_kept_by_connections_that_were_open_before(&under_test);
     let outcomes = started.daemon.statistics().unwrap().outcomes;
     for outcome in ["lost_mark", "malformed", "truncated", "too_many_tags", "missing_entry"] {
         // Behind generic XDP kernels from 6.9 on lose every mark, and egress classifies again.

@@ -121,7 +121,7 @@ fn syn(net: &Topology, v6: bool, options: &[u8]) -> Vec<u8> {
     };
     let mut frame = spec.build().unwrap();
     let tcp = 14 + if v6 { 40 } else { 20 };
-    frame[tcp + 12] = ((20 + options.len()) / 4 << 4) as u8;
+    frame[tcp + 12] = (((20 + options.len()) / 4) << 4) as u8;
     frame[tcp + 13] = 2;
     frame[tcp + 20..].copy_from_slice(options);
     // The checksum over what was written now: from that of the whole.

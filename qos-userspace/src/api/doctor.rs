@@ -3,6 +3,7 @@
 //! Looking changes nothing on the host. Whether a scheduler exists is tried in a network namespace
 //! that is made for it and gone afterwards: module lists do not say what is built in, nor what loads.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt as _;
@@ -17,6 +18,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::statfs::statfs;
 use nix::sys::statvfs::statvfs;
 use nix::unistd::{AccessFlags, access};
+use qos_common::length::{self, LinkLayer};
 use serde::{Deserialize, Serialize};
 
 use super::types::Status;
@@ -25,6 +27,7 @@ use crate::gateway::InterfaceConfig;
 use crate::gateway::link::{Framing, Link, LinkError};
 use crate::gateway::netlink::{NetlinkError, Refusal, RouteSocket};
 use crate::gateway::port::Port;
+use crate::manager::State;
 
 /// Oldest kernel that works.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
@@ -149,6 +152,30 @@ pub fn daemon(status: &Status) -> Vec<Check> {
         (None, None) => Check::ok("kernel equals state", "nothing had to be repaired"),
     });
     checks
+}
+
+/// What the lines say of packets: on ATM the last cell of a full packet may be nearly empty.
+#[must_use]
+pub fn lines(state: &State) -> Vec<Check> {
+    const NAME: &str = "ATM cells";
+    let mtu = state.network.mtu;
+    let mut lines = BTreeMap::<i16, usize>::new();
+    for session in state.sessions.values().filter(|session| session.link_layer == LinkLayer::Atm) {
+        *lines.entry(session.overhead).or_default() += 1;
+    }
+    let advice = |(overhead, lines): (i16, usize)| {
+        let unused = length::unused_in_cells(mtu, overhead);
+        let found = format!("{lines} lines with an overhead of {overhead} bytes: a packet of {mtu} bytes");
+        match length::largest_in_whole_cells(mtu, overhead) {
+            Some(fits) if unused > 0 => Check::warning(
+                NAME,
+                format!("{found} leaves {unused} bytes of its last cell empty"),
+                format!("grant levels there with --mtu {fits}, whose packets fill their cells"),
+            ),
+            _ => Check::ok(NAME, format!("{found} fills its cells")),
+        }
+    };
+    lines.into_iter().map(advice).collect()
 }
 
 /// The worst of all checks.

@@ -65,6 +65,10 @@ impl From<ServiceError> for ApiError {
             ServiceError::Kernel(_) | ServiceError::NotUndone { .. } | ServiceError::Gateway { .. } => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "kernel")
             }
+            ServiceError::Config(_) | ServiceError::NeedsRestart(_) => {
+                (StatusCode::BAD_REQUEST, "configuration")
+            }
+            ServiceError::Interface(_) => (StatusCode::INTERNAL_SERVER_ERROR, "kernel"),
             ServiceError::Overcommitted(_) => (StatusCode::CONFLICT, "insufficient_capacity"),
             ServiceError::Detached => (StatusCode::SERVICE_UNAVAILABLE, "stopping"),
         };

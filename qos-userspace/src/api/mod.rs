@@ -4,6 +4,7 @@
 //! says who may connect. Decisions are made by the manager; nothing here judges a request.
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
@@ -19,6 +20,7 @@ pub mod doctor;
 mod error;
 mod extract;
 mod native;
+pub mod reload;
 pub mod service;
 pub mod socket;
 #[cfg(test)]
@@ -33,15 +35,17 @@ use error::ApiError;
 use socket::Peer;
 use worker::Handle;
 
-use crate::config::{Access, Config};
+use crate::config::Access;
 
 /// What the routes work with.
 #[derive(Clone, Debug)]
 pub struct Api {
     /// Asks the service.
     pub handle: Handle,
-    /// The daemon's configuration.
-    pub config: Arc<Config>,
+    /// Who may connect.
+    pub access: Access,
+    /// The daemon's configuration file.
+    pub config_path: PathBuf,
     /// Told when the daemon has to stop, everything having been removed from the kernel.
     pub stop: Arc<Notify>,
 }
@@ -55,7 +59,7 @@ pub async fn serve(
     api: Api,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let access = Arc::new(api.config.access.clone());
+    let access = Arc::new(api.access.clone());
     let router = guarded(native::router(api), access);
     let service = router.into_make_service_with_connect_info::<Peer>();
     axum::serve(listener, service).with_graceful_shutdown(shutdown).await

@@ -12,6 +12,7 @@ use super::Api;
 use super::doctor::{self, Check};
 use super::error::ApiError;
 use super::extract::{Body, LARGEST_BODY, Named, Options};
+use super::reload::ReloadError;
 use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
@@ -32,6 +33,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/statistics", get(statistics))
         .route("/v1/explain", post(explain))
         .route("/v1/reconcile", post(reconcile))
+        .route("/v1/reload", post(reload))
         .route("/v1/trace", get(trace))
         .route("/v1/detach", post(detach))
         .route("/v1/providers", get(providers).post(add_provider))
@@ -84,11 +86,15 @@ async fn status(Shared(api): Shared<Api>) -> Answer<Status> {
 }
 
 async fn examine(Shared(api): Shared<Api>) -> Answer<Listing<Check>> {
-    let status = api.handle.run(|service| service.status()).await??;
-    let local = tokio::task::spawn_blocking(move || doctor::local(Some(&api.config)))
+    let asked = api.handle.run(|service| {
+        let status = service.status()?;
+        Ok::<_, ServiceError>((status, service.config().clone(), doctor::lines(service.state())))
+    });
+    let (status, config, lines) = asked.await??;
+    let local = tokio::task::spawn_blocking(move || doctor::local(Some(&config)))
         .await
         .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.to_string()))?;
-    let items = local.into_iter().chain(doctor::daemon(&status)).collect();
+    let items = local.into_iter().chain(doctor::daemon(&status)).chain(lines).collect();
     Ok(axum::Json(Listing { items }))
 }
 
@@ -126,6 +132,14 @@ async fn explain(Shared(api): Shared<Api>, Body(request): Body<ExplainRequest>) 
 
 async fn reconcile(Shared(api): Shared<Api>) -> Answer<Listing<String>> {
     let items = api.handle.run(|service| service.reconcile()).await??;
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn reload(Shared(api): Shared<Api>) -> Answer<Listing<String>> {
+    let items = super::reload::reload(&api.handle, &api.config_path).await.map_err(|error| match error {
+        ReloadError::Service(error) => ApiError::from(error),
+        ReloadError::Stopped(error) => ApiError::from(error),
+    })?;
     Ok(axum::Json(Listing { items }))
 }
 

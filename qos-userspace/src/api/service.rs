@@ -15,6 +15,7 @@ use tracing::{debug, error, info, warn};
 use super::types::{Counted, Status};
 use crate::config::Config;
 use crate::domain::{Allocation, AllocationId, Direction};
+use crate::gateway::GatewayConfig;
 use crate::manager::report::{Explanation, Statistics};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
 use crate::store::{Store, StoreError};
@@ -67,6 +68,15 @@ pub enum ServiceError {
         .0.join("; ")
     )]
     Overcommitted(Vec<String>),
+    /// The file is no configuration; nothing was changed.
+    #[error(transparent)]
+    Config(crate::config::ConfigError),
+    /// An interface can't be looked at; nothing was changed.
+    #[error(transparent)]
+    Interface(crate::gateway::link::LinkError),
+    /// A new configuration differs in what can't be changed while the daemon runs; nothing was changed.
+    #[error("{} can't change while qosd runs: restart it, which stops no enforcement", .0.join(", "))]
+    NeedsRestart(Vec<String>),
     /// Everything was removed from the kernel, and the daemon is about to end.
     #[error("everything was removed from the kernel by `qos detach`, and qosd is stopping")]
     Detached,
@@ -139,6 +149,16 @@ pub trait Operations {
     /// Where the kernel can't be read, or a repair is refused.
     fn reconcile(&mut self) -> Result<Vec<String>, ServiceError>;
 
+    /// What the daemon works with now.
+    fn config(&self) -> &Config;
+
+    /// Takes a new configuration, `mtu` being the largest IP packet of its interfaces in bytes. Returns
+    /// what differs, by key.
+    ///
+    /// # Errors
+    /// Where it can't be taken. All stays as it was.
+    fn reload(&mut self, config: Config, mtu: u32) -> Result<Vec<String>, ServiceError>;
+
     /// Makes the kernel equal to the state if an interface has come, gone or changed.
     fn look_at_interfaces(&mut self);
 
@@ -174,7 +194,7 @@ pub struct Service<S, G> {
     listeners: Vec<mpsc::Sender<String>>,
 }
 
-impl<S: Store, G: Gateway> Service<S, G> {
+impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     /// Loads the state, drops what expired meanwhile, starts the gateway on it and reconciles.
     /// `mtu` is the largest IP packet of the interfaces, in bytes.
     ///
@@ -320,7 +340,7 @@ impl<S: Store, G: Gateway> Service<S, G> {
     }
 }
 
-impl<S: Store, G: Gateway> Operations for Service<S, G> {
+impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> {
     fn state(&self) -> &State {
         &self.state
     }
@@ -403,6 +423,39 @@ impl<S: Store, G: Gateway> Operations for Service<S, G> {
             }
         }
         result
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn reload(&mut self, config: Config, mtu: u32) -> Result<Vec<String>, ServiceError> {
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        let differences = self.config.differences(&config);
+        if !differences.restart.is_empty() {
+            return Err(ServiceError::NeedsRestart(differences.restart));
+        }
+        let before = std::mem::replace(&mut self.state.network, config.network(mtu));
+        let overcommitted = self.state.overcommitted();
+        if !overcommitted.is_empty() {
+            self.state.network = before;
+            return Err(ServiceError::Overcommitted(overcommitted));
+        }
+        if let Err(refused) = gateway.reconfigure(&config.gateway, &self.state) {
+            self.state.network = before;
+            if let Err(error) = gateway.reconfigure(&self.config.gateway, &self.state) {
+                error!("cannot go back to the configuration as it was, and will try again: {error}");
+            }
+            self.reconcile_at = Instant::now();
+            return Err(ServiceError::Kernel(Box::new(refused)));
+        }
+        for broken in self.state.broken_delays() {
+            warn!("the configuration does not keep what was granted: {broken}");
+        }
+        self.config = config;
+        // Repairs are kept for the status, and logged.
+        let _ = self.reconcile();
+        Ok(differences.live)
     }
 
     fn look_at_interfaces(&mut self) {

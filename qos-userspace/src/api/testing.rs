@@ -79,6 +79,7 @@ impl Recorder {
 
 impl Gateway for Recorder {
     type Error = Refused;
+    type Config = crate::gateway::GatewayConfig;
 
     fn apply(&mut self, _state: &State, changes: &[Change]) -> Result<(), Refused> {
         let mut record = self.record();
@@ -87,6 +88,15 @@ impl Gateway for Recorder {
             return Err(Refused::new());
         }
         record.applied.extend_from_slice(changes);
+        Ok(())
+    }
+
+    fn reconfigure(&mut self, _config: &Self::Config, _state: &State) -> Result<(), Refused> {
+        let mut record = self.record();
+        if record.refuse > 0 {
+            record.refuse -= 1;
+            return Err(Refused::new());
+        }
         Ok(())
     }
 
@@ -345,15 +355,15 @@ fn run(
         .build()
         .expect("a runtime");
     runtime.block_on(async {
-        let config = Arc::new(config);
-        let own = Config::clone(&config);
+        let (access, config_path, socket) =
+            (config.access.clone(), config.path.clone(), config.socket.clone());
         let worker = Worker::spawn(move || {
-            let store = store(&own);
-            Service::start(own, 1_500, store, |state| recorder.start(state))
+            let store = store(&config);
+            Service::start(config, 1_500, store, |state| recorder.start(state))
         })
         .expect("the service starts");
-        let (listener, _socket) = socket::bind(&config.socket, &config.access).expect("a socket");
-        let api = Api { handle: worker.handle(), config, stop: Arc::new(Notify::new()) };
+        let (listener, _socket) = socket::bind(&socket, &access).expect("a socket");
+        let api = Api { handle: worker.handle(), access, config_path, stop: Arc::new(Notify::new()) };
         let (closing, closed) = oneshot::channel::<()>();
         let server = tokio::spawn(serve(listener, api, async {
             let _ = closed.await;

@@ -10,6 +10,7 @@ use std::thread::{Builder, JoinHandle};
 use tokio::sync::oneshot;
 
 use super::service::{Operations, Service};
+use crate::gateway::GatewayConfig;
 use crate::manager::Gateway;
 use crate::store::Store;
 
@@ -90,7 +91,7 @@ impl Worker {
     ) -> Result<Self, E>
     where
         S: Store + 'static,
-        G: Gateway + 'static,
+        G: Gateway<Config = GatewayConfig> + 'static,
         E: Send + 'static,
     {
         let (messages, inbox) = channel();
@@ -136,7 +137,10 @@ impl Worker {
     }
 }
 
-fn serve<S: Store, G: Gateway>(mut service: Service<S, G>, inbox: &Receiver<Message>) {
+fn serve<S: Store, G: Gateway<Config = GatewayConfig>>(
+    mut service: Service<S, G>,
+    inbox: &Receiver<Message>,
+) {
     loop {
         match inbox.recv_timeout(service.idle()) {
             Ok(Message::Do(job)) => job(&mut service),

@@ -25,6 +25,7 @@ mod profile;
 mod provider;
 pub mod qosd;
 mod reconcile;
+mod reload;
 mod revoke;
 mod session;
 mod stats;
@@ -120,6 +121,7 @@ enum Verb {
     Doctor(doctor::Doctor),
     Status(status::Status),
     Reconcile(reconcile::Reconcile),
+    Reload(reload::Reload),
     Trace(trace::Trace),
     Detach(detach::Detach),
     Completions(completions::Completions),
@@ -241,6 +243,7 @@ fn dispatch(
         Verb::Doctor(verb) => doctor::run(&verb, client, output),
         Verb::Status(status::Status {}) => status::run(client, output),
         Verb::Reconcile(reconcile::Reconcile {}) => reconcile::run(client, output),
+        Verb::Reload(reload::Reload {}) => reload::run(client, output),
         Verb::Trace(trace::Trace {}) => trace::run(client, output),
         Verb::Detach(verb) => detach::run(&verb, client, output, detach_leftovers),
         Verb::Completions(verb) => completions::run(&verb, output),

@@ -71,6 +71,28 @@ pub struct GatewayConfig {
     pub nat: bool,
 }
 
+/// Largest IP packet of plain Ethernet, in bytes (RFC 894).
+const ETHERNET_MTU: u32 = 1_500;
+
+impl GatewayConfig {
+    /// The largest IP packet that any of the interfaces takes now, in bytes: delays are computed with it.
+    /// Ethernet's where none of them is there.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    pub fn largest_mtu(&self) -> Result<u32, LinkError> {
+        let mut largest = None;
+        for interface in &self.interfaces {
+            match Link::by_name(&interface.name) {
+                Ok(link) => largest = largest.max(Some(link.mtu)),
+                Err(LinkError::NotFound { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(largest.unwrap_or(ETHERNET_MTU))
+    }
+}
+
 /// An interface of the gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InterfaceConfig {
@@ -158,6 +180,11 @@ struct Interface {
 }
 
 impl Interface {
+    /// One that nothing was done to yet.
+    const fn new(config: InterfaceConfig, link: Option<Link>) -> Self {
+        Self { config, link, attachment: None, scheduler: None, tree: None }
+    }
+
     /// The direction of what is sent out of it.
     const fn egress(&self) -> Direction {
         match self.config.role {
@@ -197,13 +224,8 @@ impl Kernel {
         } else {
             Classifier::new(memory.0, memory.1, memory.2)
         };
-        let interfaces = config.interfaces.iter().zip(links).map(|(config, link)| Interface {
-            config: config.clone(),
-            link,
-            attachment: None,
-            scheduler: None,
-            tree: None,
-        });
+        let interfaces =
+            config.interfaces.iter().zip(links).map(|(config, link)| Interface::new(config.clone(), link));
         let mut kernel = Self {
             config: config.clone(),
             mark,
@@ -228,6 +250,64 @@ impl Kernel {
                 Err(error)
             }
         }
+    }
+
+    /// Becomes what another configuration says; `state` agrees with that. Interfaces and classes that are
+    /// the same in both are not touched.
+    ///
+    /// # Errors
+    /// Where an interface can't be used, or anything is refused. What was done stays: the caller goes back
+    /// by configuring as before.
+    pub fn reconfigure(&mut self, config: &GatewayConfig, state: &State) -> Result<(), GatewayError> {
+        // All that can be refused beforehand, before anything is touched.
+        let mut links = Vec::new();
+        for interface in &config.interfaces {
+            let link = found_link(&interface.name)?;
+            if let Some(link) = &link {
+                self.object.refuse_foreign(link, interface.xdp)?;
+            }
+            links.push(link);
+        }
+        let mut before = std::mem::take(&mut self.interfaces);
+        let hooks_before: Vec<_> = before.iter().map(|interface| self.hooks(&interface.config)).collect();
+        self.config = config.clone();
+        let mut changed = Vec::new();
+        for (config, link) in config.interfaces.iter().zip(links) {
+            let same = before.iter().position(|interface| {
+                let is_there =
+                    interface.link.as_ref().map(|link| link.index) == link.as_ref().map(|link| link.index);
+                interface.config.name == config.name && interface.config.role == config.role && is_there
+            });
+            let interface = match same {
+                Some(number) => {
+                    changed.push(hooks_before.get(number) != Some(&self.hooks(config)));
+                    let new = Interface::new(config.clone(), None);
+                    Interface { config: config.clone(), ..std::mem::replace(&mut before[number], new) }
+                }
+                None => {
+                    changed.push(true);
+                    Interface::new(config.clone(), link)
+                }
+            };
+            self.interfaces.push(interface);
+        }
+        // Of another role, or not configured any more: what is there goes before anything else comes.
+        let kept = self.interfaces.iter().filter(|interface| interface.attachment.is_some());
+        let kept: Vec<_> =
+            kept.filter_map(|interface| interface.link.as_ref().map(|link| link.index)).collect();
+        for left in leftovers(&self.config, kept.into_iter())? {
+            leave_alone(&self.config, &left)?;
+        }
+        for number in 0..self.interfaces.len() {
+            self.schedule(number, state)?;
+        }
+        self.reconcile_maps(state)?;
+        for (number, changed) in changed.into_iter().enumerate() {
+            if changed || self.interfaces[number].attachment.is_none() {
+                self.attach(number)?;
+            }
+        }
+        self.put_interfaces()
     }
 
     /// Tells whether an interface has come, gone, become another, or takes other packets, since the last
@@ -489,6 +569,8 @@ impl Kernel {
             return Ok(());
         };
         if observe {
+            interface.scheduler = None;
+            interface.tree = None;
             return Ok(Htb::new(link, LeafQueue::Best)?.detach()?);
         }
         let tree = tree(state, interface.egress(), interface.config.capacity, link.mtu);
@@ -834,6 +916,11 @@ impl Kernel {
 
 impl Gateway for Kernel {
     type Error = GatewayError;
+    type Config = GatewayConfig;
+
+    fn reconfigure(&mut self, config: &GatewayConfig, state: &State) -> Result<(), GatewayError> {
+        Self::reconfigure(self, config, state)
+    }
 
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), GatewayError> {
         let (mut ordered, others): (Vec<_>, Vec<_>) = changes

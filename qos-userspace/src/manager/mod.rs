@@ -239,12 +239,21 @@ pub struct Decision {
 pub trait Gateway {
     /// Why the kernel does not do what was decided.
     type Error: std::error::Error + Send + Sync + 'static;
+    /// What it is made of.
+    type Config;
 
     /// Carries out `changes`, which `state` already contains.
     ///
     /// # Errors
     /// Where a step is refused; the kernel is then as before the call.
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
+
+    /// Becomes what `config` says, under a state that agrees with it. What is the same in both goes on
+    /// undisturbed.
+    ///
+    /// # Errors
+    /// Where a step is refused; the caller goes back to the configuration before.
+    fn reconfigure(&mut self, config: &Self::Config, state: &State) -> Result<(), Self::Error>;
 
     /// Tells whether an interface has come, gone or changed since the last look.
     ///
