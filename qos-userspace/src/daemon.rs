@@ -24,6 +24,7 @@ use crate::gateway::GatewayConfig;
 use crate::gateway::link::{Link, LinkError};
 use crate::gateway::netlink::LinkEvents;
 use crate::manager::{Gateway, State};
+use crate::notify;
 use crate::store::sqlite::SqliteStore;
 
 /// How long answers that are under way may take at the end.
@@ -136,6 +137,7 @@ async fn live<G: Gateway + 'static>(
     // Last, so that whoever can connect meets a gateway that enforces.
     let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
+    tokio::spawn(notify::report(worker.handle()));
 
     watch_interfaces(worker.handle())?;
 
@@ -153,6 +155,7 @@ async fn live<G: Gateway + 'static>(
         () = stop.notified() => detached = true,
         () = worker.ended() => {}
     }
+    notify::stopping();
     let _ = closing.send(());
     let finish = async {
         // What was asked before is done; listeners to debugging are let go, or the server would wait.
