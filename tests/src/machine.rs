@@ -150,9 +150,7 @@ impl Machine {
     /// When it can't.
     pub fn write(&self, path: &str, content: impl AsRef<[u8]>) -> Result<()> {
         let (path, content) = (path.to_owned(), content.as_ref().to_owned());
-        self.run(move || {
-            fs::write(&path, content).with_context(|| format!("writing {path} in the machine"))
-        })
+        self.run(move || fs::write(&path, content).with_context(|| format!("writing {path} in the machine")))
     }
 
     /// Reads a text file.
@@ -161,9 +159,7 @@ impl Machine {
     /// When it can't.
     pub fn read(&self, path: &str) -> Result<String> {
         let path = path.to_owned();
-        self.run(move || {
-            fs::read_to_string(&path).with_context(|| format!("reading {path} in the machine"))
-        })
+        self.run(move || fs::read_to_string(&path).with_context(|| format!("reading {path} in the machine")))
     }
 
     /// Whether there is something at `path`.
@@ -204,8 +200,7 @@ impl ControlGroup {
         let own = fs::read_to_string("/proc/self/cgroup").context("reading the own control group")?;
         let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("no group of cgroup2")?;
         let number = MACHINES.fetch_add(1, Ordering::Relaxed);
-        let path =
-            Path::new(mounted).join(own).join(format!("qos-machine-{}-{number}", std::process::id()));
+        let path = Path::new(mounted).join(own).join(format!("qos-machine-{}-{number}", std::process::id()));
         fs::create_dir(&path).with_context(|| format!("making the control group {}", path.display()))?;
         Ok(Self(path))
     }
@@ -332,7 +327,13 @@ fn spawn_init(mut init: Command, procs: &File) -> Result<Child> {
                 if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
             };
             let mount = |kind: &std::ffi::CStr, from: &std::ffi::CStr, at: &std::ffi::CStr, flags| {
-                done(i64::from(libc::mount(from.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, std::ptr::null())))
+                done(i64::from(libc::mount(
+                    from.as_ptr(),
+                    at.as_ptr(),
+                    kind.as_ptr(),
+                    flags,
+                    std::ptr::null(),
+                )))
             };
             done(i64::from(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL)))?;
             done(libc::write(procs, c"0".as_ptr().cast(), 1) as i64)?;

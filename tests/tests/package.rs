@@ -145,7 +145,10 @@ impl Gateway {
 
     fn grant(&self) {
         for (verb, arguments) in [
-            ("session", vec!["add", "home", "--address", "192.0.2.10", "--down", "100mbit", "--up", "100mbit"]),
+            (
+                "session",
+                vec!["add", "home", "--address", "192.0.2.10", "--down", "100mbit", "--up", "100mbit"],
+            ),
             ("provider", vec!["add", "video", "--kind", "application", "--network", "203.0.113.0/24"]),
             (
                 "grant",
@@ -212,7 +215,8 @@ fn a_package_is_installed_upgraded_removed_and_purged_under_systemd() {
     assert_eq!(gateway.property("StatusText"), "enforcing 0 allocations on lan0, wan0");
     let pid = gateway.property("MainPID");
     let status = gateway.machine.read(&format!("/proc/{pid}/status")).unwrap();
-    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
+    let field =
+        |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned();
     let uid = gateway.run("id --user qosd");
     assert!(field("Uid:").split('\t').all(|one| one == uid), "{status}");
     for set in ["CapEff:", "CapPrm:", "CapBnd:", "CapAmb:"] {
@@ -235,7 +239,8 @@ fn a_package_is_installed_upgraded_removed_and_purged_under_systemd() {
     assert_eq!(gateway.installed(), format!("{}:installed", gateway.version(&newer)));
     assert_eq!(gateway.property("ActiveState"), "active");
     assert_ne!(gateway.property("MainPID"), pid);
-    let numbers = |links: &BTreeMap<String, (u32, u32)>| links.values().map(|link| link.0).collect::<Vec<_>>();
+    let numbers =
+        |links: &BTreeMap<String, (u32, u32)>| links.values().map(|link| link.0).collect::<Vec<_>>();
     assert_eq!(numbers(&gateway.links()), numbers(&links), "links were made anew");
     assert_eq!(gateway.qos("status")["gateway"]["taken_over"], true);
     assert_eq!(gateway.machine.read("/etc/qos/qos.toml").unwrap(), CONFIG);
@@ -271,7 +276,8 @@ fn a_package_is_installed_upgraded_removed_and_purged_under_systemd() {
     let pid = gateway.property("MainPID");
     gateway.run(&format!("kill -KILL {pid}"));
     eventually(Duration::from_secs(20), "the restart", || {
-        gateway.property("ActiveState") == "active" && !["0", &pid].contains(&gateway.property("MainPID").as_str())
+        gateway.property("ActiveState") == "active"
+            && !["0", &pid].contains(&gateway.property("MainPID").as_str())
     });
     assert_eq!(numbers(&gateway.links()), numbers(&links), "links were made anew");
 

@@ -45,8 +45,9 @@ pub(crate) fn make(workspace: &Workspace, package: &Package<'_>) -> Result<PathB
     }
     deb.env("CARGO_TARGET_DIR", &target).stderr(Stdio::inherit());
     if std::env::var_os("SOURCE_DATE_EPOCH").is_none()
-        && let Ok(seconds) =
-            setup::text_of(Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(workspace.file("")))
+        && let Ok(seconds) = setup::text_of(
+            Command::new("git").args(["log", "-1", "--format=%ct"]).current_dir(workspace.file("")),
+        )
     {
         // The same sources make the same package.
         deb.env("SOURCE_DATE_EPOCH", seconds.trim());

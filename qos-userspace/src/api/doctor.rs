@@ -271,6 +271,11 @@ fn schedulers() -> Vec<Check> {
     });
     let results = match results {
         Ok(results) => results,
+        // As the packaged service runs: with all that qosd needs, and no more.
+        Err(_) if missing_capabilities().is_some_and(|missing| missing.is_empty()) => {
+            let found = "not tried, which takes CAP_SYS_ADMIN; `programs on` tells what is in use";
+            return vec![Check::ok("schedulers", found)];
+        }
         Err(error) => {
             return vec![Check::warning(
                 "schedulers",
