@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::env;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use qos_tests::ask::{Brief, eventually, undisturbed};
@@ -252,13 +252,11 @@ fn a_package_is_installed_upgraded_removed_and_purged_under_systemd() {
     gateway.assert_held();
 
     // A version that can't be unpacked changes nothing.
-    let pid = gateway.property("MainPID");
     gateway.spoil(&newer, "preinst", "exit 1");
     gateway.try_run("dpkg --install /root/spoilt.deb").unwrap_err();
     assert_eq!(gateway.installed(), format!("{}:installed", gateway.version(&older)));
     assert_eq!(numbers(&gateway.links()), numbers(&links), "links were made anew");
     gateway.assert_held();
-    println!("after an upgrade that failed: pid {} was {pid}", gateway.property("MainPID"));
 
     // One that can't be configured is, once what was in its way has gone.
     gateway.spoil(&newer, "postinst", "[ ! -e /run/in-the-way ] || exit 1");
@@ -322,7 +320,7 @@ fn a_package_does_without_systemd() {
     let before = gateway.found();
     let start = || {
         let mut command = Command::new("qosd");
-        command.arg("run");
+        command.arg("run").stderr(Stdio::null());
         let child = gateway.machine.spawn(command).unwrap();
         eventually(Duration::from_secs(60), "the daemon", || gateway.try_run("qos status").is_ok());
         child

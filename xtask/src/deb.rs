@@ -41,7 +41,7 @@ pub(crate) fn make(workspace: &Workspace, package: &Package<'_>) -> Result<PathB
         deb.args(["--target", triple]);
     }
     if package.fast {
-        deb.args(["--fast", "--compress-type", "gz"]);
+        deb.arg("--fast");
     }
     deb.env("CARGO_TARGET_DIR", &target).stderr(Stdio::inherit());
     if std::env::var_os("SOURCE_DATE_EPOCH").is_none()
