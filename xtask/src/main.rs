@@ -108,6 +108,9 @@ fn run() -> Result<ExitCode> {
         }
         Verb::Deb { target, revision } => {
             workspace.set_up()?;
+            if let Some(triple) = &target {
+                workspace.set_up_target(triple)?;
+            }
             let programs = workspace.build_for(target.as_deref(), Profile::Release, &[])?;
             let package = Package {
                 programs: &programs,

@@ -71,6 +71,26 @@ impl Workspace {
         self.install(&BPF_LINKER)
     }
 
+    /// Makes sure of what compiling for another target takes.
+    ///
+    /// # Errors
+    /// Says what is missing and how to get it.
+    pub(crate) fn set_up_target(&self, triple: &str) -> Result<()> {
+        let mut add = Command::new("rustup");
+        self.prepare(&mut add);
+        add.args(["target", "add", triple]);
+        run(add).with_context(|| format!("the standard library for {triple} can't be installed"))?;
+        ensure!(
+            !triple.ends_with("-musl")
+                || env::vars().any(|(name, _)| name.starts_with("CC_"))
+                || succeeds(Command::new("musl-gcc").arg("--version")),
+            "no C compiler for {triple}: `musl-gcc --version` fails. SQLite is compiled from source. Install it \
+             (Debian: apt install musl-tools), or name another in CC_{}",
+            triple.replace('-', "_")
+        );
+        Ok(())
+    }
+
     /// Installs a tool under the target folder, unless that version is there.
     ///
     /// # Errors
