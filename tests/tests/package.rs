@@ -170,6 +170,20 @@ impl Gateway {
         }
     }
 
+    /// Holds the database while the daemon's worker wants to write to it, which waits for two seconds.
+    fn hang(&self) {
+        self.machine.run(|| {
+            let database = rusqlite::Connection::open("/var/lib/qos/qos.sqlite").unwrap();
+            database.execute_batch("BEGIN IMMEDIATE").unwrap();
+            let mut asked = Command::new("qos")
+                .args("provider add games --kind application --network 198.51.100.0/24".split(' '))
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            assert!(!asked.wait().unwrap().success(), "the database is held");
+        });
+    }
+
     /// Traffic of 5 Mbit/s gets the 1 Mbit/s that it was granted.
     fn assert_held(&self) {
         let held = self.measured();
@@ -279,6 +293,23 @@ fn a_package_is_installed_upgraded_removed_and_purged_under_systemd() {
             && !["0", &pid].contains(&gateway.property("MainPID").as_str())
     });
     assert_eq!(numbers(&gateway.links()), numbers(&links), "links were made anew");
+
+    // Hung, it is ended, and comes back likewise.
+    let drop_in = "/run/systemd/system/qosd.service.d";
+    gateway.run(&format!("mkdir -p {drop_in}"));
+    gateway.machine.write(&format!("{drop_in}/watchdog.conf"), "[Service]\nWatchdogSec=1s\n").unwrap();
+    gateway.run("systemctl daemon-reload");
+    gateway.run("systemctl restart qosd");
+    let pid = gateway.property("MainPID");
+    gateway.hang();
+    eventually(Duration::from_secs(20), "the restart", || {
+        gateway.property("ActiveState") == "active"
+            && !["0", &pid].contains(&gateway.property("MainPID").as_str())
+    });
+    assert!(gateway.journal().contains("Watchdog timeout"), "{}", gateway.journal());
+    assert_eq!(numbers(&gateway.links()), numbers(&links), "links were made anew");
+    gateway.run(&format!("rm -r {drop_in}"));
+    gateway.run("systemctl daemon-reload");
 
     // Detached, it stays away until it is started.
     gateway.run("qos detach --yes");
