@@ -395,7 +395,9 @@ impl Object {
             return None;
         }
         let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
-        Some((id, found.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_default()))
+        // To look it up takes CAP_SYS_ADMIN.
+        let program = found.and_then(|program| program.name_as_str().map(str::to_owned));
+        Some((id, program.unwrap_or_else(|| "?".to_owned())))
     }
 
     /// Tells whether the maps were there before, with all that they hold.
@@ -552,7 +554,9 @@ impl Object {
             } else {
                 let program = attachment.judge.tc_program(role, side);
                 match Clsact::open(interface).and_then(|hooks| hooks.filter(side)) {
-                    Ok(found) => found.is_some_and(|found| Some(found.program) == self.tc_program_id(program)),
+                    Ok(found) => {
+                        found.is_some_and(|found| Some(found.program) == self.tc_program_id(program))
+                    }
                     // What can't be asked is not known to be missing.
                     Err(_) => true,
                 }
