@@ -137,9 +137,9 @@ async fn live<G: Gateway + 'static>(
     // Last, so that whoever can connect meets a gateway that enforces.
     let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
-    tokio::spawn(notify::report(worker.handle()));
 
     watch_interfaces(worker.handle())?;
+    tokio::spawn(notify::report(worker.handle()));
 
     let stop = Arc::new(Notify::new());
     let (closing, closed) = oneshot::channel::<()>();

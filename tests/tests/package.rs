@@ -310,6 +310,7 @@ fn a_package_is_installed_upgraded_removed_and_purged_under_systemd() {
     assert_eq!(numbers(&gateway.links()), numbers(&links), "links were made anew");
     gateway.run(&format!("rm -r {drop_in}"));
     gateway.run("systemctl daemon-reload");
+    gateway.run("systemctl restart qosd");
 
     // Detached, it stays away until it is started.
     gateway.run("qos detach --yes");
