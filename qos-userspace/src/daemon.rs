@@ -25,6 +25,7 @@ use crate::gateway::GatewayConfig;
 use crate::gateway::link::LinkError;
 use crate::gateway::netlink::LinkEvents;
 use crate::manager::{Gateway, State};
+use crate::notify;
 use crate::store::sqlite::SqliteStore;
 
 /// How long answers that are under way may take at the end.
@@ -139,6 +140,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
 
     watch_interfaces(worker.handle())?;
+    tokio::spawn(notify::report(worker.handle()));
 
     let stop = Arc::new(Notify::new());
     let (closing, closed) = oneshot::channel::<()>();
@@ -171,6 +173,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
         }
         break;
     }
+    notify::stopping();
     let _ = closing.send(());
     let finish = async {
         // What was asked before is done; listeners to debugging are let go, or the server would wait.

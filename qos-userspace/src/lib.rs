@@ -11,4 +11,5 @@ pub mod domain;
 pub mod gateway;
 pub mod hex;
 pub mod manager;
+mod notify;
 pub mod store;

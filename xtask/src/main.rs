@@ -5,6 +5,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "it reports to whoever runs it")]
 
+mod deb;
 mod privilege;
 mod programs;
 mod setup;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser, Subcommand};
 
+use crate::deb::Package;
 use crate::programs::HOST_PACKAGES;
 use crate::setup::{Profile, Workspace};
 use crate::tiers::Tier;
@@ -37,6 +39,15 @@ enum Verb {
         /// Builds them optimised
         #[arg(long)]
         release: bool,
+    },
+    /// Makes a Debian package of the optimised programs under target/debian
+    Deb {
+        /// Builds for this target, whose programs run on this machine: x86_64-unknown-linux-musl
+        #[arg(long, value_name = "TRIPLE")]
+        target: Option<String>,
+        /// Last part of the package's version; raise it where the same version is packaged again
+        #[arg(long, value_name = "TEXT", default_value = "1")]
+        revision: String,
     },
     /// Lints userspace and the kernel programs; any warning is an error
     Clippy,
@@ -94,6 +105,21 @@ fn run() -> Result<ExitCode> {
             workspace.set_up()?;
             let folder = workspace.build(profile, &[])?;
             eprintln!("{} and {}", folder.join("qosd").display(), folder.join("qos").display());
+        }
+        Verb::Deb { target, revision } => {
+            workspace.set_up()?;
+            if let Some(triple) = &target {
+                workspace.set_up_target(triple)?;
+            }
+            let programs = workspace.build_for(target.as_deref(), Profile::Release, &[])?;
+            let package = Package {
+                programs: &programs,
+                triple: target.as_deref(),
+                revision: &revision,
+                folder: &workspace.target("debian"),
+                fast: false,
+            };
+            println!("{}", deb::make(&workspace, &package)?.display());
         }
         Verb::Clippy => {
             workspace.set_up()?;

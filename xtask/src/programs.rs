@@ -9,6 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
+use crate::deb::{self, Package};
 use crate::setup::{Profile, Workspace, shown};
 
 /// The package whose tests need the harness, and root.
@@ -44,6 +45,11 @@ impl Program {
     /// Whether it needs root but no other namespace.
     pub(crate) fn is_testrun(&self) -> bool {
         self.package == TESTS && self.name == "testrun"
+    }
+
+    /// Whether it takes Debian packages.
+    pub(crate) fn is_package(&self) -> bool {
+        self.package == TESTS && self.name == "package"
     }
 
     /// Reads a line of `--message-format=json`; `None` for what isn't a test program.
@@ -109,6 +115,21 @@ impl<'a> Programs<'a> {
                 command
             })
             .collect()
+    }
+
+    /// Makes packages of two versions of the product, the older one first.
+    ///
+    /// # Errors
+    /// When they can't be made.
+    pub(crate) fn packages(&self) -> Result<[PathBuf; 2]> {
+        let folder = self.workspace.target("package/debs");
+        // Both come before any real one.
+        let make = |revision| {
+            let package =
+                Package { programs: &self.product, triple: None, revision, folder: &folder, fast: true };
+            deb::make(self.workspace, &package)
+        };
+        Ok([make("1~test1")?, make("1~test2")?])
     }
 
     /// The command that runs all documentation tests.

@@ -16,16 +16,24 @@ pub(crate) struct Tool {
     version: &'static str,
     /// Built by nightly; by the stable toolchain otherwise.
     nightly: bool,
+    /// More options of `cargo install`.
+    options: &'static [&'static str],
 }
 
 /// Links the kernel programs. It uses the LLVM that rustc ships with, so nightly builds it. From
 /// 0.11 on it wants a system LLVM instead.
-pub(crate) const BPF_LINKER: Tool = Tool { package: "bpf-linker", version: "0.10.4", nightly: true };
+pub(crate) const BPF_LINKER: Tool =
+    Tool { package: "bpf-linker", version: "0.10.4", nightly: true, options: &[] };
 /// LLVM that this bpf-linker is known to work with.
 const BPF_LINKER_LLVM: &str = "22";
 
 /// Checks dependencies.
-pub(crate) const CARGO_DENY: Tool = Tool { package: "cargo-deny", version: "0.20.2", nightly: false };
+pub(crate) const CARGO_DENY: Tool =
+    Tool { package: "cargo-deny", version: "0.20.2", nightly: false, options: &[] };
+
+/// Makes Debian packages. It compresses with the system's `xz` or `gzip`.
+pub(crate) const CARGO_DEB: Tool =
+    Tool { package: "cargo-deb", version: "3.8.0", nightly: false, options: &["--no-default-features"] };
 
 /// How to compile.
 #[derive(Clone, Copy)]
@@ -63,6 +71,26 @@ impl Workspace {
         self.install(&BPF_LINKER)
     }
 
+    /// Makes sure of what compiling for another target takes.
+    ///
+    /// # Errors
+    /// Says what is missing and how to get it.
+    pub(crate) fn set_up_target(&self, triple: &str) -> Result<()> {
+        let mut add = Command::new("rustup");
+        self.prepare(&mut add);
+        add.args(["target", "add", triple]);
+        run(add).with_context(|| format!("the standard library for {triple} can't be installed"))?;
+        ensure!(
+            !triple.ends_with("-musl")
+                || env::vars().any(|(name, _)| name.starts_with("CC_"))
+                || succeeds(Command::new("musl-gcc").arg("--version")),
+            "no C compiler for {triple}: `musl-gcc --version` fails. SQLite is compiled from source. Install it \
+             (Debian: apt install musl-tools), or name another in CC_{}",
+            triple.replace('-', "_")
+        );
+        Ok(())
+    }
+
     /// Installs a tool under the target folder, unless that version is there.
     ///
     /// # Errors
@@ -84,7 +112,9 @@ impl Workspace {
             OsStr::new("--root"),
             tools.as_os_str(),
         ];
-        run(if tool.nightly { self.nightly_cargo(args) } else { self.cargo(args) }).with_context(|| {
+        let mut install = if tool.nightly { self.nightly_cargo(args) } else { self.cargo(args) };
+        install.args(tool.options);
+        run(install).with_context(|| {
             format!(
                 "{} {} can't be installed; it is built from the crate registry",
                 tool.package, tool.version
@@ -97,6 +127,16 @@ impl Workspace {
     /// # Errors
     /// When something doesn't compile.
     pub(crate) fn build(&self, profile: Profile, programs: &[&str]) -> Result<PathBuf> {
+        self.build_for(None, profile, programs)
+    }
+
+    /// The same for a target triple, or for this machine.
+    pub(crate) fn build_for(
+        &self,
+        triple: Option<&str>,
+        profile: Profile,
+        programs: &[&str],
+    ) -> Result<PathBuf> {
         let mut build = self.cargo(["build"]);
         // The same packages for each profile's builds, so that the library is compiled once.
         build.args(HOST_PACKAGES).args(["--bin", "qosd", "--bin", "qos"]);
@@ -110,8 +150,11 @@ impl Workspace {
                 "release"
             }
         };
+        if let Some(triple) = triple {
+            build.args(["--target", triple]);
+        }
         run(build)?;
-        Ok(self.target.join(folder))
+        Ok(self.target.join(triple.unwrap_or_default()).join(folder))
     }
 
     /// A `cargo` command in the workspace, tools of the target folder first in its `PATH`.
@@ -133,6 +176,11 @@ impl Workspace {
     /// Path of a file of the checkout.
     pub(crate) fn file(&self, path: &str) -> PathBuf {
         self.root.join(path)
+    }
+
+    /// Path of a file of the target folder.
+    pub(crate) fn target(&self, path: &str) -> PathBuf {
+        self.target.join(path)
     }
 
     fn prepare(&self, command: &mut Command) {
@@ -249,11 +297,15 @@ fn has_component(component: &str) -> Result<bool> {
     }))
 }
 
-fn succeeds(command: &mut Command) -> bool {
+pub(crate) fn succeeds(command: &mut Command) -> bool {
     command.stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok_and(|status| status.success())
 }
 
-fn text_of(command: &mut Command) -> Result<String> {
+/// What a command prints.
+///
+/// # Errors
+/// When it can't be started or fails; what it says is in the text.
+pub(crate) fn text_of(command: &mut Command) -> Result<String> {
     let shown = shown(command);
     let output = command.output().with_context(|| format!("starting `{shown}`"))?;
     if !output.status.success() {

@@ -3,7 +3,8 @@
 //! host: unit, property and doc tests of the crates that need no root. object: checks of the
 //! compiled kernel programs as a file (`object::` of the library). testrun: the library's ignored
 //! tests, which need root, and `tests/tests/testrun.rs`. netns: all other tests of `tests`, with
-//! real packets between namespaces.
+//! real packets between namespaces. package: the Debian package, installed in a copy of this machine
+//! that is gone afterwards.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -14,7 +15,7 @@ use clap::ValueEnum;
 
 use crate::privilege;
 use crate::programs::{Program, Programs, TESTS};
-use crate::setup::{Workspace, shown};
+use crate::setup::{Workspace, shown, succeeds};
 use crate::tally::{Tally, read_expected};
 
 const EXPECTED_SKIPS: &str = "tests/expected-skips.txt";
@@ -32,6 +33,8 @@ pub(crate) enum Tier {
     Testrun,
     /// Real packets between network namespaces; needs root
     Netns,
+    /// Install, upgrade, remove and purge the Debian package; needs root
+    Package,
 }
 
 /// How a tier ended.
@@ -118,11 +121,12 @@ impl Tier {
             Self::Object => "object",
             Self::Testrun => "testrun",
             Self::Netns => "netns",
+            Self::Package => "package",
         }
     }
 
     fn is_privileged(self) -> bool {
-        matches!(self, Self::Testrun | Self::Netns)
+        matches!(self, Self::Testrun | Self::Netns | Self::Package)
     }
 }
 
@@ -150,9 +154,20 @@ fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &
         // One at a time: each measures rates on all cores.
         Tier::Netns => programs.commands(
             runner,
-            |program| program.package == TESTS && !program.is_testrun(),
+            |program| program.package == TESTS && !program.is_testrun() && !program.is_package(),
             &["--test-threads=1"],
         ),
+        Tier::Package => {
+            let mut commands = programs.commands(runner, Program::is_package, &["--test-threads=1"]);
+            // Elsewhere the tests say that they are skipped.
+            if succeeds(Command::new("dpkg-shlibdeps").arg("--version")) {
+                let [older, newer] = programs.packages()?;
+                for command in &mut commands {
+                    command.env("QOS_DEB", &older).env("QOS_DEB_NEWER", &newer);
+                }
+            }
+            commands
+        }
     };
     let mut tally = Tally::default();
     let mut succeeded = true;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, CommandFactory as _};
+use clap::{Args, Command, CommandFactory as _};
 use clap_mangen::Man as Page;
 
 use super::output::Output;
@@ -14,9 +14,9 @@ use super::{CliError, command};
 ///
 /// Without a directory the page of `qos` itself is printed.
 #[derive(Debug, Args)]
-#[command(after_long_help = "Examples:\n  qos man /usr/local/share/man/man1\n  qos man | man -l -")]
+#[command(after_long_help = "Examples:\n  qos man ./pages\n  qos man | man -l -")]
 pub(super) struct Man {
-    /// Directory for the pages of `qos`, each of its verbs, and `qosd`
+    /// Directory for the pages of `qos` and each of its verbs (section 1), and of `qosd` (section 8)
     directory: Option<PathBuf>,
 }
 
@@ -35,5 +35,13 @@ pub(super) fn run(man: &Man, output: &mut Output) -> Result<(), CliError> {
 fn write(directory: &Path) -> std::io::Result<()> {
     fs::create_dir_all(directory)?;
     clap_mangen::generate_to(command(), directory)?;
-    clap_mangen::generate_to(Qosd::command(), directory)
+    let mut daemon = Qosd::command().disable_help_subcommand(true);
+    daemon.build();
+    write_daemon(&daemon, directory)
+}
+
+/// Daemons have section 8.
+fn write_daemon(command: &Command, directory: &Path) -> std::io::Result<()> {
+    command.get_subcommands().try_for_each(|verb| write_daemon(verb, directory))?;
+    Page::new(command.clone()).section("8").generate_to(directory).map(drop)
 }

@@ -509,8 +509,8 @@ fn manual_pages_are_made_for_every_verb() {
         ("qos.1", "Exit status"),
         ("qos-grant.1", "guaranteed"),
         ("qos-provider-add.1", "network"),
-        ("qosd.1", "Exit status"),
-        ("qosd-run.1", "config"),
+        ("qosd.8", "Exit status"),
+        ("qosd-run.8", "config"),
     ] {
         let text =
             std::fs::read_to_string(pages.join(page)).unwrap_or_else(|error| panic!("{page}: {error}"));

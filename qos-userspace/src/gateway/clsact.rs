@@ -2,7 +2,8 @@
 //! discipline, over routing netlink.
 //!
 //! Filters have a priority and handle of their own, behind an operator's at lower numbers. What runs
-//! there is known by the id of its program, never by the priority alone.
+//! there is known by its program's id and name, never by the priority alone. The name is the filter's:
+//! to ask the kernel for that of a program by its id would take CAP_SYS_ADMIN.
 
 use aya::programs::TcAttachType;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, Parseable as _};
@@ -68,6 +69,22 @@ impl From<std::io::Error> for ClsactError {
     }
 }
 
+/// What is at our place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Filter {
+    /// Id of its program.
+    pub(super) program: u32,
+    /// Name of its program, as who attached it said.
+    pub(super) name: String,
+}
+
+impl Filter {
+    /// Whether its program is one of the object's, of whatever version.
+    pub(super) fn is_ours(&self) -> bool {
+        self.name.starts_with("qos_")
+    }
+}
+
 /// The hooks of one interface.
 #[derive(Debug)]
 pub(super) struct Clsact<'a> {
@@ -97,8 +114,8 @@ impl<'a> Clsact<'a> {
         }
     }
 
-    /// Id of the program that our filter runs; none: there is no such filter.
-    pub(super) fn program(&self, side: TcAttachType) -> Result<Option<u32>, ClsactError> {
+    /// The filter at our place, if there is one.
+    pub(super) fn filter(&self, side: TcAttachType) -> Result<Option<Filter>, ClsactError> {
         let mut message = self.message(HANDLE, parent(side));
         message.header.info = u32::from(PRIORITY) << 16 | u32::from(ALL_PROTOCOLS.to_be());
         message.attributes.push(TcAttribute::Kind("bpf".to_owned()));
@@ -114,10 +131,16 @@ impl<'a> Clsact<'a> {
             let message = TcMessage::parse(payload).map_err(malformed)?;
             for attribute in message.attributes {
                 let TcAttribute::Options(options) = attribute else { continue };
+                let (mut program, mut name) = (None, String::new());
                 for option in options {
-                    if let TcOption::Bpf(TcFilterBpfOption::ProgId(id)) = option {
-                        return Ok(Some(id));
+                    match option {
+                        TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => program = Some(id),
+                        TcOption::Bpf(TcFilterBpfOption::ProgName(text)) => name = text,
+                        _ => {}
                     }
+                }
+                if let Some(program) = program {
+                    return Ok(Some(Filter { program, name }));
                 }
             }
         }

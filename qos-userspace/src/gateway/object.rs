@@ -395,7 +395,9 @@ impl Object {
             return None;
         }
         let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
-        Some((id, found.and_then(|program| program.name_as_str().map(str::to_owned)).unwrap_or_default()))
+        // To look it up takes CAP_SYS_ADMIN.
+        let program = found.and_then(|program| program.name_as_str().map(str::to_owned));
+        Some((id, program.unwrap_or_else(|| "?".to_owned())))
     }
 
     /// Tells whether the maps were there before, with all that they hold.
@@ -551,8 +553,10 @@ impl Object {
                 is_pinned(clsact::name(side))
             } else {
                 let program = attachment.judge.tc_program(role, side);
-                match Clsact::open(interface).and_then(|hooks| hooks.program(side)) {
-                    Ok(found) => found.is_some() && found == self.tc_program_id(program),
+                match Clsact::open(interface).and_then(|hooks| hooks.filter(side)) {
+                    Ok(found) => {
+                        found.is_some_and(|found| Some(found.program) == self.tc_program_id(program))
+                    }
                     // What can't be asked is not known to be missing.
                     Err(_) => true,
                 }
@@ -719,9 +723,9 @@ impl Object {
             let whose = if made { OURS } else { FOUND };
             symlink(whose, &marker).map_err(|reason| pin_error("creating", &marker, reason))?;
         }
-        let found = hooks.program(side).map_err(|reason| place.error(program, &reason))?;
-        if let Some(id) = found.filter(|id| !is_ours(*id)) {
-            let foreign = ClsactError::Foreign { side: clsact::name(side), program: id };
+        let found = hooks.filter(side).map_err(|reason| place.error(program, &reason))?;
+        if let Some(filter) = found.as_ref().filter(|filter| !filter.is_ours()) {
+            let foreign = ClsactError::Foreign { side: clsact::name(side), program: filter.program };
             return Err(place.error(program, &foreign));
         }
         let classifier: &mut SchedClassifier = self.program(program)?;
@@ -770,12 +774,6 @@ const fn xdp_program(role: Role) -> &'static str {
     }
 }
 
-/// Whether a loaded program is one of the object's, of whatever version.
-fn is_ours(id: u32) -> bool {
-    let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
-    found.is_some_and(|program| program.name_as_str().is_some_and(|name| name.starts_with(PREFIX)))
-}
-
 /// Loads a program, unless it is loaded.
 fn load(name: &str, program: &mut aya::programs::Program) -> Result<(), ObjectError> {
     let loaded = match program {
@@ -797,7 +795,7 @@ fn remove_pin(pin: &Path) -> Result<(), ObjectError> {
 
 /// Removes our filter on clsact, if there is one.
 fn remove_filter(interface: &Link, side: TcAttachType) -> Result<(), ClsactError> {
-    if Clsact::open(interface)?.program(side)?.is_some_and(is_ours) {
+    if Clsact::open(interface)?.filter(side)?.is_some_and(|filter| filter.is_ours()) {
         // Detached when dropped.
         drop(SchedClassifierLink::attached(&interface.name, side, clsact::PRIORITY, TC_HANDLE, None)?);
     }
