@@ -645,9 +645,8 @@ impl Kernel {
             .find_map(|interface| interface.scheduler.as_ref());
         match (scheduler, session) {
             (None, _) => 0,
-            (Some(scheduler), _) if allocation.has_class(direction) => {
-                scheduler.leaf_class(AllocationSlot(allocation.slot))
-            }
+            (Some(scheduler), _) if allocation.has_class(direction) => scheduler
+                .leaf_class(AllocationSlot(allocation.slot), session.map(|session| LineSlot(session.slot))),
             (Some(scheduler), Some(session)) => scheduler.rest_class(LineSlot(session.slot)),
             (Some(_), None) => 0,
         }
@@ -1009,7 +1008,7 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
         .to_owned(),
         tc: attachment.map_or("none", |at| if at.tcx { "tcx" } else { "clsact" }).to_owned(),
         scheduler: if tree.is_some() { "htb" } else { "none" }.to_owned(),
-        classes: tree.map_or(0, |tree| 2 + 2 * tree.lines.len() + tree.leaves.len()),
+        classes: interface.scheduler.as_ref().map_or(0, Htb::class_count),
     }
 }
 

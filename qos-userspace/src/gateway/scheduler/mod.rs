@@ -3,6 +3,8 @@
 //! The tree is declared, never commanded: the gateway says what must be there, the scheduler finds
 //! the difference and touches nothing else. [`htb`] builds it from the kernel's HTB classes.
 
+use std::collections::BTreeSet;
+
 use crate::domain::units::{BitsPerSecond, ByteCount};
 use qos_common::length::LinkLayer;
 
@@ -12,7 +14,7 @@ pub mod htb;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AllocationSlot(pub u16);
 
-/// Slot of a line, 1..=8,000. A slot keeps its class numbers for as long as the line exists.
+/// Slot of a line, 1..=10,240. A slot keeps its class numbers for as long as the line exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LineSlot(pub u16);
 
@@ -36,6 +38,25 @@ impl Tree {
     #[must_use]
     pub fn is_bare(&self) -> bool {
         self.lines.is_empty() && self.leaves.is_empty()
+    }
+}
+
+/// Slots whose lines and allocations a tree may have otherwise than the one declared before.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// Lines that may be there, gone or changed, and those of the allocations below.
+    pub lines: BTreeSet<LineSlot>,
+    /// Allocations that may be there, gone or changed.
+    pub leaves: BTreeSet<AllocationSlot>,
+}
+
+impl Part {
+    fn has_line(&self, slot: LineSlot) -> bool {
+        self.lines.contains(&slot)
+    }
+
+    fn has_leaf(&self, slot: AllocationSlot) -> bool {
+        self.leaves.contains(&slot)
     }
 }
 
@@ -173,6 +194,13 @@ pub trait Scheduler: Send {
     /// the kernel lets it, and the tree declared last stays the one that is compared with.
     fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError>;
 
+    /// The same where `tree` differs from the one declared last in nothing but `part`: costs no more
+    /// than that part.
+    ///
+    /// # Errors
+    /// As [`Scheduler::apply`].
+    fn apply_part(&mut self, tree: &Tree, part: &Part) -> Result<(), SchedulerError>;
+
     /// Compares the kernel's tree with the one declared last and repairs what differs.
     ///
     /// # Errors
@@ -200,6 +228,6 @@ pub trait Scheduler: Send {
     /// `skb->priority` of the rest of a line.
     fn rest_class(&self, line: LineSlot) -> u32;
 
-    /// `skb->priority` of an allocation's class.
-    fn leaf_class(&self, slot: AllocationSlot) -> u32;
+    /// `skb->priority` of the class of an allocation on a line, or on none.
+    fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32;
 }
