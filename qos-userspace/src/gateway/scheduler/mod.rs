@@ -3,7 +3,7 @@
 //! The tree is declared, never commanded: the gateway says what must be there, the scheduler finds
 //! the difference and touches nothing else. [`htb`] builds it from the kernel's HTB classes.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use crate::domain::units::{BitsPerSecond, ByteCount};
 use qos_common::length::LinkLayer;
@@ -41,22 +41,35 @@ impl Tree {
     }
 }
 
-/// Slots whose lines and allocations a tree may have otherwise than the one declared before.
+/// What a tree has otherwise than the one declared before, by slot; none: it has not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Part {
-    /// Lines that may be there, gone or changed, and those of the allocations below.
-    pub lines: BTreeSet<LineSlot>,
-    /// Allocations that may be there, gone or changed.
-    pub leaves: BTreeSet<AllocationSlot>,
+    /// Lines, those of the allocations below among them.
+    pub lines: BTreeMap<LineSlot, Option<LineClass>>,
+    /// Allocations.
+    pub leaves: BTreeMap<AllocationSlot, Option<Leaf>>,
 }
 
 impl Part {
-    fn has_line(&self, slot: LineSlot) -> bool {
-        self.lines.contains(&slot)
+    /// Puts its entries into a tree and takes those out that were there.
+    pub fn exchange(&mut self, tree: &mut Tree) {
+        for (slot, entry) in &mut self.lines {
+            let place = tree.lines.binary_search_by_key(slot, |line| line.slot);
+            exchange(&mut tree.lines, place, entry);
+        }
+        for (slot, entry) in &mut self.leaves {
+            let place = tree.leaves.binary_search_by_key(slot, |leaf| leaf.slot);
+            exchange(&mut tree.leaves, place, entry);
+        }
     }
+}
 
-    fn has_leaf(&self, slot: AllocationSlot) -> bool {
-        self.leaves.contains(&slot)
+fn exchange<T>(list: &mut Vec<T>, place: Result<usize, usize>, entry: &mut Option<T>) {
+    match (place, entry.take()) {
+        (Ok(place), Some(new)) => *entry = Some(std::mem::replace(&mut list[place], new)),
+        (Ok(place), None) => *entry = Some(list.remove(place)),
+        (Err(place), Some(new)) => list.insert(place, new),
+        (Err(_), None) => {}
     }
 }
 
@@ -194,8 +207,8 @@ pub trait Scheduler: Send {
     /// the kernel lets it, and the tree declared last stays the one that is compared with.
     fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError>;
 
-    /// The same where `tree` differs from the one declared last in nothing but `part`: costs no more
-    /// than that part.
+    /// The same where `tree` differs from the one declared last in nothing but the slots of `part`:
+    /// asks the kernel for no more than that.
     ///
     /// # Errors
     /// As [`Scheduler::apply`].

@@ -351,12 +351,22 @@ mod tests {
         #[test]
         fn a_part_is_what_differs_of_the_whole(from in tree(), to in tree()) {
             let to = Tree { link: from.link, ..to };
+            let lines = differing(&from.lines, &to.lines, |line| line.slot);
+            let leaves = differing(&from.leaves, &to.leaves, |leaf| leaf.slot);
             let mut part = Part {
-                lines: differing(&from.lines, &to.lines, |line| line.slot),
-                leaves: differing(&from.leaves, &to.leaves, |leaf| leaf.slot),
+                lines: lines.into_iter().map(|slot| (slot, get(&to.lines, |line| line.slot == slot))).collect(),
+                leaves: leaves.into_iter().map(|slot| (slot, get(&to.leaves, |leaf| leaf.slot == slot))).collect(),
             };
-            let leaves = from.leaves.iter().chain(&to.leaves);
-            part.lines.extend(leaves.filter(|leaf| part.leaves.contains(&leaf.slot)).filter_map(|leaf| leaf.line));
+            let changed = from.leaves.iter().chain(&to.leaves).filter(|leaf| part.leaves.contains_key(&leaf.slot));
+            let lines = changed.filter_map(|leaf| leaf.line).collect::<BTreeSet<_>>();
+            part.lines.extend(lines.into_iter().map(|slot| (slot, get(&to.lines, |line| line.slot == slot))));
+            let mut tree = from.clone();
+            let mut entries = part.clone();
+            entries.exchange(&mut tree);
+            prop_assert_eq!(&tree, &Tree { rest: tree.rest, ..to.clone() });
+            entries.exchange(&mut tree);
+            prop_assert_eq!(&tree, &from);
+            prop_assert_eq!(&entries, &part);
             let from = classes(&from, 14, Kind::Fifo, None).expect("valid");
             let wanted = classes(&to, 14, Kind::Fifo, Some(&part)).expect("valid");
             let all = classes(&to, 14, Kind::Fifo, None).expect("valid");
@@ -364,6 +374,10 @@ mod tests {
             let before: Vec<Class> = from.iter().filter(|class| ids.contains(&class.id)).cloned().collect();
             prop_assert_eq!(changes(&before, &wanted), changes(&from, &all));
         }
+    }
+
+    fn get<T: Clone>(list: &[T], is: impl Fn(&T) -> bool) -> Option<T> {
+        list.iter().find(|entry| is(entry)).cloned()
     }
 
     /// Slots whose entry is not the same, or in one list only.

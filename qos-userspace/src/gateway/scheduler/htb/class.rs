@@ -283,7 +283,7 @@ pub(super) fn classes(
     let lines = LineIndex::new(tree)?;
     check(tree, &lines)?;
     let rates = line_rates(tree, &lines)?;
-    let concerns = |slot: LineSlot| only.is_none_or(|part| part.has_line(slot));
+    let concerns = |slot: LineSlot| only.is_none_or(|part| part.lines.contains_key(&slot));
     let link = Framing::new(LinkLayer::Ethernet, ETHERNET_OVERHEAD, header, tree.mtu);
     let leaf = |id, parent, rate: BitsPerSecond, ceil: BitsPerSecond, framing| Class {
         priority: LAST_PRIORITY,
@@ -309,7 +309,7 @@ pub(super) fn classes(
         classes.push(leaf(Id::rest(line.slot), inner.minor, line.rest, line.ceil, framing));
     }
     for (number, sum) in (0..).zip(groups).skip(1) {
-        if sum.lines == 0 || !only.is_none_or(|part| part.lines.iter().any(|slot| group(*slot) == number)) {
+        if sum.lines == 0 || !only.is_none_or(|part| part.lines.keys().any(|slot| group(*slot) == number)) {
             continue;
         }
         let id = Id::root(FIRST_GROUP + number);
@@ -324,7 +324,9 @@ pub(super) fn classes(
         classes.push(leaf(of(DEFAULT), LINK, UNGUARANTEED_RATE, tree.link, link));
     }
     for allocation in &tree.leaves {
-        if !only.is_none_or(|part| part.has_leaf(allocation.slot)) && !allocation.line.is_some_and(concerns) {
+        if !only.is_none_or(|part| part.leaves.contains_key(&allocation.slot))
+            && !allocation.line.is_some_and(concerns)
+        {
             continue;
         }
         let line = allocation.line.and_then(|slot| lines.find(tree, slot));
@@ -346,12 +348,12 @@ pub(super) fn classes(
 
 /// Classes that there may be of a part of a tree, except of other allocations on its lines.
 pub(super) fn ids(part: &Part) -> impl Iterator<Item = Id> {
-    let lines = part.lines.iter().flat_map(|slot| [Id::line(*slot), Id::rest(*slot)]);
-    let groups = (1..=LAST_GROUP).filter(|number| part.lines.iter().any(|slot| group(*slot) == *number));
+    let lines = part.lines.keys().flat_map(|slot| [Id::line(*slot), Id::rest(*slot)]);
+    let groups = (1..=LAST_GROUP).filter(|number| part.lines.keys().any(|slot| group(*slot) == *number));
     let groups = groups.flat_map(|group| {
         [Id::root(FIRST_GROUP + group), Id { group, minor: LINK }, Id { group, minor: DEFAULT }]
     });
-    let leaves = part.leaves.iter().flat_map(|slot| {
+    let leaves = part.leaves.keys().flat_map(|slot| {
         let Id { minor, .. } = Id::leaf(*slot, None);
         (0..=LAST_GROUP).map(move |group| Id { group, minor })
     });

@@ -347,8 +347,8 @@ fn a_part_is_applied_alone() {
         let mut tree = grouped_tree();
         htb.apply(&tree).expect("applied");
         let part = |lines: &[u16], leaves: &[u16]| Part {
-            lines: lines.iter().copied().map(LineSlot).collect(),
-            leaves: leaves.iter().copied().map(AllocationSlot).collect(),
+            lines: lines.iter().map(|slot| (LineSlot(*slot), None)).collect(),
+            leaves: leaves.iter().map(|slot| (AllocationSlot(*slot), None)).collect(),
         };
         // What is not in the part is not looked at.
         tree.lines[0].ceil = BitsPerSecond(30 * MEGABIT);
