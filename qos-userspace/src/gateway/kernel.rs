@@ -559,24 +559,29 @@ impl Kernel {
     }
 
     fn settings(&self, state: &State) -> Result<Settings, GatewayError> {
-        let mut settings = Settings {
+        let mut settings = self.with_defaults(Settings {
             abi: abi::ABI_VERSION,
             observe: u32::from(self.config.observe),
             mark: self.mark,
             ..Settings::default()
-        };
-        for interface in &self.interfaces {
-            if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
-                settings.default_class[interface.egress() as usize] =
-                    if tree.is_bare() { scheduler.direct_class() } else { scheduler.default_class() };
-            }
-        }
+        });
         let addresses = || state.sessions.values().flat_map(|session| &session.addresses);
         let v4 = addresses().filter(|net| matches!(net, IpNet::V4(_))).map(IpNet::prefix_len);
         let v6 = addresses().filter(|net| matches!(net, IpNet::V6(_))).map(IpNet::prefix_len);
         settings.line_lengths_v4_used = put_lengths("IPv4", v4, &mut settings.line_lengths_v4)?;
         settings.line_lengths_v6_used = put_lengths("IPv6", v6, &mut settings.line_lengths_v6)?;
         Ok(settings)
+    }
+
+    /// The settings with the class of what is on no line, which follows from the trees.
+    fn with_defaults(&self, mut settings: Settings) -> Settings {
+        for interface in &self.interfaces {
+            if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
+                settings.default_class[interface.egress() as usize] =
+                    if tree.is_bare() { scheduler.direct_class() } else { scheduler.default_class() };
+            }
+        }
+        settings
     }
 
     fn all_lines(&self, state: &State) -> HashMap<LineKey, Line> {
@@ -802,7 +807,9 @@ impl Kernel {
         }
         self.schedule_all(state, changes, before)?;
         // The first class that there is takes the rest of the traffic behind it.
-        let settings = self.settings(state)?;
+        let lines =
+            changes.iter().any(|change| matches!(change, Change::PutSession(_) | Change::DeleteSession(_)));
+        let settings = if lines { self.settings(state)? } else { self.with_defaults(self.maps.settings()?) };
         self.maps.put_settings(&settings)?;
         for change in &changes[ends..] {
             *done += 1;
