@@ -47,8 +47,8 @@ impl Change {
             Self::Add(class) => format!("add class {}", class.id),
             Self::Alter { to, .. } => format!("change class {}", to.id),
             Self::Remove(class) => format!("delete class {}", class.id),
-            Self::Queue { id, to, .. } => format!("set the queue of class {} to {to}", id),
-            Self::Unqueue { id, .. } => format!("remove the queue of class {}", id),
+            Self::Queue { id, to, .. } => format!("set the queue of class {id} to {to}"),
+            Self::Unqueue { id, .. } => format!("remove the queue of class {id}"),
         }
     }
 
@@ -59,9 +59,9 @@ impl Change {
             Self::Alter { from, to } => Some(format!("class {} had {}", to.id, altered(from, to))),
             Self::Remove(class) => Some(format!("class {} was not declared", class.id)),
             Self::Queue { id, from: Some(from), to } => {
-                Some(format!("the queue of class {} was {from} instead of {to}", id))
+                Some(format!("the queue of class {id} was {from} instead of {to}"))
             }
-            Self::Queue { id, from: None, .. } => Some(format!("the queue of class {} was missing", id)),
+            Self::Queue { id, from: None, .. } => Some(format!("the queue of class {id} was missing")),
             Self::Unqueue { .. } => None,
         }
     }
