@@ -484,9 +484,12 @@ impl Kernel {
         self.interfaces[number].link = Some(link.clone());
         // The tree before the programs, as at the start; but each is repaired whatever ails the other.
         let scheduled = match &mut self.interfaces[number].scheduler {
-            Some(scheduler) => scheduler.repair().map_err(GatewayError::from).map(|drift| {
-                wrong.extend(drift.into_iter().map(|drift| format!("{name}: {}", drift.what)));
-            }),
+            Some(scheduler) => scheduler
+                .repair()
+                .map(|drift| wrong.extend(drift.into_iter().map(|drift| format!("{name}: {}", drift.what))))
+                .map_err(GatewayError::from)
+                // What changes don't tell: another MTU, or one that could not be taken back anywhere.
+                .and_then(|()| self.schedule(number, state)),
             None if !self.config.observe => self.schedule(number, state),
             None => Ok(()),
         };
