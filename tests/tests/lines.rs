@@ -2,10 +2,11 @@
 //! counted. Real `qosd`, real traffic. Needs root.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test and what it calls fail by panicking")]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use qos_common::length::{LinkLayer, charged};
+use qos_tests::api::Client;
 use qos_tests::ask::{Brief, measure_undisturbed, send_for};
 use qos_tests::capture::Injector;
 use qos_tests::daemon::{Config, Daemon};
@@ -15,6 +16,7 @@ use qos_tests::topology::{HOST_LINK, Host, Topology};
 use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, UdpFlow, charged_length};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{AllocationId, Direction};
+use serde_json::json;
 
 const WARM_UP: Duration = Duration::from_millis(1_000);
 const WINDOW: Duration = Duration::from_secs(3);
@@ -540,6 +542,117 @@ fn cells_and_overhead_are_counted_as_the_line_counts_them() {
         daemon.qos_line("session remove one").unwrap();
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Registers so many lines that the next ones are in a group of their own.
+fn fill_the_root(daemon: &Daemon) {
+    let mut client = Client::connect(&daemon.socket()).unwrap();
+    for number in 1..=1_024 {
+        let address = Ipv4Addr::from(0x0a40_0000 + number);
+        let body = json!({
+            "name": format!("filler-{number}"), "addresses": [format!("{address}/32")],
+            "rate": {"down": "1mbit", "up": "1mbit"},
+        });
+        let answer = client.ask("POST", "/v1/sessions", Some(&body)).unwrap();
+        assert_eq!(answer.status, 201, "{}", answer.body);
+    }
+}
+
+/// Lines above the first 1,024 are in an HTB below the root's. One of them is overloaded, then the link.
+#[test]
+fn lines_in_groups_are_held_as_those_of_the_root() {
+    let (net, daemon) = street(&Config { lan_capacity: mbit(50.0), ..Config::default() });
+    daemon.qos_line("session add two --address 192.0.2.20 --down 40mbit --up 40mbit").unwrap();
+    fill_the_root(&daemon);
+    daemon.qos_line("session add one --address 192.0.2.10 --down 20mbit --up 10mbit").unwrap();
+    let to_one = FrameSpec::udp(
+        (net.provider("other").mac, net.provider("other").gateway_mac),
+        (net.provider("other").v4(0).into(), net.subscriber("one").v4(0).into()),
+        (5_000, 5_001),
+    );
+    let explained = daemon.explain(Direction::Downstream, &to_one.build().unwrap()).unwrap().explanation;
+    assert_eq!(explained.class.as_deref(), Some("5325:15"), "the second of the first group");
+
+    let line = [
+        Sender {
+            name: "guaranteed 8, and excess of priority 7",
+            from: "video",
+            to: "one",
+            offered: 12.0,
+            level: Some("--guaranteed-down 8mbit --priority 7"),
+            gets: (11.0, 11.0),
+        },
+        Sender {
+            name: "excess of priority 0, at most 9",
+            from: "games",
+            to: "one",
+            offered: 20.0,
+            level: Some("--max-down 9mbit --priority 0"),
+            gets: (9.0, 9.0),
+        },
+        Sender { name: "rest", from: "other", to: "one", offered: 15.0, level: None, gets: (0.0, 0.02) },
+    ];
+    let measured = overload(&net, &daemon, false, &line);
+    assert!((total(&measured) / 20.0 - 1.0).abs() < TOLERANCE, "{} Mbit/s of 20", total(&measured));
+
+    // The group shares the link with the root's lines; what is guaranteed comes first in both.
+    let link = [
+        Sender { gets: (8.0, 12.0), ..line[0] },
+        Sender {
+            name: "the root's, guaranteed 20 of at most 30",
+            from: "games",
+            to: "two",
+            offered: 40.0,
+            level: Some("--guaranteed-down 20mbit --max-down 30mbit --priority 0"),
+            gets: (30.0, 30.0),
+        },
+        Sender {
+            name: "on no line",
+            from: "other",
+            to: "none",
+            offered: 40.0,
+            level: None,
+            gets: (0.0, 12.0),
+        },
+    ];
+    let measured = overload(&net, &daemon, false, &link);
+    assert!((total(&measured) / 50.0 - 1.0).abs() < TOLERANCE, "{} Mbit/s of 50", total(&measured));
+}
+
+/// The first grant on a line, and its revoke, are nothing to its other traffic, in the root as in a group.
+#[test]
+fn grants_and_revokes_lose_no_packet_of_the_lines_rest() {
+    let (net, daemon) = street(&Config::default());
+    daemon.qos_line("session add two --address 192.0.2.20 --down 20mbit --up 20mbit").unwrap();
+    fill_the_root(&daemon);
+    daemon.qos_line("session add one --address 192.0.2.10 --down 20mbit --up 20mbit").unwrap();
+    let other = net.provider("other");
+    for name in ["one", "two"] {
+        let (line, video) = (net.subscriber(name), net.provider("video"));
+        let start = |from: &Host, port: u16, rate: f64| {
+            let flow = UdpFlow::new(to(from.v4(0), 0), to(line.v4(0), port), mbit(rate));
+            flow.start(&from.namespace, &line.namespace).unwrap()
+        };
+        let (rest, claimed) = (start(other, 5_001, 8.0), start(video, 5_000, 4.0));
+        let grants = std::cell::Cell::new(0);
+        let [rest, claimed] = std::thread::scope(|scope| {
+            let flows = scope.spawn(|| {
+                let flows: [(&dyn Flow, BitsPerSecond); 2] = [(&rest, mbit(8.0)), (&claimed, mbit(4.0))];
+                qos_tests::traffic::measure(&flows.map(|(flow, _)| flow), WARM_UP, WINDOW).unwrap()
+            });
+            while !flows.is_finished() {
+                let flow = format!("down udp from {} to {}:5000", video.v4(0), line.v4(0));
+                let level = "--guaranteed-down 5mbit --max-down 6mbit";
+                let id = daemon.grant(&format!("--provider video --flow '{flow}' {level}")).unwrap().id;
+                daemon.revoke(id).unwrap();
+                grants.set(grants.get() + 1);
+            }
+            <[Measured; 2]>::try_from(flows.join().unwrap()).unwrap()
+        });
+        println!("{name}: {} grants, {:?}, {:?}", grants.get(), Brief(&rest), Brief(&claimed));
+        assert!(grants.get() > 10, "{} grants", grants.get());
+        assert_eq!((rest.lost, claimed.lost), (0, 0), "{name}");
+    }
 }
 
 /// A packet whose headers announce more than there is can't be classified; it goes into its line's rest

@@ -27,7 +27,7 @@ pub struct Session {
     pub delay_us: u32,
     /// Share of packets that the line loses, as measured; 0 to 1, in millionths.
     pub loss_ppm: u32,
-    /// Index of its class numbers, 1 to 8,000.
+    /// Index of its class numbers, 1 to 10,240.
     pub slot: u16,
 }
 

@@ -28,7 +28,9 @@ use super::object::{
     remove_pins,
 };
 use super::scheduler::htb::{Htb, LeafQueue};
-use super::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Scheduler as _, SchedulerError, Tree};
+use super::scheduler::{
+    AllocationSlot, Leaf, LineClass, LineSlot, Part, Scheduler as _, SchedulerError, Tree,
+};
 use super::trace::Tracer;
 use super::{Role, TcHooks, XdpChoice};
 use crate::domain::selector::rules;
@@ -177,6 +179,15 @@ struct Interface {
     /// None in observe mode, and while the interface has gone.
     scheduler: Option<Htb>,
     tree: Option<Tree>,
+}
+
+/// How a tree was before it was changed.
+#[derive(Debug)]
+enum Before {
+    /// It was not changed, or there was none.
+    Nothing,
+    Part(Part),
+    Tree(Tree),
 }
 
 impl Interface {
@@ -617,9 +628,12 @@ impl Kernel {
         self.interfaces[number].link = Some(link);
         // The tree before the programs, as at the start; but each is repaired whatever ails the other.
         let scheduled = match &mut self.interfaces[number].scheduler {
-            Some(scheduler) => scheduler.repair().map_err(GatewayError::from).map(|drift| {
-                wrong.extend(drift.into_iter().map(|drift| format!("{name}: {}", drift.what)));
-            }),
+            Some(scheduler) => scheduler
+                .repair()
+                .map(|drift| wrong.extend(drift.into_iter().map(|drift| format!("{name}: {}", drift.what))))
+                .map_err(GatewayError::from)
+                // What changes don't tell: another MTU, or one that could not be taken back anywhere.
+                .and_then(|()| self.schedule(number, state)),
             None if !self.config.observe => self.schedule(number, state),
             None => Ok(()),
         };
@@ -692,25 +706,30 @@ impl Kernel {
     }
 
     fn settings(&self, state: &State) -> Result<Settings, GatewayError> {
-        let mut settings = Settings {
+        let mut settings = self.with_defaults(Settings {
             abi: abi::ABI_VERSION,
             observe: u32::from(self.config.observe),
             mark: self.mark,
             mtus: u32::from(state.allocations.values().any(|allocation| allocation.level.mtu.is_some())),
             ..Settings::default()
-        };
-        for interface in &self.interfaces {
-            if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
-                settings.default_class[interface.egress() as usize] =
-                    if tree.is_bare() { scheduler.direct_class() } else { scheduler.default_class() };
-            }
-        }
+        });
         let addresses = || state.sessions.values().flat_map(|session| &session.addresses);
         let v4 = addresses().filter(|net| matches!(net, IpNet::V4(_))).map(IpNet::prefix_len);
         let v6 = addresses().filter(|net| matches!(net, IpNet::V6(_))).map(IpNet::prefix_len);
         settings.line_lengths_v4_used = put_lengths("IPv4", v4, &mut settings.line_lengths_v4)?;
         settings.line_lengths_v6_used = put_lengths("IPv6", v6, &mut settings.line_lengths_v6)?;
         Ok(settings)
+    }
+
+    /// The settings with the class of what is on no line, which follows from the trees.
+    fn with_defaults(&self, mut settings: Settings) -> Settings {
+        for interface in &self.interfaces {
+            if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
+                settings.default_class[interface.egress() as usize] =
+                    if tree.is_bare() { scheduler.direct_class() } else { scheduler.default_class() };
+            }
+        }
+        settings
     }
 
     fn all_lines(&self, state: &State) -> HashMap<LineKey, Line> {
@@ -791,9 +810,8 @@ impl Kernel {
             .find_map(|interface| interface.scheduler.as_ref());
         match (scheduler, session) {
             (None, _) => 0,
-            (Some(scheduler), _) if allocation.has_class(direction) => {
-                scheduler.leaf_class(AllocationSlot(allocation.slot))
-            }
+            (Some(scheduler), _) if allocation.has_class(direction) => scheduler
+                .leaf_class(AllocationSlot(allocation.slot), session.map(|session| LineSlot(session.slot))),
             (Some(scheduler), Some(session)) => scheduler.rest_class(LineSlot(session.slot)),
             (Some(_), None) => 0,
         }
@@ -865,46 +883,82 @@ impl Kernel {
         Ok(())
     }
 
-    fn schedule_all(&mut self, state: &State) -> Result<(), GatewayError> {
+    /// Brings the trees to what the state says after `changes`. What they had in the place of what was
+    /// changed is put into `before`, interface by interface.
+    fn schedule_all(
+        &mut self,
+        state: &State,
+        changes: &[&Change],
+        before: &mut Vec<Before>,
+    ) -> Result<(), GatewayError> {
         for number in 0..self.interfaces.len() {
-            if self.interfaces[number].scheduler.is_some() {
-                self.schedule(number, state)?;
+            let interface = &mut self.interfaces[number];
+            let mtu = interface.link.as_ref().map(|link| link.mtu);
+            let part = tree_part(state, interface.egress(), changes);
+            match (&mut interface.scheduler, &mut interface.tree, part) {
+                (None, ..) => before.push(Before::Nothing),
+                (Some(scheduler), Some(tree), Some(mut part)) if mtu == Some(tree.mtu) => {
+                    part.exchange(tree);
+                    if let Err(error) = scheduler.apply_part(tree, &part) {
+                        part.exchange(tree);
+                        return Err(error.into());
+                    }
+                    before.push(Before::Part(part));
+                }
+                (_, tree, _) => {
+                    let tree = tree.clone();
+                    self.schedule(number, state)?;
+                    before.push(tree.map_or(Before::Nothing, Before::Tree));
+                }
             }
         }
         Ok(())
     }
 
     /// Goes back to trees as they were.
-    fn schedule_again(&mut self, trees: Vec<Option<Tree>>) {
-        for (interface, tree) in self.interfaces.iter_mut().zip(trees) {
-            let (Some(scheduler), Some(tree)) = (&mut interface.scheduler, tree) else { continue };
-            if interface.tree.as_ref() == Some(&tree) {
+    fn schedule_again(&mut self, before: Vec<Before>) {
+        for (interface, before) in self.interfaces.iter_mut().zip(before) {
+            let (Some(scheduler), Some(tree)) = (&mut interface.scheduler, &mut interface.tree) else {
                 continue;
-            }
-            match scheduler.apply(&tree) {
-                Ok(()) => interface.tree = Some(tree),
-                Err(error) => tracing::warn!(%error, "a change of the tree could not be taken back"),
+            };
+            let result = match before {
+                Before::Nothing => Ok(()),
+                Before::Tree(old) => scheduler.apply(&old).map(|()| *tree = old),
+                Before::Part(mut part) => {
+                    part.exchange(tree);
+                    let result = scheduler.apply_part(tree, &part);
+                    if result.is_err() {
+                        part.exchange(tree);
+                    }
+                    result
+                }
+            };
+            if let Err(error) = result {
+                tracing::warn!(%error, "a change of the tree could not be taken back");
             }
         }
     }
 
     /// Carries out changes, the first `ends` of which end something. `done` tells afterwards how many
-    /// of them reached the maps.
+    /// of them reached the maps, `before` how the trees were that were changed.
     fn carry_out(
         &mut self,
         state: &State,
         changes: &[&Change],
         ends: usize,
         done: &mut usize,
+        before: &mut Vec<Before>,
     ) -> Result<(), GatewayError> {
         // Packets leave a class before it goes, and find it before they come.
         for change in &changes[..ends] {
             *done += 1;
             self.apply_to_maps(state, change)?;
         }
-        self.schedule_all(state)?;
+        self.schedule_all(state, changes, before)?;
         // The first class that there is takes the rest of the traffic behind it.
-        let settings = self.settings(state)?;
+        let lines =
+            changes.iter().any(|change| matches!(change, Change::PutSession(_) | Change::DeleteSession(_)));
+        let settings = if lines { self.settings(state)? } else { self.with_defaults(self.maps.settings()?) };
         self.maps.put_settings(&settings)?;
         for change in &changes[ends..] {
             *done += 1;
@@ -928,13 +982,13 @@ impl Gateway for Kernel {
             .partition(|change| matches!(change, Change::EndAllocation(_) | Change::DeleteSession(_)));
         let ends = ordered.len();
         ordered.extend(others);
-        let trees = self.interfaces.iter().map(|interface| interface.tree.clone()).collect();
         let settings = self.maps.settings()?;
         // The change itself does not tell which lines a removed session had.
         let removes = changes.iter().any(|change| matches!(change, Change::DeleteSession(_)));
         let lines = if removes { Some(self.maps.lines()?) } else { None };
         let mut done = 0;
-        let result = self.carry_out(state, &ordered, ends, &mut done);
+        let mut before = Vec::new();
+        let result = self.carry_out(state, &ordered, ends, &mut done, &mut before);
         if result.is_ok() {
             ordered[..ends].iter().for_each(|change| self.forget(change));
             self.allocations = state.allocations.len() as u32;
@@ -949,7 +1003,7 @@ impl Gateway for Kernel {
             self.maps.put_lines(&lines)?;
         }
         self.maps.put_settings(&settings)?;
-        self.schedule_again(trees);
+        self.schedule_again(before);
         result
     }
 
@@ -1034,18 +1088,8 @@ fn leave_alone(config: &GatewayConfig, link: &Link) -> Result<(), GatewayError> 
 
 /// The tree of what is sent in one direction.
 fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> Tree {
-    let mut lines: Vec<_> = state
-        .sessions
-        .values()
-        .map(|session| LineClass {
-            slot: LineSlot(session.slot),
-            rate: state.line_rate(&session.name, direction),
-            rest: state.network.line_rest(session, direction),
-            ceil: state.network.line_speed(session, direction),
-            link_layer: session.link_layer,
-            overhead: session.overhead,
-        })
-        .collect();
+    let mut lines: Vec<_> =
+        state.sessions.values().map(|session| line_class(state, session, direction)).collect();
     lines.sort_unstable_by_key(|line| line.slot);
     let mut leaves: Vec<_> = state
         .allocations
@@ -1055,6 +1099,48 @@ fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> T
         .collect();
     leaves.sort_unstable_by_key(|leaf| leaf.slot);
     Tree { link, rest: state.network.link_rest(direction), mtu, lines, leaves }
+}
+
+/// What the tree of one direction has after `changes` where they concern it; none: that can't be told
+/// from them, since a removed session's slot is not known any more.
+fn tree_part(state: &State, direction: Direction, changes: &[&Change]) -> Option<Part> {
+    let mut part = Part::default();
+    let put_line = |part: &mut Part, session: &Session| {
+        part.lines.insert(LineSlot(session.slot), Some(line_class(state, session, direction)));
+    };
+    for change in changes {
+        match change {
+            Change::PutSession(session) => put_line(&mut part, state.sessions.get(&session.name)?),
+            Change::DeleteSession(_) => return None,
+            Change::PutAllocation(allocation) | Change::EndAllocation(allocation) => {
+                if let Some(name) = &allocation.session {
+                    put_line(&mut part, state.sessions.get(name)?);
+                }
+                // What ends comes first, and its slot may have been given to what comes.
+                let live = state.allocations.get(&allocation.id).filter(|live| live.has_class(direction));
+                part.leaves
+                    .insert(AllocationSlot(allocation.slot), live.map(|live| leaf(state, live, direction)));
+            }
+            Change::PutProvider(_)
+            | Change::DeleteProvider(_)
+            | Change::PutApplication(_)
+            | Change::DeleteApplication(..)
+            | Change::PutProfile(_)
+            | Change::DeleteProfile(_) => {}
+        }
+    }
+    Some(part)
+}
+
+fn line_class(state: &State, session: &Session, direction: Direction) -> LineClass {
+    LineClass {
+        slot: LineSlot(session.slot),
+        rate: state.line_rate(&session.name, direction),
+        rest: state.network.line_rest(session, direction),
+        ceil: state.network.line_speed(session, direction),
+        link_layer: session.link_layer,
+        overhead: session.overhead,
+    }
 }
 
 fn leaf(state: &State, allocation: &Allocation, direction: Direction) -> Leaf {
@@ -1179,7 +1265,7 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
         .to_owned(),
         tc: attachment.map_or("none", |at| if at.tcx { "tcx" } else { "clsact" }).to_owned(),
         scheduler: if tree.is_some() { "htb" } else { "none" }.to_owned(),
-        classes: tree.map_or(0, |tree| 2 + 2 * tree.lines.len() + tree.leaves.len()),
+        classes: interface.scheduler.as_ref().map_or(0, Htb::class_count),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Requests to the kernel's routing netlink: batches, dumps, and the kernel's own words when it
 //! refuses. What the messages mean is not known here.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 
 use netlink_packet_core::{
@@ -66,6 +66,8 @@ pub(crate) struct Answer {
 pub(crate) struct RouteSocket {
     socket: Socket,
     sequence: Cell<u32>,
+    /// What was received last.
+    buffer: RefCell<Vec<u8>>,
 }
 
 impl std::fmt::Debug for RouteSocket {
@@ -82,7 +84,7 @@ impl RouteSocket {
         // Errors come with the kernel's text and without the whole request.
         socket.set_ext_ack(true)?;
         socket.set_cap_ack(true)?;
-        Ok(Self { socket, sequence: Cell::new(0) })
+        Ok(Self { socket, sequence: Cell::new(0), buffer: RefCell::new(vec![0; RECEIVE_BUFFER]) })
     }
 
     /// Sends requests with their flags, `BATCH` at most, and returns their answers in order.
@@ -190,7 +192,7 @@ impl RouteSocket {
         &self,
         mut each: impl FnMut(&NetlinkHeader, &[u8]) -> Result<(), NetlinkError>,
     ) -> Result<(), NetlinkError> {
-        let mut buffer = vec![0; RECEIVE_BUFFER];
+        let mut buffer = self.buffer.borrow_mut();
         let length = loop {
             match self.socket.recv(&mut &mut buffer[..], libc::MSG_TRUNC) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

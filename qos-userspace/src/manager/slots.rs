@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use qos_common::abi::{ALLOCATION_SLOTS, APPLICATION_SLOTS, PROVIDER_SLOTS};
 
 /// Lines that have a place among the class numbers.
-pub const LINE_SLOTS: u32 = 8_001;
+pub const LINE_SLOTS: u32 = 10_241;
 
 /// What a slot is for. Slots of different kinds have nothing to do with each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,7 +19,7 @@ pub enum SlotKind {
     Provider,
     /// Applications, 1 to 4,095.
     Application,
-    /// Sessions, 1 to 8,000.
+    /// Sessions, 1 to 10,240.
     Session,
     /// Allocations, 1 to 16,383.
     Allocation,

@@ -15,25 +15,30 @@
 
 mod change;
 mod class;
+mod filter;
 mod message;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::os::fd::AsRawFd as _;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 
 use self::change::{Change, changes};
-use self::class::{Class, DEFAULT, Discipline, Kind, Queue, ROOT};
+use self::class::{Class, DEFAULT, Discipline, Id, Kind, Queue, ROOT};
 use self::message::{Found, Qdisc};
-use super::{AllocationSlot, ClassStatistics, Drift, LineSlot, Scheduler, SchedulerError, Tree};
+use super::{AllocationSlot, ClassStatistics, Drift, LineSlot, Part, Scheduler, SchedulerError, Tree};
 use crate::gateway::link::{Framing, Link};
 use crate::gateway::netlink::{Answer, BATCH, NetlinkError, Refusal, RouteSocket};
 
 /// After so long a class that is to go is deleted with what waits in it.
 const DRAIN: Duration = Duration::from_millis(250);
+
+/// How long one send may take: the packets of its CPU wait for it.
+const SEND: Duration = Duration::from_millis(2);
 
 /// Looks that a repair takes: deleting a class may show that its parent lacks a queue.
 const REPAIR_PASSES: usize = 3;
@@ -71,21 +76,26 @@ pub struct Htb {
     /// The tree that was declared last; none: no tree yet.
     state: Option<State>,
     changes_sent: u64,
+    /// What making, removing or equipping a class took the kernel the last time.
+    step: Duration,
 }
 
 #[derive(Clone, Debug)]
 struct State {
     kind: Kind,
-    /// Classes that the kernel is believed to have, by number.
-    classes: Vec<Class>,
+    /// Classes that the kernel is believed to have.
+    classes: BTreeMap<Id, Class>,
     /// Those among them that are to go, and by when.
-    draining: BTreeMap<u16, Instant>,
+    draining: BTreeMap<Id, Instant>,
+    /// Whether the root has the filter that groups need.
+    filter: bool,
 }
 
 /// What a look at the kernel found.
 struct Observed {
     root: Root,
     classes: Vec<Class>,
+    filter: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -117,6 +127,7 @@ impl Htb {
             leaves,
             state: None,
             changes_sent: 0,
+            step: SEND,
         })
     }
 
@@ -125,30 +136,21 @@ impl Htb {
     pub fn changes_sent(&self) -> u64 {
         self.changes_sent
     }
+
+    /// Classes that the kernel is believed to have.
+    #[must_use]
+    pub fn class_count(&self) -> usize {
+        self.state.as_ref().map_or(0, |state| state.classes.len())
+    }
 }
 
 impl Scheduler for Htb {
     fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError> {
-        if let Some(mut state) = self.state.take() {
-            let result = self.finish_draining(&mut state).and_then(|()| self.advance(tree, &state));
-            match result {
-                Ok(state) => {
-                    self.state = Some(state);
-                    return Ok(());
-                }
-                Err(error) => {
-                    let believed = state.classes.clone();
-                    self.state = Some(state);
-                    if !matches!(error, SchedulerError::Refused { .. }) || self.has(&believed)? {
-                        return Err(error);
-                    }
-                    tracing::warn!(interface = self.interface, %error, "the kernel's tree was changed by somebody else");
-                }
-            }
-        }
-        let state = self.establish(tree)?;
-        self.state = Some(state);
-        Ok(())
+        self.apply_only(tree, None)
+    }
+
+    fn apply_part(&mut self, tree: &Tree, part: &Part) -> Result<(), SchedulerError> {
+        self.apply_only(tree, Some(part))
     }
 
     fn repair(&mut self) -> Result<Vec<Drift>, SchedulerError> {
@@ -166,13 +168,14 @@ impl Scheduler for Htb {
         if state.kind == Kind::FqCodel {
             drops.extend(self.qdiscs()?.into_iter().map(|qdisc| (qdisc.parent, qdisc.drops)));
         }
-        let found = self.found_classes()?;
+        let groups: BTreeSet<u16> = state.classes.keys().map(|id| id.group).collect();
+        let found = self.found_classes(groups)?;
         let mut statistics: Vec<_> = found
             .into_iter()
-            .filter(|found| !state.draining.contains_key(&found.class.minor))
+            .filter(|found| !state.draining.contains_key(&found.class.id))
             .filter_map(|Found { class, mut statistics }| {
                 let slot = class.allocation()?;
-                if let Some(drops) = drops.get(&class::handle(class.minor)) {
+                if let Some(drops) = drops.get(&class.id.handle()) {
                     statistics.drops = statistics.drops.max(*drops);
                 }
                 Some((slot, statistics))
@@ -196,7 +199,7 @@ impl Scheduler for Htb {
     }
 
     fn default_class(&self) -> u32 {
-        class::handle(DEFAULT)
+        Id::root(DEFAULT).handle()
     }
 
     /// The root's own number: its direct queue, which is served at once (`htb_classify`,
@@ -206,19 +209,43 @@ impl Scheduler for Htb {
     }
 
     fn rest_class(&self, line: LineSlot) -> u32 {
-        class::handle(class::rest_minor(line))
+        Id::rest(line).handle()
     }
 
-    fn leaf_class(&self, slot: AllocationSlot) -> u32 {
-        class::handle(class::leaf_minor(slot))
+    fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32 {
+        Id::leaf(slot, line).handle()
     }
 }
 
 impl Htb {
-    /// Goes from what the kernel is believed to have to `tree`.
-    fn advance(&mut self, tree: &Tree, state: &State) -> Result<State, SchedulerError> {
-        let wanted = self.classes(tree, state.kind)?;
-        self.transit(state, wanted).map_err(|failure| self.undo(failure))
+    /// Makes the kernel's tree equal to `tree`, or `only` a part of it.
+    fn apply_only(&mut self, tree: &Tree, only: Option<&Part>) -> Result<(), SchedulerError> {
+        if let Some(mut state) = self.state.take() {
+            let result = self.finish_draining(&mut state).and_then(|()| self.advance(tree, only, &mut state));
+            let Err(error) = result else {
+                self.state = Some(state);
+                return Ok(());
+            };
+            let believed: Vec<Class> = state.classes.values().cloned().collect();
+            self.state = Some(state);
+            if !matches!(error, SchedulerError::Refused { .. }) || self.has(&believed)? {
+                return Err(error);
+            }
+            tracing::warn!(interface = self.interface, %error, "the kernel's tree was changed by somebody else");
+        }
+        let state = self.establish(tree)?;
+        self.state = Some(state);
+        Ok(())
+    }
+
+    /// Goes from what the kernel is believed to have to `tree`, or to `only` a part of it.
+    fn advance(&mut self, tree: &Tree, only: Option<&Part>, state: &mut State) -> Result<(), SchedulerError> {
+        let wanted = self.classes(tree, state.kind, only)?;
+        let from = match only {
+            None => state.classes.values().cloned().collect(),
+            Some(part) => state.part(part, &wanted),
+        };
+        self.transit(state, &from, wanted).map_err(|failure| self.undo(failure))
     }
 
     /// Goes from what the kernel really has to `tree`: the first time, or after it turned out to be
@@ -245,19 +272,21 @@ impl Htb {
         kind: Kind,
         observed: Observed,
     ) -> Result<State, SchedulerError> {
-        let wanted = self.classes(tree, kind)?;
+        let wanted = self.classes(tree, kind, None)?;
+        let filter = observed.filter;
         let from = self.with_root(observed)?;
-        let fresh = from.is_empty();
-        let from = State { kind, classes: from, draining: BTreeMap::new() };
-        self.transit(&from, wanted).map_err(|failure| {
-            if !fresh {
-                return self.undo(failure);
+        let mut state =
+            State { kind, classes: by_id(from.iter().cloned()), draining: BTreeMap::new(), filter };
+        match self.transit(&mut state, &from, wanted) {
+            Ok(()) => Ok(state),
+            Err(failure) if from.is_empty() => {
+                if let Err(error) = self.delete_root() {
+                    tracing::warn!(interface = self.interface, %error, "the root could not be taken back");
+                }
+                Err(failure.error)
             }
-            if let Err(error) = self.delete_root() {
-                tracing::warn!(interface = self.interface, %error, "the root could not be taken back");
-            }
-            failure.error
-        })
+            Err(failure) => Err(self.undo(failure)),
+        }
     }
 
     /// Makes the root if it is not there. Returns the classes it has.
@@ -296,42 +325,56 @@ impl Htb {
         Ok(())
     }
 
-    /// Carries out the difference between `from` and `wanted`, except that classes with something in
-    /// them only lose their guarantee.
-    fn transit(&mut self, from: &State, mut wanted: Vec<Class>) -> Result<State, Failure> {
+    /// Makes `wanted` of `from`, which is a part of `state` or all of it, except that classes with
+    /// something in them only lose their guarantee.
+    fn transit(&mut self, state: &mut State, from: &[Class], mut wanted: Vec<Class>) -> Result<(), Failure> {
+        let failure = |error| Failure { error, done: Vec::new() };
+        if !state.filter && wanted.iter().any(Class::is_group) {
+            self.add_filter().map_err(failure)?;
+            state.filter = true;
+        }
         let mut draining = BTreeMap::new();
-        let leaving = leaving(&from.classes, &wanted);
+        let leaving = leaving(from, &wanted);
         if !leaving.is_empty() {
-            let unknown: Vec<u16> = leaving
-                .iter()
-                .map(|class| class.minor)
-                .filter(|minor| !from.draining.contains_key(minor))
-                .collect();
-            let backlogs = self.backlogs(&unknown).map_err(|error| Failure { error, done: Vec::new() })?;
+            let unknown: Vec<Id> =
+                leaving.iter().map(|class| class.id).filter(|id| !state.draining.contains_key(id)).collect();
+            let backlogs = self.backlogs(&unknown).map_err(failure)?;
             for class in leaving {
-                let until = from.draining.get(&class.minor).copied();
-                let waits = backlogs.get(&class.minor).is_some_and(|waiting| *waiting > 0);
+                let until = state.draining.get(&class.id).copied();
+                let waits = backlogs.get(&class.id).is_some_and(|waiting| *waiting > 0);
                 if until.is_some() || waits {
-                    draining.insert(class.minor, until.unwrap_or_else(|| Instant::now() + DRAIN));
+                    draining.insert(class.id, until.unwrap_or_else(|| Instant::now() + DRAIN));
                     wanted.push(class.without_guarantee());
                 }
             }
-            wanted.sort_by_key(|class| class.minor);
+            wanted.sort_by_key(|class| class.id);
         }
-        self.carry_out(changes(&from.classes, &wanted))?;
-        Ok(State { kind: from.kind, classes: wanted, draining })
+        self.carry_out(changes(from, &wanted))?;
+        for class in from {
+            state.classes.remove(&class.id);
+            state.draining.remove(&class.id);
+        }
+        state.classes.extend(by_id(wanted));
+        state.draining.extend(draining);
+        Ok(())
     }
 
     /// Sends changes, a batch at a time, and stops behind the batch in which one fails.
     fn carry_out(&mut self, changes: Vec<Change>) -> Result<(), Failure> {
         let mut done = Vec::with_capacity(changes.len());
-        let mut changes = changes.into_iter();
-        loop {
-            let batch: Vec<Change> = changes.by_ref().take(BATCH).collect();
-            if batch.is_empty() {
-                return Ok(());
+        let mut changes = changes.into_iter().peekable();
+        while changes.peek().is_some() {
+            let mut batch: Vec<Change> = Vec::new();
+            let mut time = Duration::ZERO;
+            while let Some(change) = changes.next_if(|_| batch.len() < BATCH && time < SEND) {
+                if change.is_slow() {
+                    time += self.step;
+                }
+                batch.push(change);
             }
+            let slow = batch.iter().filter(|change| change.is_slow()).count();
             let requests = batch.iter().map(|change| self.request(change));
+            let start = Instant::now();
             let answers = match self.socket.request(requests) {
                 Ok(answers) => answers,
                 Err(error) => {
@@ -340,6 +383,9 @@ impl Htb {
                     return Err(Failure { error, done });
                 }
             };
+            if slow > 0 {
+                self.step = start.elapsed() / slow as u32;
+            }
             self.changes_sent += batch.len() as u64;
             let mut failed = None;
             for (change, Answer { result, .. }) in batch.into_iter().zip(answers) {
@@ -356,6 +402,20 @@ impl Htb {
                 return Err(Failure { error, done });
             }
         }
+        Ok(())
+    }
+
+    fn add_filter(&mut self) -> Result<(), SchedulerError> {
+        let action = format!("add filter to {ROOT:x}:");
+        let program = filter::load()?;
+        let message = message::filter(self.index, program.as_raw_fd() as u32);
+        let request = (RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_EXCL);
+        self.changes_sent += 1;
+        let answers = self.socket.request([request]).map_err(|error| self.error(&action, error))?;
+        for answer in answers {
+            answer.result.map_err(|refusal| self.refused(action.clone(), &refusal, None))?;
+        }
+        Ok(())
     }
 
     fn undo(&mut self, failure: Failure) -> SchedulerError {
@@ -376,15 +436,15 @@ impl Htb {
             ),
             Change::Alter { to, .. } => (RouteNetlinkMessage::NewTrafficClass(message::class(index, to)), 0),
             Change::Remove(class) => {
-                (RouteNetlinkMessage::DelTrafficClass(message::class_name(index, class.minor)), 0)
+                (RouteNetlinkMessage::DelTrafficClass(message::class_name(index, class.id)), 0)
             }
-            Change::Queue { minor, from, to } => {
+            Change::Queue { id, from, to } => {
                 let new = from.as_ref().is_none_or(|from| from.handle != to.handle);
-                let message = message::queue(index, *minor, to, new);
+                let message = message::queue(index, *id, to, new);
                 (RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE)
             }
-            Change::Unqueue { minor, from } => {
-                (RouteNetlinkMessage::DelQueueDiscipline(message::queue_name(index, *minor, from)), 0)
+            Change::Unqueue { id, from } => {
+                (RouteNetlinkMessage::DelQueueDiscipline(message::queue_name(index, *id, from)), 0)
             }
         }
     }
@@ -395,21 +455,21 @@ impl Htb {
         if state.draining.is_empty() {
             return Ok(());
         }
-        let minors: Vec<u16> = state.draining.keys().copied().collect();
-        let backlogs = self.backlogs(&minors)?;
+        let ids: Vec<Id> = state.draining.keys().copied().collect();
+        let backlogs = self.backlogs(&ids)?;
         let now = Instant::now();
-        let mut gone: HashSet<u16> = HashSet::new();
-        for (minor, until) in &state.draining {
-            match backlogs.get(minor) {
+        let mut gone: HashSet<Id> = HashSet::new();
+        for (id, until) in &state.draining {
+            match backlogs.get(id) {
                 None => {
-                    gone.insert(*minor);
+                    gone.insert(*id);
                 }
                 Some(waiting) if *waiting == 0 || *until <= now => {
-                    let class = state.classes.iter().find(|class| class.minor == *minor);
+                    let class = state.classes.get(id);
                     let removal = class.cloned().map(Change::Remove).into_iter().collect();
                     match self.carry_out(removal) {
                         Ok(()) => {
-                            gone.insert(*minor);
+                            gone.insert(*id);
                         }
                         Err(failure) => {
                             tracing::warn!(interface = self.interface, error = %failure.error, "will be tried again");
@@ -419,38 +479,36 @@ impl Htb {
                 Some(_) => {}
             }
         }
-        state.draining.retain(|minor, _| !gone.contains(minor));
-        state.classes.retain(|class| !gone.contains(&class.minor));
+        for id in gone {
+            state.draining.remove(&id);
+            state.classes.remove(&id);
+        }
         Ok(())
     }
 
     /// Bytes waiting in each of some classes; those that do not exist are left out.
-    fn backlogs(&self, minors: &[u16]) -> Result<HashMap<u16, u64>, SchedulerError> {
+    fn backlogs(&self, ids: &[Id]) -> Result<HashMap<Id, u64>, SchedulerError> {
         let action = "get class";
-        let mut backlogs = HashMap::with_capacity(minors.len());
-        for batch in minors.chunks(BATCH) {
-            let requests = batch.iter().map(|minor| {
-                let message = message::class_name(self.index, *minor);
+        let mut backlogs = HashMap::with_capacity(ids.len());
+        for batch in ids.chunks(BATCH) {
+            let requests = batch.iter().map(|id| {
+                let message = message::class_name(self.index, *id);
                 // Without ECHO, kernels before 6.8 tell it to the subscribers of the group only.
                 (RouteNetlinkMessage::GetTrafficClass(message), NLM_F_ECHO)
             });
             let answers = self.socket.request(requests).map_err(|error| self.error(action, error))?;
-            for (minor, answer) in batch.iter().zip(answers) {
+            for (id, answer) in batch.iter().zip(answers) {
                 match answer.result {
                     Ok(()) => {}
                     Err(refusal) if refusal.errno == libc::ENOENT => continue,
                     Err(refusal) => {
-                        return Err(self.refused(
-                            format!("{action} {}", class::name(*minor)),
-                            &refusal,
-                            None,
-                        ));
+                        return Err(self.refused(format!("{action} {id}"), &refusal, None));
                     }
                 }
                 for payload in &answer.payloads {
                     let found = message::read_class(self.index, payload);
                     if let Some(found) = found.map_err(|error| self.error(action, error))? {
-                        backlogs.insert(found.class.minor, found.statistics.backlog);
+                        backlogs.insert(found.class.id, found.statistics.backlog);
                     }
                 }
             }
@@ -475,8 +533,14 @@ impl Htb {
             Some(_) => Root::Unusable,
         };
         if root != Root::Ours {
-            return Ok(Observed { root, classes: Vec::new() });
+            return Ok(Observed { root, classes: Vec::new(), filter: false });
         }
+        let groups: BTreeSet<u16> = qdiscs
+            .iter()
+            .filter(|qdisc| qdisc.discipline == Discipline::Group)
+            .filter_map(|qdisc| Id::of_handle(qdisc.handle).map(|id| id.group))
+            .collect();
+        let filter = self.has_filter()?;
         let mut queues: HashMap<u32, Queue> = qdiscs
             .into_iter()
             .map(|qdisc| {
@@ -484,12 +548,12 @@ impl Htb {
             })
             .collect();
         let mut classes: Vec<Class> = self
-            .found_classes()?
+            .found_classes(groups)?
             .into_iter()
-            .map(|Found { class, .. }| Class { queue: queues.remove(&class::handle(class.minor)), ..class })
+            .map(|Found { class, .. }| Class { queue: queues.remove(&class.id.handle()), ..class })
             .collect();
-        classes.sort_by_key(|class| class.minor);
-        Ok(Observed { root, classes })
+        classes.sort_by_key(|class| class.id);
+        Ok(Observed { root, classes, filter })
     }
 
     fn qdiscs(&self) -> Result<Vec<Qdisc>, SchedulerError> {
@@ -502,14 +566,32 @@ impl Htb {
             .map_err(|error| self.error("list qdiscs", error))
     }
 
-    fn found_classes(&self) -> Result<Vec<Found>, SchedulerError> {
-        let message = RouteNetlinkMessage::GetTrafficClass(message::all_classes(self.index));
-        self.socket
-            .dump(&message, Vec::new, |list, payload| {
+    /// The classes of some groups, the root's among them as group 0.
+    fn found_classes(&self, groups: BTreeSet<u16>) -> Result<Vec<Found>, SchedulerError> {
+        let mut classes = Vec::new();
+        for group in groups {
+            let message = RouteNetlinkMessage::GetTrafficClass(message::all_classes(self.index, group));
+            let found = self.socket.dump(&message, Vec::new, |list, payload| {
                 list.extend(message::read_class(self.index, payload)?);
                 Ok(())
-            })
-            .map_err(|error| self.error("list classes", error))
+            });
+            classes.append(&mut found.map_err(|error| self.error("list classes", error))?);
+        }
+        Ok(classes)
+    }
+
+    fn has_filter(&self) -> Result<bool, SchedulerError> {
+        let message = RouteNetlinkMessage::GetTrafficFilter(message::all_filters(self.index));
+        self.socket
+            .dump(
+                &message,
+                || false,
+                |found, payload| {
+                    *found |= message::is_filter(self.index, payload)?;
+                    Ok(())
+                },
+            )
+            .map_err(|error| self.error("list filters", error))
     }
 
     /// Whether the kernel has exactly these classes.
@@ -532,14 +614,22 @@ impl Htb {
                     format!("root qdisc {ROOT:x}: {what}, and its {} classes with it", state.classes.len());
                 drifts.push(Drift { what });
             }
+            let filter = observed.filter;
             let observed = self.with_root(observed)?;
+            let grouped = state.classes.values().any(Class::is_group);
+            if grouped && !filter {
+                if ours && state.filter {
+                    drifts.push(Drift { what: format!("the filter of {ROOT:x}: was missing") });
+                }
+                self.add_filter()?;
+            }
+            state.filter = filter || grouped;
             // A class that is to go and that somebody else deleted is no loss.
-            let there: HashSet<u16> = observed.iter().map(|class| class.minor).collect();
-            state
-                .classes
-                .retain(|class| there.contains(&class.minor) || !state.draining.contains_key(&class.minor));
-            state.draining.retain(|minor, _| there.contains(minor));
-            let repairs = changes(&observed, &state.classes);
+            let there: HashSet<Id> = observed.iter().map(|class| class.id).collect();
+            state.classes.retain(|id, _| there.contains(id) || !state.draining.contains_key(id));
+            state.draining.retain(|id, _| there.contains(id));
+            let declared: Vec<Class> = state.classes.values().cloned().collect();
+            let repairs = changes(&observed, &declared);
             if repairs.is_empty() {
                 return Ok(());
             }
@@ -551,14 +641,14 @@ impl Htb {
         Ok(())
     }
 
-    fn classes(&self, tree: &Tree, kind: Kind) -> Result<Vec<Class>, SchedulerError> {
-        class::classes(tree, self.header, kind)
+    fn classes(&self, tree: &Tree, kind: Kind, only: Option<&Part>) -> Result<Vec<Class>, SchedulerError> {
+        class::classes(tree, self.header, kind, only)
             .map_err(|what| SchedulerError::Invalid { interface: self.interface.clone(), what })
     }
 
     /// The discipline for the leaves: of a tree that is taken over, the one it has.
     fn kind(&self, observed: &Observed) -> Kind {
-        let default = observed.classes.iter().find(|class| class.minor == DEFAULT);
+        let default = observed.classes.iter().find(|class| class.id == Id::root(DEFAULT));
         let queue = default.and_then(|class| class.queue.as_ref());
         match (self.leaves, queue.map(|queue| &queue.discipline)) {
             (LeafQueue::Fifo, _) | (LeafQueue::Best, Some(Discipline::Fifo { .. })) => Kind::Fifo,
@@ -601,28 +691,43 @@ impl Htb {
     }
 }
 
-/// Classes of allocations in `from` that are no longer wanted while what they hang on is.
+impl State {
+    /// What there is of a part of the tree that is to become `wanted`.
+    fn part(&self, part: &Part, wanted: &[Class]) -> Vec<Class> {
+        let mut ids: BTreeSet<Id> = class::ids(part).collect();
+        ids.extend(wanted.iter().map(|class| class.id));
+        ids.iter().filter_map(|id| self.classes.get(id)).cloned().collect()
+    }
+}
+
+fn by_id(classes: impl IntoIterator<Item = Class>) -> BTreeMap<Id, Class> {
+    classes.into_iter().map(|class| (class.id, class)).collect()
+}
+
+/// Classes of allocations in `from` that are no longer wanted while what they hang on is. One that is
+/// wanted in another group goes at once: it can't have its queue's number twice.
 fn leaving<'a>(from: &'a [Class], wanted: &[Class]) -> Vec<&'a Class> {
-    let wants = |minor| wanted.binary_search_by_key(&minor, |class| class.minor).is_ok();
+    let wants = |id| wanted.binary_search_by_key(&id, |class| class.id).is_ok();
+    let elsewhere: HashSet<AllocationSlot> = wanted.iter().filter_map(Class::allocation).collect();
     from.iter()
-        .filter(|class| class.allocation().is_some() && class.is_leaf())
-        .filter(|class| !wants(class.minor) && wants(class.parent))
+        .filter(|class| class.is_leaf() && class.allocation().is_some_and(|slot| !elsewhere.contains(&slot)))
+        .filter(|class| class.parent().is_some_and(wants))
         .collect()
 }
 
 /// What was wrong, one text for each class.
 fn described(repairs: &[Change]) -> Vec<Drift> {
-    let minors = |pick: fn(&Change) -> Option<u16>| repairs.iter().filter_map(pick).collect::<HashSet<u16>>();
-    let added = minors(|change| if let Change::Add(class) = change { Some(class.minor) } else { None });
-    let removed = minors(|change| if let Change::Remove(class) = change { Some(class.minor) } else { None });
+    let ids = |pick: fn(&Change) -> Option<Id>| repairs.iter().filter_map(pick).collect::<HashSet<Id>>();
+    let added = ids(|change| if let Change::Add(class) = change { Some(class.id) } else { None });
+    let removed = ids(|change| if let Change::Remove(class) = change { Some(class.id) } else { None });
     repairs
         .iter()
         .filter_map(|change| match change {
-            Change::Remove(class) if added.contains(&class.minor) => None,
-            Change::Add(class) if removed.contains(&class.minor) => {
-                Some(format!("class {} was elsewhere in the tree", class::name(class.minor)))
+            Change::Remove(class) if added.contains(&class.id) => None,
+            Change::Add(class) if removed.contains(&class.id) => {
+                Some(format!("class {} was elsewhere in the tree", class.id))
             }
-            Change::Queue { minor, .. } if added.contains(minor) => None,
+            Change::Queue { id, .. } if added.contains(id) => None,
             other => other.drift(),
         })
         .map(|what| Drift { what })
@@ -635,6 +740,7 @@ fn discipline(change: &Change) -> Option<&'static str> {
         Change::Queue { to, .. } => match to.discipline {
             Discipline::Fifo { .. } => Some("bfifo"),
             Discipline::FqCodel { .. } => Some("fq_codel"),
+            Discipline::Group => Some("htb"),
             Discipline::Foreign(_) => None,
         },
         Change::Add(_) | Change::Alter { .. } | Change::Remove(_) | Change::Unqueue { .. } => None,

@@ -3,6 +3,8 @@
 //! The tree is declared, never commanded: the gateway says what must be there, the scheduler finds
 //! the difference and touches nothing else. [`htb`] builds it from the kernel's HTB classes.
 
+use std::collections::BTreeMap;
+
 use crate::domain::units::{BitsPerSecond, ByteCount};
 use qos_common::length::LinkLayer;
 
@@ -12,7 +14,7 @@ pub mod htb;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct AllocationSlot(pub u16);
 
-/// Slot of a line, 1..=8,000. A slot keeps its class numbers for as long as the line exists.
+/// Slot of a line, 1..=10,240. A slot keeps its class numbers for as long as the line exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LineSlot(pub u16);
 
@@ -36,6 +38,38 @@ impl Tree {
     #[must_use]
     pub fn is_bare(&self) -> bool {
         self.lines.is_empty() && self.leaves.is_empty()
+    }
+}
+
+/// What a tree has otherwise than the one declared before, by slot; none: it has not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Part {
+    /// Lines, those of the allocations below among them.
+    pub lines: BTreeMap<LineSlot, Option<LineClass>>,
+    /// Allocations.
+    pub leaves: BTreeMap<AllocationSlot, Option<Leaf>>,
+}
+
+impl Part {
+    /// Puts its entries into a tree and takes those out that were there.
+    pub fn exchange(&mut self, tree: &mut Tree) {
+        for (slot, entry) in &mut self.lines {
+            let place = tree.lines.binary_search_by_key(slot, |line| line.slot);
+            exchange(&mut tree.lines, place, entry);
+        }
+        for (slot, entry) in &mut self.leaves {
+            let place = tree.leaves.binary_search_by_key(slot, |leaf| leaf.slot);
+            exchange(&mut tree.leaves, place, entry);
+        }
+    }
+}
+
+fn exchange<T>(list: &mut Vec<T>, place: Result<usize, usize>, entry: &mut Option<T>) {
+    match (place, entry.take()) {
+        (Ok(place), Some(new)) => *entry = Some(std::mem::replace(&mut list[place], new)),
+        (Ok(place), None) => *entry = Some(list.remove(place)),
+        (Err(place), Some(new)) => list.insert(place, new),
+        (Err(_), None) => {}
     }
 }
 
@@ -173,6 +207,13 @@ pub trait Scheduler: Send {
     /// the kernel lets it, and the tree declared last stays the one that is compared with.
     fn apply(&mut self, tree: &Tree) -> Result<(), SchedulerError>;
 
+    /// The same where `tree` differs from the one declared last in nothing but the slots of `part`:
+    /// asks the kernel for no more than that.
+    ///
+    /// # Errors
+    /// As [`Scheduler::apply`].
+    fn apply_part(&mut self, tree: &Tree, part: &Part) -> Result<(), SchedulerError>;
+
     /// Compares the kernel's tree with the one declared last and repairs what differs.
     ///
     /// # Errors
@@ -200,6 +241,6 @@ pub trait Scheduler: Send {
     /// `skb->priority` of the rest of a line.
     fn rest_class(&self, line: LineSlot) -> u32;
 
-    /// `skb->priority` of an allocation's class.
-    fn leaf_class(&self, slot: AllocationSlot) -> u32;
+    /// `skb->priority` of the class of an allocation on a line, or on none.
+    fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32;
 }

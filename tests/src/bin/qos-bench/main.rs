@@ -1,13 +1,15 @@
 //! `cargo xtask bench datapath`: what the programs cost a packet, and what is left of forwarding.
+//! `cargo xtask bench scale`: how long lines and grants take when there are many.
 //!
-//! Every figure is a median over rounds that take turns, and stands beside its baseline of the same
-//! run: machines are noisy, ratios less so.
+//! Every figure stands beside its baseline of the same run: machines are noisy, ratios less so. Those
+//! of the data path are medians over rounds that take turns.
 
 mod forwarding;
 mod programs;
+mod scale;
 mod world;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
@@ -31,6 +33,18 @@ enum What {
         #[arg(long, default_value_t = 9)]
         rounds: usize,
     },
+    /// The real qosd with many lines and many shaped allocations on one root.
+    Scale {
+        /// Also writes the figures as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Lines, each with a class in the tree of both interfaces.
+        #[arg(long, default_value_t = 10_000)]
+        lines: u32,
+        /// Shaped allocations downstream, one on each of the first lines.
+        #[arg(long, default_value_t = 8_000)]
+        allocations: u32,
+    },
 }
 
 /// Everything that one run measured.
@@ -45,7 +59,17 @@ struct Report {
 }
 
 fn main() -> Result<()> {
-    let What::Datapath { json, rounds } = Arguments::parse().what;
+    match Arguments::parse().what {
+        What::Datapath { json, rounds } => datapath(json, rounds),
+        What::Scale { json, lines, allocations } => {
+            let report = scale::measure(lines, allocations)?;
+            scale::print(&report);
+            json.map_or(Ok(()), |path| write_json(&report, &path))
+        }
+    }
+}
+
+fn datapath(json: Option<PathBuf>, rounds: usize) -> Result<()> {
     let mut skipped = Vec::new();
     let programs = programs::measure(rounds)?;
     let forwarding = forwarding::measure(rounds, &mut skipped)?;
@@ -58,11 +82,12 @@ fn main() -> Result<()> {
         skipped,
     };
     print(&report);
-    if let Some(path) = json {
-        let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
-    }
-    Ok(())
+    json.map_or(Ok(()), |path| write_json(&report, &path))
+}
+
+fn write_json(report: &impl Serialize, path: &Path) -> Result<()> {
+    let text = serde_json::to_string_pretty(report)?;
+    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
 }
 
 #[expect(clippy::print_stdout, reason = "a program that reports to its terminal")]

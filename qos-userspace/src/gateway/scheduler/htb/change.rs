@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::fmt;
 
-use super::class::{Class, Discipline, Queue, name};
+use super::class::{Class, Discipline, Id, Queue};
 use crate::domain::units::{BitsPerSecond, ByteCount};
 
 /// One message to the kernel.
@@ -18,9 +18,9 @@ pub(super) enum Change {
     /// Removes a class with its queue.
     Remove(Class),
     /// Gives a leaf a queue in place of the one it has, or of the kernel's own.
-    Queue { minor: u16, from: Option<Queue>, to: Queue },
+    Queue { id: Id, from: Option<Queue>, to: Queue },
     /// Gives a leaf the kernel's own queue.
-    Unqueue { minor: u16, from: Queue },
+    Unqueue { id: Id, from: Queue },
 }
 
 impl Change {
@@ -30,35 +30,38 @@ impl Change {
             Self::Add(class) => vec![Self::Remove(class)],
             Self::Alter { from, to } => vec![Self::Alter { from: to, to: from }],
             Self::Remove(class) => added(class),
-            Self::Queue { minor, from: None, to } => vec![Self::Unqueue { minor, from: to }],
-            Self::Queue { minor, from: Some(from), to } => queued(minor, Some(to), from),
-            Self::Unqueue { minor, from } => vec![Self::Queue { minor, from: None, to: from }],
+            Self::Queue { id, from: None, to } => vec![Self::Unqueue { id, from: to }],
+            Self::Queue { id, from: Some(from), to } => queued(id, Some(to), from),
+            Self::Unqueue { id, from } => vec![Self::Queue { id, from: None, to: from }],
         }
+    }
+
+    /// Whether it costs the kernel the more the more classes or queues there are.
+    pub(super) fn is_slow(&self) -> bool {
+        !matches!(self, Self::Alter { .. })
     }
 
     /// What was done, for an error.
     pub(super) fn action(&self) -> String {
         match self {
-            Self::Add(class) => format!("add class {}", name(class.minor)),
-            Self::Alter { to, .. } => format!("change class {}", name(to.minor)),
-            Self::Remove(class) => format!("delete class {}", name(class.minor)),
-            Self::Queue { minor, to, .. } => format!("set the queue of class {} to {to}", name(*minor)),
-            Self::Unqueue { minor, .. } => format!("remove the queue of class {}", name(*minor)),
+            Self::Add(class) => format!("add class {}", class.id),
+            Self::Alter { to, .. } => format!("change class {}", to.id),
+            Self::Remove(class) => format!("delete class {}", class.id),
+            Self::Queue { id, to, .. } => format!("set the queue of class {id} to {to}"),
+            Self::Unqueue { id, .. } => format!("remove the queue of class {id}"),
         }
     }
 
     /// What was wrong when this repairs it; none: a part of another one.
     pub(super) fn drift(&self) -> Option<String> {
         match self {
-            Self::Add(class) => Some(format!("class {} was missing", name(class.minor))),
-            Self::Alter { from, to } => Some(format!("class {} had {}", name(to.minor), altered(from, to))),
-            Self::Remove(class) => Some(format!("class {} was not declared", name(class.minor))),
-            Self::Queue { minor, from: Some(from), to } => {
-                Some(format!("the queue of class {} was {from} instead of {to}", name(*minor)))
+            Self::Add(class) => Some(format!("class {} was missing", class.id)),
+            Self::Alter { from, to } => Some(format!("class {} had {}", to.id, altered(from, to))),
+            Self::Remove(class) => Some(format!("class {} was not declared", class.id)),
+            Self::Queue { id, from: Some(from), to } => {
+                Some(format!("the queue of class {id} was {from} instead of {to}"))
             }
-            Self::Queue { minor, from: None, .. } => {
-                Some(format!("the queue of class {} was missing", name(*minor)))
-            }
+            Self::Queue { id, from: None, .. } => Some(format!("the queue of class {id} was missing")),
             Self::Unqueue { .. } => None,
         }
     }
@@ -77,7 +80,7 @@ pub(super) fn changes(from: &[Class], to: &[Class]) -> Vec<Change> {
         match pair {
             (Some(was), None) => taken.push(Change::Remove(was.clone())),
             (None, Some(will)) => given.extend(added(will.clone())),
-            (Some(was), Some(will)) if doomed.contains(&was.minor) => {
+            (Some(was), Some(will)) if doomed.contains(&was.id) => {
                 taken.push(Change::Remove(was.clone()));
                 given.extend(added(will.clone()));
             }
@@ -91,36 +94,37 @@ pub(super) fn changes(from: &[Class], to: &[Class]) -> Vec<Change> {
                     && was.is_leaf()
                     && was.queue != will.queue
                 {
-                    given.extend(queued(will.minor, was.queue.clone(), queue.clone()));
+                    given.extend(queued(will.id, was.queue.clone(), queue.clone()));
                 }
             }
             (None, None) => {}
         }
     }
     taken.sort_by_key(|change| match change {
-        Change::Remove(class) | Change::Alter { from: class, .. } => (class.level, Reverse(class.minor)),
-        _ => (0, Reverse(0)),
+        Change::Remove(class) | Change::Alter { from: class, .. } => (class.height(), Reverse(class.id)),
+        _ => (0, Reverse(Id::root(0))),
     });
     taken.append(&mut given);
     taken
 }
 
 /// Classes that have to go: not wanted, wanted under another parent, or under one that has to go.
-fn doomed(from: &[Class], to: &[Class]) -> HashSet<u16> {
-    let mut doomed: HashSet<u16> = pairs(from, to)
+fn doomed(from: &[Class], to: &[Class]) -> HashSet<Id> {
+    let mut doomed: HashSet<Id> = pairs(from, to)
         .filter_map(|pair| match pair {
-            (Some(was), None) => Some(was.minor),
-            (Some(was), Some(will)) if was.parent != will.parent => Some(was.minor),
+            (Some(was), None) => Some(was.id),
+            (Some(was), Some(will)) if was.parent != will.parent => Some(was.id),
             _ => None,
         })
         .collect();
-    // Only inner classes take others with them; the tree is at most HTB's 8 levels deep.
-    if from.iter().any(|class| !class.is_leaf() && doomed.contains(&class.minor)) {
+    // Only inner classes and groups take others with them; the tree is at most HTB's 8 levels deep, twice.
+    if from.iter().any(|class| class.height() > 0 && doomed.contains(&class.id)) {
         loop {
-            let below: Vec<u16> = from
+            let below: Vec<Id> = from
                 .iter()
-                .filter(|class| doomed.contains(&class.parent) && !doomed.contains(&class.minor))
-                .map(|class| class.minor)
+                .filter(|class| !doomed.contains(&class.id))
+                .filter(|class| class.parent().is_some_and(|parent| doomed.contains(&parent)))
+                .map(|class| class.id)
                 .collect();
             if below.is_empty() {
                 break;
@@ -140,8 +144,8 @@ fn pairs<'a>(
     std::iter::from_fn(move || {
         let pair = match (from.peek(), to.peek()) {
             (None, None) => return None,
-            (Some(was), Some(will)) if was.minor == will.minor => (from.next(), to.next()),
-            (Some(was), Some(will)) if was.minor > will.minor => (None, to.next()),
+            (Some(was), Some(will)) if was.id == will.id => (from.next(), to.next()),
+            (Some(was), Some(will)) if was.id > will.id => (None, to.next()),
             (None, _) => (None, to.next()),
             (_, _) => (from.next(), None),
         };
@@ -150,17 +154,17 @@ fn pairs<'a>(
 }
 
 fn added(class: Class) -> Vec<Change> {
-    let queue = class.queue.clone().map(|to| Change::Queue { minor: class.minor, from: None, to });
+    let queue = class.queue.clone().map(|to| Change::Queue { id: class.id, from: None, to });
     std::iter::once(Change::Add(class)).chain(queue).collect()
 }
 
-fn queued(minor: u16, from: Option<Queue>, to: Queue) -> Vec<Change> {
+fn queued(id: Id, from: Option<Queue>, to: Queue) -> Vec<Change> {
     match from {
         // The kernel changes a discipline's limits in place, but neither its kind nor its flows.
         Some(from) if from.handle == to.handle && !from.discipline.becomes(&to.discipline) => {
-            vec![Change::Unqueue { minor, from }, Change::Queue { minor, from: None, to }]
+            vec![Change::Unqueue { id, from }, Change::Queue { id, from: None, to }]
         }
-        from => vec![Change::Queue { minor, from, to }],
+        from => vec![Change::Queue { id, from, to }],
     }
 }
 
@@ -184,6 +188,7 @@ impl fmt::Display for Queue {
             Discipline::FqCodel { limit, target, flows, .. } => {
                 write!(f, "fq_codel {:x}: of {limit} packets, target {target} µs, {flows} flows", self.handle)
             }
+            Discipline::Group => write!(f, "htb {:x}:", self.handle),
             Discipline::Foreign(kind) => write!(f, "{kind} {:x}:", self.handle),
         }
     }
@@ -219,19 +224,21 @@ fn altered(from: &Class, to: &Class) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
 
     use proptest::prelude::*;
     use qos_common::length::LinkLayer;
 
-    use super::super::class::{Kind, classes};
+    use super::super::class::{Kind, classes, ids};
     use super::*;
-    use crate::gateway::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Tree};
+    use crate::gateway::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Part, Tree};
     use crate::manager::capacity::{SMALLEST_REST, UNGUARANTEED_RATE};
 
     /// A valid tree: each line's guarantees and rest within its rate, all within the link.
     fn tree() -> impl Strategy<Value = Tree> {
-        let lines = prop::collection::btree_map(1..=4_u16, (1..40_u64, 0..3_u8), 0..4);
+        // Two in the root, two in the first group, one in the second.
+        let slots = prop::sample::select(vec![1_u16, 2, 1_025, 1_026, 2_049]);
+        let lines = prop::collection::btree_map(slots, (1..40_u64, 0..3_u8), 0..4);
         let leaves = prop::collection::btree_map(
             1..=12_u16,
             (0..5_u16, prop::option::of(1..5_u64), prop::option::of(5..50_u64), 0..8_u8),
@@ -254,7 +261,7 @@ mod tests {
                 .into_iter()
                 .map(|(slot, (line, guaranteed, maximum, priority))| Leaf {
                     slot: AllocationSlot(slot),
-                    line: lines.iter().map(|line| line.slot).find(|slot| slot.0 == line),
+                    line: lines.get(usize::from(line)).map(|line| line.slot),
                     guaranteed: guaranteed.map(megabits),
                     maximum: maximum.map(megabits),
                     priority,
@@ -266,49 +273,60 @@ mod tests {
     }
 
     /// What a kernel would have after a change; panics where it would refuse.
-    fn carry_out(kernel: &mut BTreeMap<u16, Class>, change: &Change) {
+    fn carry_out(kernel: &mut BTreeMap<Id, Class>, change: &Change) {
         match change {
             Change::Add(class) => {
-                assert!(class.parent == 0 || kernel.contains_key(&class.parent), "{change:?}: no parent");
+                if let Some(parent) = class.parent() {
+                    let parent = kernel.get(&parent).unwrap_or_else(|| panic!("{change:?}: no parent"));
+                    assert!(!parent.is_group() || parent.queue.is_some(), "{change:?}: no HTB");
+                }
                 let bare = Class { queue: None, ..class.clone() };
-                assert_eq!(kernel.insert(class.minor, bare), None, "{change:?}: is there");
+                assert_eq!(kernel.insert(class.id, bare), None, "{change:?}: is there");
             }
             Change::Alter { from, to } => {
-                let class = kernel.get_mut(&to.minor).expect("class to change");
+                let class = kernel.get_mut(&to.id).expect("class to change");
                 assert_eq!(class.rate, from.rate);
                 *class = Class { queue: class.queue.clone(), ..to.clone() };
             }
             Change::Remove(class) => {
-                assert!(kernel.values().all(|child| child.parent != class.minor), "{change:?}: has children");
-                kernel.remove(&class.minor).expect("class to delete");
+                assert!(
+                    kernel.values().all(|child| child.parent() != Some(class.id)),
+                    "{change:?}: has children"
+                );
+                kernel.remove(&class.id).expect("class to delete");
             }
-            Change::Queue { minor, to, .. } => {
-                kernel.get_mut(minor).expect("class of the queue").queue = Some(to.clone());
+            Change::Queue { id, to, .. } => {
+                kernel.get_mut(id).expect("class of the queue").queue = Some(to.clone());
             }
-            Change::Unqueue { minor, .. } => {
-                let queue = kernel.get_mut(minor).and_then(|class| class.queue.take());
+            Change::Unqueue { id, .. } => {
+                let queue = kernel.get_mut(id).and_then(|class| class.queue.take());
                 assert!(queue.is_some(), "{change:?}: has none");
             }
         }
     }
 
-    fn over_committed(kernel: &BTreeMap<u16, Class>) -> Option<String> {
+    fn over_committed(kernel: &BTreeMap<Id, Class>) -> Option<String> {
         // Rates of those that are promised nothing are not part of the sum.
         let unpromised = UNGUARANTEED_RATE.0 / 8;
         kernel.values().filter(|parent| !parent.is_leaf()).find_map(|parent| {
-            let children = kernel.values().filter(|child| child.parent == parent.minor && child.minor != 2);
+            let children =
+                kernel.values().filter(|child| child.parent() == Some(parent.id) && child.id.minor != 2);
             let sum: u64 = children.map(|child| child.rate).filter(|rate| *rate > unpromised).sum();
-            (sum > parent.rate)
-                .then(|| format!("{} has {}, its children {sum}", name(parent.minor), parent.rate))
+            // In a group the link stands for the group's class.
+            let limit = match parent.parent().and_then(|id| kernel.get(&id)) {
+                Some(group) if group.is_group() => group,
+                _ => parent,
+            };
+            (sum > limit.rate).then(|| format!("{} has {}, its children {sum}", limit.id, limit.rate))
         })
     }
 
     proptest! {
         #[test]
         fn any_tree_becomes_any_other_and_back(from in tree(), to in tree(), stop in 0..200_usize) {
-            let from = classes(&from, 14, Kind::Fifo).expect("valid");
-            let to = classes(&to, 14, Kind::Fifo).expect("valid");
-            let mut kernel: BTreeMap<u16, Class> = from.iter().map(|class| (class.minor, class.clone())).collect();
+            let from = classes(&from, 14, Kind::Fifo, None).expect("valid");
+            let to = classes(&to, 14, Kind::Fifo, None).expect("valid");
+            let mut kernel: BTreeMap<Id, Class> = from.iter().map(|class| (class.id, class.clone())).collect();
             let changes = changes(&from, &to);
             for change in &changes {
                 carry_out(&mut kernel, change);
@@ -318,7 +336,7 @@ mod tests {
             prop_assert!(super::changes(&to, &to).is_empty());
 
             // Fails behind some change: what was done is undone.
-            let mut kernel: BTreeMap<u16, Class> = from.iter().map(|class| (class.minor, class.clone())).collect();
+            let mut kernel: BTreeMap<Id, Class> = from.iter().map(|class| (class.id, class.clone())).collect();
             let done: Vec<Change> = changes.into_iter().take(stop).collect();
             for change in &done {
                 carry_out(&mut kernel, change);
@@ -329,6 +347,45 @@ mod tests {
             }
             prop_assert_eq!(kernel.into_values().collect::<Vec<_>>(), from);
         }
+
+        #[test]
+        fn a_part_is_what_differs_of_the_whole(from in tree(), to in tree()) {
+            let to = Tree { link: from.link, ..to };
+            let lines = differing(&from.lines, &to.lines, |line| line.slot);
+            let leaves = differing(&from.leaves, &to.leaves, |leaf| leaf.slot);
+            let mut part = Part {
+                lines: lines.into_iter().map(|slot| (slot, get(&to.lines, |line| line.slot == slot))).collect(),
+                leaves: leaves.into_iter().map(|slot| (slot, get(&to.leaves, |leaf| leaf.slot == slot))).collect(),
+            };
+            let changed = from.leaves.iter().chain(&to.leaves).filter(|leaf| part.leaves.contains_key(&leaf.slot));
+            let lines = changed.filter_map(|leaf| leaf.line).collect::<BTreeSet<_>>();
+            part.lines.extend(lines.into_iter().map(|slot| (slot, get(&to.lines, |line| line.slot == slot))));
+            let mut tree = from.clone();
+            let mut entries = part.clone();
+            entries.exchange(&mut tree);
+            prop_assert_eq!(&tree, &Tree { rest: tree.rest, ..to.clone() });
+            entries.exchange(&mut tree);
+            prop_assert_eq!(&tree, &from);
+            prop_assert_eq!(&entries, &part);
+            let from = classes(&from, 14, Kind::Fifo, None).expect("valid");
+            let wanted = classes(&to, 14, Kind::Fifo, Some(&part)).expect("valid");
+            let all = classes(&to, 14, Kind::Fifo, None).expect("valid");
+            let ids: BTreeSet<Id> = ids(&part).chain(wanted.iter().map(|class| class.id)).collect();
+            let before: Vec<Class> = from.iter().filter(|class| ids.contains(&class.id)).cloned().collect();
+            prop_assert_eq!(changes(&before, &wanted), changes(&from, &all));
+        }
+    }
+
+    fn get<T: Clone>(list: &[T], is: impl Fn(&T) -> bool) -> Option<T> {
+        list.iter().find(|entry| is(entry)).cloned()
+    }
+
+    /// Slots whose entry is not the same, or in one list only.
+    fn differing<T: PartialEq, S: Ord + Copy>(from: &[T], to: &[T], slot: fn(&T) -> S) -> BTreeSet<S> {
+        let only = |these: &[T], those: &[T]| -> Vec<S> {
+            these.iter().filter(|entry| !those.contains(entry)).map(slot).collect()
+        };
+        only(from, to).into_iter().chain(only(to, from)).collect()
     }
 
     #[test]
@@ -346,7 +403,7 @@ mod tests {
             ("another kind", fifo(0x4001, 1), fair(128), 2),
             ("other flows", fair(64), fair(128), 2),
         ] {
-            assert_eq!(queued(0x4001, Some(from), to).len(), changes, "{what}");
+            assert_eq!(queued(Id::root(0x4001), Some(from), to).len(), changes, "{what}");
         }
     }
 }

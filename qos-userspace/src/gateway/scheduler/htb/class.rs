@@ -7,8 +7,14 @@
 //!   ├ inner     line n, 0x10 + 2n: rate = guarantees + rest's minimum, ceil = its speed
 //!   │ ├ leaf    its rest, 0x11 + 2n
 //!   │ └ leaf    allocation m, 0x4000 + m: rate = guaranteed, ceil = maximum
-//!   └ leaf      allocation on no line
+//!   ├ leaf      allocation on no line
+//!   └ leaf      group g of further lines, 0x3000 + g: rate = those of its lines, ceil = capacity
+//!     └ M:      HTB of the group, which is as the root's: M:1, M:2, lines, their allocations
 //! ```
+//!
+//! **Groups.** What a class costs to make grows with the classes that its HTB has, so each holds 1,024
+//! lines (docs/adr/0011). The first of them are in the root; the n-th line of group g has the numbers
+//! of line n, under the group's major number. Where there are no more lines there are no groups.
 //!
 //! **Priority.** HTB serves classes within their rate before those that borrow, and at either by one
 //! of 8 priorities, equal ones in turn. The rest takes the last for itself, so that all excess of
@@ -19,10 +25,12 @@
 //! header is what HTB adds; a line whose overhead is smaller is charged the difference too much. ATM
 //! cells HTB rounds itself. PTM it does not know: rates are scaled by 64/65.
 
+use std::fmt;
+
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
 
 use crate::domain::units::BitsPerSecond;
-use crate::gateway::scheduler::{AllocationSlot, LineClass, LineSlot, Tree};
+use crate::gateway::scheduler::{AllocationSlot, LineClass, LineSlot, Part, Tree};
 use crate::manager::capacity::{UNGUARANTEED_RATE, class_burst};
 
 /// Major number of our root, of all its classes, and by which it is known as ours.
@@ -30,9 +38,19 @@ pub(super) const ROOT: u16 = 0x5150;
 pub(super) const LINK: u16 = 1;
 pub(super) const DEFAULT: u16 = 2;
 const FIRST_LINE: u16 = 0x10;
+/// Class of group 0, were there one.
+pub(super) const FIRST_GROUP: u16 = 0x3000;
 const FIRST_LEAF: u16 = 0x4000;
-const LAST_LINE_SLOT: u16 = 8_000;
+const LAST_LINE_SLOT: u16 = GROUP_LINES * (LAST_GROUP + 1);
 const LAST_LEAF_SLOT: u16 = 0x3fff;
+
+/// Lines of one group.
+const GROUP_LINES: u16 = 1_024;
+pub(super) const LAST_GROUP: u16 = 9;
+/// From one group's major number to the next one's. The kernel keeps an interface's qdiscs in 16
+/// lists (`qdisc_hash`) and walks one for each class that is not the root's: with this step all groups
+/// are in the root's list, and [`queue_handle`] keeps the queues out of it.
+pub(super) const GROUP_STEP: u16 = 469;
 
 /// Bytes that equal classes send in turn. Not below the largest super-packet (64 KiB and the headers
 /// of its segments): HTB takes a packet's length from the class's deficit, adds one quantum and never
@@ -78,11 +96,19 @@ pub(super) enum Kind {
     FqCodel,
 }
 
+/// Which class it is. In order, parents come before children and the root's classes before groups'.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Id {
+    /// 0: the root's.
+    pub(super) group: u16,
+    pub(super) minor: u16,
+}
+
 /// One class as HTB has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Class {
-    pub(super) minor: u16,
-    /// Minor of the parent; 0: the root.
+    pub(super) id: Id,
+    /// Minor of the parent, which is of the same group; 0: that group's HTB.
     pub(super) parent: u16,
     /// 0 for leaves. Follows from the children that a class has.
     pub(super) level: u8,
@@ -118,6 +144,8 @@ pub(super) enum Discipline {
     Fifo { limit: u32 },
     /// Limits in packets and bytes of memory, times in µs as the kernel gives them back.
     FqCodel { limit: u32, memory: u32, target: u32, interval: u32, flows: u32 },
+    /// HTB of a group.
+    Group,
     /// Not ours, by its name.
     Foreign(Box<str>),
 }
@@ -129,8 +157,32 @@ impl Class {
 
     /// Whether it is the class of an allocation.
     pub(super) fn allocation(&self) -> Option<AllocationSlot> {
-        (self.minor > FIRST_LEAF && self.minor <= FIRST_LEAF + LAST_LEAF_SLOT)
-            .then(|| AllocationSlot(self.minor - FIRST_LEAF))
+        let minor = self.id.minor;
+        (minor > FIRST_LEAF && minor <= FIRST_LEAF + LAST_LEAF_SLOT)
+            .then(|| AllocationSlot(minor - FIRST_LEAF))
+    }
+
+    /// The class that it hangs on; none: it is the root's first.
+    pub(super) fn parent(&self) -> Option<Id> {
+        match self.id.group {
+            0 => (self.parent != 0).then(|| Id::root(self.parent)),
+            group if self.parent == 0 => Some(Id::root(FIRST_GROUP + group)),
+            group => Some(Id { group, minor: self.parent }),
+        }
+    }
+
+    /// How far it is above the leaves: children have less than their parents.
+    pub(super) fn height(&self) -> u8 {
+        match self.parent() {
+            None => LINK_LEVEL + 2,
+            Some(_) if self.is_group() => LINK_LEVEL + 1,
+            Some(_) => self.level,
+        }
+    }
+
+    /// Whether it is the class of a group.
+    pub(super) fn is_group(&self) -> bool {
+        self.id.group == 0 && (FIRST_GROUP + 1..=FIRST_GROUP + LAST_GROUP).contains(&self.id.minor)
     }
 
     /// The same class without its guarantee, so that another may have it while this one empties.
@@ -151,73 +203,202 @@ impl Class {
     }
 }
 
-/// Class number of a line's inner class.
-pub(super) fn line_minor(slot: LineSlot) -> u16 {
-    FIRST_LINE.wrapping_add(slot.0.wrapping_mul(2))
-}
+impl Id {
+    /// A class of the root.
+    pub(super) const fn root(minor: u16) -> Self {
+        Self { group: 0, minor }
+    }
 
-/// Class number of a line's rest.
-pub(super) fn rest_minor(slot: LineSlot) -> u16 {
-    line_minor(slot).wrapping_add(1)
-}
+    /// The inner class of a line.
+    pub(super) const fn line(slot: LineSlot) -> Self {
+        let number = slot.0.wrapping_sub(1) % GROUP_LINES + 1;
+        Self { group: group(slot), minor: FIRST_LINE + 2 * number }
+    }
 
-/// Class number of an allocation.
-pub(super) fn leaf_minor(slot: AllocationSlot) -> u16 {
-    FIRST_LEAF.wrapping_add(slot.0)
-}
+    /// The rest of a line.
+    pub(super) const fn rest(slot: LineSlot) -> Self {
+        let Self { group, minor } = Self::line(slot);
+        Self { group, minor: minor + 1 }
+    }
 
-/// The handle as a number: `skb->priority` of the class.
-pub(super) fn handle(minor: u16) -> u32 {
-    u32::from(ROOT) << 16 | u32::from(minor)
+    /// An allocation on a line, or on none.
+    pub(super) fn leaf(slot: AllocationSlot, line: Option<LineSlot>) -> Self {
+        Self { group: line.map_or(0, group), minor: FIRST_LEAF.wrapping_add(slot.0) }
+    }
+
+    /// The class that a handle names; none: it is not ours.
+    pub(super) fn of_handle(handle: u32) -> Option<Self> {
+        let above = ((handle >> 16) as u16).checked_sub(ROOT)?;
+        let ours = above % GROUP_STEP == 0 && above / GROUP_STEP <= LAST_GROUP;
+        ours.then_some(Self { group: above / GROUP_STEP, minor: handle as u16 })
+    }
+
+    /// The handle as a number: `skb->priority` of the class.
+    pub(super) const fn handle(self) -> u32 {
+        (group_major(self.group) as u32) << 16 | self.minor as u32
+    }
 }
 
 /// The class as `tc` prints it.
-pub(super) fn name(minor: u16) -> String {
-    format!("{ROOT:x}:{minor:x}")
+impl fmt::Display for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:x}:{:x}", group_major(self.group), self.minor)
+    }
 }
 
-/// Major number of a leaf's queue: its class's minor, which no two share. Only the root's own number
-/// is taken; 0x3fff lies between the numbers of lines and allocations.
-fn queue_handle(minor: u16) -> u16 {
-    if minor == ROOT { 0x3fff } else { minor }
+const fn group(slot: LineSlot) -> u16 {
+    slot.0.wrapping_sub(1) / GROUP_LINES
 }
 
-/// The classes of a tree in ascending order of their numbers, parents before children, or what is
-/// wrong with the tree. `header` is the interface's link-layer header in bytes.
-pub(super) fn classes(tree: &Tree, header: u16, kind: Kind) -> Result<Vec<Class>, String> {
-    check(tree)?;
+/// Major number of a group's HTB.
+pub(super) const fn group_major(group: u16) -> u16 {
+    ROOT.wrapping_add(GROUP_STEP.wrapping_mul(group))
+}
+
+/// Major number of a leaf's queue, which no two share: its class's minor, or one that the root's
+/// classes leave free.
+fn queue_handle(id: Id) -> u16 {
+    let handle = match (id.group, id.minor) {
+        (0, minor) | (_, minor @ FIRST_LEAF..) => minor,
+        (group, DEFAULT) => FIRST_GROUP + group,
+        (group, rest) => (group + 2) * GROUP_LINES + (rest - FIRST_LINE) / 2,
+    };
+    if qdisc_list(handle) == qdisc_list(ROOT) { handle ^ 0x8000 } else { handle }
+}
+
+/// Which of the kernel's 16 lists has the qdiscs of a major number (`hash_32`, include/linux/hash.h).
+const fn qdisc_list(major: u16) -> u16 {
+    major.wrapping_mul(0x8647) >> 12
+}
+
+/// The classes of a tree in ascending order of their numbers, or what is wrong with the tree. `header`
+/// is the interface's link-layer header in bytes. With `only`, those of some lines and allocations, of
+/// these lines' allocations and groups; the tree is checked as a whole all the same.
+pub(super) fn classes(
+    tree: &Tree,
+    header: u16,
+    kind: Kind,
+    only: Option<&Part>,
+) -> Result<Vec<Class>, String> {
+    let lines = LineIndex::new(tree)?;
+    check(tree, &lines)?;
+    let rates = line_rates(tree, &lines)?;
+    let concerns = |slot: LineSlot| only.is_none_or(|part| part.lines.contains_key(&slot));
     let link = Framing::new(LinkLayer::Ethernet, ETHERNET_OVERHEAD, header, tree.mtu);
-    let rest = |minor, parent, rate: BitsPerSecond, ceil: BitsPerSecond, framing| Class {
+    let leaf = |id, parent, rate: BitsPerSecond, ceil: BitsPerSecond, framing| Class {
         priority: LAST_PRIORITY,
-        queue: Some(queue(minor, kind, ceil, None, framing)),
-        ..class(minor, parent, LEAF_LEVEL, rate.min(ceil), ceil, framing)
+        queue: Some(queue(id, kind, ceil, None, framing)),
+        ..class(id, parent, LEAF_LEVEL, rate.min(ceil), ceil, framing)
     };
 
-    let mut classes = Vec::with_capacity(2 + 2 * tree.lines.len() + tree.leaves.len());
-    classes.push(class(LINK, 0, LINK_LEVEL, tree.link, tree.link, link));
-    classes.push(rest(DEFAULT, LINK, tree.rest, tree.link, link));
-    let rates = line_rates(tree)?;
-    for (line, rate) in tree.lines.iter().zip(rates) {
+    let mut classes = Vec::with_capacity(only.map_or(2 + 2 * tree.lines.len() + tree.leaves.len(), |_| 8));
+    if only.is_none() {
+        classes.push(class(Id::root(LINK), 0, LINK_LEVEL, tree.link, tree.link, link));
+        classes.push(leaf(Id::root(DEFAULT), LINK, tree.rest, tree.link, link));
+    }
+    let mut groups = [Sum::default(); LAST_GROUP as usize + 1];
+    for (line, rate) in tree.lines.iter().zip(&rates) {
+        let sum = &mut groups[usize::from(group(line.slot))];
+        *sum = Sum { lines: sum.lines + 1, rate: sum.rate + rate.0 };
+        if !concerns(line.slot) {
+            continue;
+        }
         let framing = Framing::of(line, header, tree.mtu);
-        let minor = line_minor(line.slot);
-        classes.push(class(minor, LINK, LINE_LEVEL, rate, line.ceil, framing));
-        classes.push(rest(rest_minor(line.slot), minor, line.rest, line.ceil, framing));
+        let inner = Id::line(line.slot);
+        classes.push(class(inner, LINK, LINE_LEVEL, *rate, line.ceil, framing));
+        classes.push(leaf(Id::rest(line.slot), inner.minor, line.rest, line.ceil, framing));
     }
-    for leaf in &tree.leaves {
-        let line = leaf.line.and_then(|slot| find(tree, slot));
-        let (parent, speed, framing) = line.map_or((LINK, tree.link, link), |line| {
-            (line_minor(line.slot), line.ceil, Framing::of(line, header, tree.mtu))
-        });
-        let minor = leaf_minor(leaf.slot);
-        let ceil = leaf.maximum.unwrap_or(speed).min(speed);
-        let rate = guarantee(leaf.guaranteed).unwrap_or(UNGUARANTEED_RATE).min(ceil);
+    for (number, sum) in (0..).zip(groups).skip(1) {
+        if sum.lines == 0 || !only.is_none_or(|part| part.lines.keys().any(|slot| group(*slot) == number)) {
+            continue;
+        }
+        let id = Id::root(FIRST_GROUP + number);
+        let of = |minor| Id { group: number, minor };
         classes.push(Class {
-            priority: u32::from(leaf.priority).min(LAST_PRIORITY - 1),
-            queue: Some(queue(minor, kind, ceil, leaf.queue.map(|bytes| bytes.0), framing)),
-            ..class(minor, parent, LEAF_LEVEL, rate, ceil, framing)
+            // So that all lines have equal turns, whether they are in the root or in a group.
+            quantum: QUANTUM.saturating_mul(sum.lines),
+            queue: Some(Queue { handle: group_major(number), discipline: Discipline::Group }),
+            ..leaf(id, LINK, BitsPerSecond(sum.rate), tree.link, link)
+        });
+        classes.push(class(of(LINK), 0, LINK_LEVEL, tree.link, tree.link, link));
+        classes.push(leaf(of(DEFAULT), LINK, UNGUARANTEED_RATE, tree.link, link));
+    }
+    for allocation in &tree.leaves {
+        if !only.is_none_or(|part| part.leaves.contains_key(&allocation.slot))
+            && !allocation.line.is_some_and(concerns)
+        {
+            continue;
+        }
+        let line = allocation.line.and_then(|slot| lines.find(tree, slot));
+        let (parent, speed, framing) = line.map_or((LINK, tree.link, link), |line| {
+            (Id::line(line.slot).minor, line.ceil, Framing::of(line, header, tree.mtu))
+        });
+        let id = Id::leaf(allocation.slot, allocation.line);
+        let ceil = allocation.maximum.unwrap_or(speed).min(speed);
+        let rate = guarantee(allocation.guaranteed).unwrap_or(UNGUARANTEED_RATE).min(ceil);
+        classes.push(Class {
+            priority: u32::from(allocation.priority).min(LAST_PRIORITY - 1),
+            queue: Some(queue(id, kind, ceil, allocation.queue.map(|bytes| bytes.0), framing)),
+            ..class(id, parent, LEAF_LEVEL, rate, ceil, framing)
         });
     }
+    classes.sort_unstable_by_key(|class| class.id);
     Ok(classes)
+}
+
+/// Classes that there may be of a part of a tree, except of other allocations on its lines.
+pub(super) fn ids(part: &Part) -> impl Iterator<Item = Id> {
+    let lines = part.lines.keys().flat_map(|slot| [Id::line(*slot), Id::rest(*slot)]);
+    let groups = (1..=LAST_GROUP).filter(|number| part.lines.keys().any(|slot| group(*slot) == *number));
+    let groups = groups.flat_map(|group| {
+        [Id::root(FIRST_GROUP + group), Id { group, minor: LINK }, Id { group, minor: DEFAULT }]
+    });
+    let leaves = part.leaves.keys().flat_map(|slot| {
+        let Id { minor, .. } = Id::leaf(*slot, None);
+        (0..=LAST_GROUP).map(move |group| Id { group, minor })
+    });
+    lines.chain(groups).chain(leaves)
+}
+
+/// What the lines of a group come to.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    lines: u32,
+    /// Bits a second.
+    rate: u64,
+}
+
+/// Where in a tree each line is.
+struct LineIndex(Vec<u16>);
+
+impl LineIndex {
+    const NONE: u16 = u16::MAX;
+
+    /// Checks the slots of lines.
+    fn new(tree: &Tree) -> Result<Self, String> {
+        let mut index = vec![Self::NONE; usize::from(LAST_LINE_SLOT) + 1];
+        let mut before = 0;
+        for (place, line) in (0..).zip(&tree.lines) {
+            let slot = line.slot.0;
+            if slot == 0 || slot > LAST_LINE_SLOT {
+                return Err(format!("line slot {slot} is not within 1 and {LAST_LINE_SLOT}"));
+            }
+            if slot <= before {
+                return Err(format!("line slot {slot} is out of order or there twice"));
+            }
+            before = slot;
+            index[usize::from(slot)] = place;
+        }
+        Ok(Self(index))
+    }
+
+    fn place(&self, slot: LineSlot) -> Option<usize> {
+        self.0.get(usize::from(slot.0)).filter(|place| **place != Self::NONE).map(|place| usize::from(*place))
+    }
+
+    fn find<'a>(&self, tree: &'a Tree, slot: LineSlot) -> Option<&'a LineClass> {
+        self.place(slot).and_then(|place| tree.lines.get(place))
+    }
 }
 
 /// How HTB is told to count a packet.
@@ -244,7 +425,7 @@ impl Framing {
 }
 
 fn class(
-    minor: u16,
+    id: Id,
     parent: u16,
     level: u8,
     rate: BitsPerSecond,
@@ -262,7 +443,7 @@ fn class(
         nanoseconds.div_ceil(64).min(u128::from(u32::MAX)) as u32
     };
     Class {
-        minor,
+        id,
         parent,
         level,
         rate: bytes(rate),
@@ -279,7 +460,7 @@ fn class(
 }
 
 /// The queue of a leaf whose ceiling is `ceil`; `bytes` overrides how much may wait.
-fn queue(minor: u16, kind: Kind, ceil: BitsPerSecond, bytes: Option<u64>, framing: Framing) -> Queue {
+fn queue(id: Id, kind: Kind, ceil: BitsPerSecond, bytes: Option<u64>, framing: Framing) -> Queue {
     let packet = u64::from(framing.largest);
     let limit = |ns| {
         bytes.unwrap_or_else(|| {
@@ -299,11 +480,11 @@ fn queue(minor: u16, kind: Kind, ceil: BitsPerSecond, bytes: Option<u64>, framin
                 memory: saturate((limit * MEMORY_PER_BYTE).min(FQ_CODEL_MEMORY)),
                 target: codel_time(target),
                 interval: codel_time(interval),
-                flows: if minor == DEFAULT { FQ_CODEL_DEFAULT_FLOWS } else { FQ_CODEL_FLOWS },
+                flows: if id.minor == DEFAULT { FQ_CODEL_DEFAULT_FLOWS } else { FQ_CODEL_FLOWS },
             }
         }
     };
-    Queue { handle: queue_handle(minor), discipline }
+    Queue { handle: queue_handle(id), discipline }
 }
 
 /// The µs that the kernel gives back when it was told so many: CoDel keeps units of 1,024 ns.
@@ -325,12 +506,8 @@ fn guarantee(guaranteed: Option<BitsPerSecond>) -> Option<BitsPerSecond> {
     guaranteed.filter(|rate| rate.0 > 0)
 }
 
-fn find(tree: &Tree, slot: LineSlot) -> Option<&LineClass> {
-    tree.lines.binary_search_by_key(&slot, |line| line.slot).ok().map(|index| &tree.lines[index])
-}
-
 /// What each line is sure of: as declared, but not less than its leaves' guarantees and its rest.
-fn line_rates(tree: &Tree) -> Result<Vec<BitsPerSecond>, String> {
+fn line_rates(tree: &Tree, lines: &LineIndex) -> Result<Vec<BitsPerSecond>, String> {
     let mut guarantees = vec![0_u64; tree.lines.len()];
     let mut total = tree.rest.0;
     for leaf in &tree.leaves {
@@ -338,7 +515,7 @@ fn line_rates(tree: &Tree) -> Result<Vec<BitsPerSecond>, String> {
         match leaf.line {
             None => total = total.saturating_add(guaranteed),
             Some(slot) => {
-                if let Ok(index) = tree.lines.binary_search_by_key(&slot, |line| line.slot) {
+                if let Some(index) = lines.place(slot) {
                     guarantees[index] = guarantees[index].saturating_add(guaranteed);
                 }
             }
@@ -365,7 +542,7 @@ fn line_rates(tree: &Tree) -> Result<Vec<BitsPerSecond>, String> {
 }
 
 /// What can be said of each field alone.
-fn check(tree: &Tree) -> Result<(), String> {
+fn check(tree: &Tree, lines: &LineIndex) -> Result<(), String> {
     let too_slow = |rate: BitsPerSecond| rate.0 < 8;
     if too_slow(tree.link) {
         return Err(format!("link capacity {} is below 8 bit/s", tree.link));
@@ -373,14 +550,8 @@ fn check(tree: &Tree) -> Result<(), String> {
     if tree.mtu == 0 {
         return Err("largest packet is 0 bytes".to_owned());
     }
-    for (index, line) in tree.lines.iter().enumerate() {
+    for line in &tree.lines {
         let slot = line.slot.0;
-        if slot == 0 || slot > LAST_LINE_SLOT {
-            return Err(format!("line slot {slot} is not within 1 and {LAST_LINE_SLOT}"));
-        }
-        if index > 0 && tree.lines[index - 1].slot >= line.slot {
-            return Err(format!("line slot {slot} is out of order or there twice"));
-        }
         if too_slow(line.ceil) {
             return Err(format!("line slot {slot}: ceiling {} is below 8 bit/s", line.ceil));
         }
@@ -397,7 +568,7 @@ fn check(tree: &Tree) -> Result<(), String> {
             return Err(format!("allocation slot {slot} is out of order or there twice"));
         }
         if let Some(line) = leaf.line
-            && find(tree, line).is_none()
+            && lines.place(line).is_none()
         {
             return Err(format!("allocation slot {slot}: there is no line slot {}", line.0));
         }
@@ -456,8 +627,8 @@ mod tests {
             link: BitsPerSecond(1_000 * MEGABIT),
             rest: SMALLEST_REST,
             mtu: 1_500,
-            lines: vec![line(1), line(8_000)],
-            leaves: vec![leaf(1, Some(1)), leaf(2, None), leaf(16_383, Some(8_000))],
+            lines: vec![line(1), line(1_024)],
+            leaves: vec![leaf(1, Some(1)), leaf(2, None), leaf(16_383, Some(1_024))],
         }
     }
 
@@ -470,30 +641,107 @@ mod tests {
 
     #[test]
     fn numbers_and_parents() {
-        let classes = classes(&tree(), 14, Kind::Fifo).expect("valid");
-        let found: Vec<_> = classes.iter().map(|class| (class.minor, class.parent, class.level)).collect();
+        let classes = classes(&tree(), 14, Kind::Fifo, None).expect("valid");
+        let found: Vec<_> = classes.iter().map(|class| (class.id.minor, class.parent, class.level)).collect();
         let expected = [
             (1, 0, 7),
             (2, 1, 0),
             (0x12, 1, 6),
             (0x13, 0x12, 0),
-            (0x3e90, 1, 6),
-            (0x3e91, 0x3e90, 0),
+            (0x810, 1, 6),
+            (0x811, 0x810, 0),
             (0x4001, 0x12, 0),
             (0x4002, 1, 0),
-            (0x7fff, 0x3e90, 0),
+            (0x7fff, 0x810, 0),
         ];
         assert_eq!(found, expected);
-        assert_eq!((handle(0x4001), name(0x4001).as_str()), (0x5150_4001, "5150:4001"));
-        assert_eq!(queue_handle(leaf_minor(AllocationSlot(0x1150))), 0x3fff, "the root has 5150:");
-        let highest = rest_minor(LineSlot(LAST_LINE_SLOT));
-        assert!(highest < 0x3fff && leaf_minor(AllocationSlot(LAST_LEAF_SLOT)) < 0x8000);
+        assert!(classes.iter().all(|class| class.id.group == 0));
+        let allocation = Id::root(0x4001);
+        assert_eq!((allocation.handle(), allocation.to_string().as_str()), (0x5150_4001, "5150:4001"));
+    }
+
+    #[test]
+    fn lines_above_1024_are_in_groups() {
+        let mut tree = tree();
+        tree.lines.extend([line(1_025), line(2_048), line(2_049)]);
+        tree.leaves[1].line = Some(LineSlot(1_025));
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
+        let found: Vec<_> = classes
+            .iter()
+            .filter(|class| class.is_group() || class.id.group > 0)
+            .map(|class| (class.id.to_string(), class.parent().expect("has one").to_string(), class.level))
+            .collect();
+        let expected = [
+            ("5150:3001", "5150:1", 0),
+            ("5150:3002", "5150:1", 0),
+            ("5325:1", "5150:3001", 7),
+            ("5325:2", "5325:1", 0),
+            ("5325:12", "5325:1", 6),
+            ("5325:13", "5325:12", 0),
+            ("5325:810", "5325:1", 6),
+            ("5325:811", "5325:810", 0),
+            ("5325:4002", "5325:12", 0),
+            ("54fa:1", "5150:3002", 7),
+            ("54fa:2", "54fa:1", 0),
+            ("54fa:12", "54fa:1", 6),
+            ("54fa:13", "54fa:12", 0),
+        ];
+        assert_eq!(found, expected.map(|(id, parent, level)| (id.to_owned(), parent.to_owned(), level)));
+        // Each group is sure of what its lines are, and has a turn for each of them.
+        let groups: Vec<_> = classes.iter().filter(|class| class.is_group()).collect();
+        assert_eq!([groups[0].rate, groups[1].rate], [2 * 750_000, 750_000]);
+        assert_eq!([groups[0].quantum, groups[1].quantum], [2 * QUANTUM, QUANTUM]);
+        for class in groups {
+            let queue = class.queue.as_ref().expect("an HTB");
+            assert_eq!((&queue.discipline, class.priority, class.ceil), (&Discipline::Group, 7, 125_000_000));
+            let handle = u32::from(queue.handle) << 16;
+            assert_eq!(Id::of_handle(handle), Some(Id { group: class.id.minor - FIRST_GROUP, minor: 0 }));
+        }
+    }
+
+    #[test]
+    fn no_two_queues_share_a_number() {
+        let mut tree = tree();
+        tree.link = BitsPerSecond(u64::MAX);
+        tree.lines = (1..=LAST_LINE_SLOT).map(line).collect();
+        tree.leaves = (1..=LAST_LEAF_SLOT)
+            .map(|slot| leaf(slot, (slot % 2 == 0).then_some(slot % 9_000 + 1)))
+            .collect();
+        tree.leaves.iter_mut().for_each(|leaf| leaf.guaranteed = None);
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
+        let mut handles: Vec<u16> = classes
+            .iter()
+            .filter_map(|class| class.queue.as_ref())
+            .map(|queue| queue.handle)
+            .chain([ROOT])
+            .collect();
+        let queues = handles.len();
+        assert_eq!(
+            queues,
+            1 + 1 + 2 * 9 + 10_240 + 16_383,
+            "root, default, groups and theirs, rests, leaves"
+        );
+        handles.sort_unstable();
+        handles.dedup();
+        assert_eq!(handles.len(), queues);
+        // The list that is walked for each class of a group has nothing but groups.
+        let walked = handles.iter().filter(|handle| qdisc_list(**handle) == qdisc_list(ROOT));
+        assert_eq!(walked.count(), usize::from(LAST_GROUP) + 1);
+        let ids: Vec<Id> = classes.iter().map(|class| class.id).collect();
+        assert!(ids.is_sorted() && ids.iter().all(|id| Id::of_handle(id.handle()) == Some(*id)));
+    }
+
+    #[test]
+    fn handles_that_are_not_ours() {
+        for handle in [0x5150, 0x514f_0001, 0x5151_0001, 0x5324_0001, 0x63a2_0001, 0x8001_0001, u32::MAX] {
+            assert_eq!(Id::of_handle(handle), None, "{handle:x}");
+        }
     }
 
     #[test]
     fn rates_ceilings_and_bursts() {
-        let classes = classes(&tree(), 14, Kind::Fifo).expect("valid");
-        let by = |minor| classes.iter().find(|class| class.minor == minor).expect("is there");
+        let classes = classes(&tree(), 14, Kind::Fifo, None).expect("valid");
+        let by = |minor| classes.iter().find(|class| class.id == Id::root(minor)).expect("is there");
         for (minor, rate, ceil) in [
             (1, 125_000_000, 125_000_000),
             (2, 1_000, 125_000_000),
@@ -501,7 +749,7 @@ mod tests {
             (0x13, 1_000, 2_500_000),
             (0x4001, 625_000, 1_250_000),
         ] {
-            assert_eq!((by(minor).rate, by(minor).ceil), (rate, ceil), "{}", name(minor));
+            assert_eq!((by(minor).rate, by(minor).ceil), (rate, ceil), "{}", Id::root(minor));
         }
         // 1 ms where that is more than a packet of 1,514 bytes, else the packet.
         assert_eq!(by(1).buffer, 1_000_000 / 64);
@@ -514,7 +762,7 @@ mod tests {
     fn a_line_has_what_its_leaves_were_promised() {
         let mut tree = tree();
         tree.lines[0].rate = BitsPerSecond(0);
-        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
         assert_eq!(classes[2].rate, 625_000 + 1_000, "5 Mbit/s and the rest");
     }
 
@@ -523,7 +771,7 @@ mod tests {
         for (priority, expected) in [(0, 0), (5, 5), (6, 6), (7, 6)] {
             let mut tree = tree();
             tree.leaves[0].priority = priority;
-            let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+            let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
             assert_eq!(classes[6].priority, expected, "priority {priority}");
             assert_eq!((classes[1].priority, classes[3].priority), (7, 7), "default and rest");
         }
@@ -535,7 +783,7 @@ mod tests {
         tree.leaves[0].guaranteed = None;
         tree.leaves[0].maximum = None;
         tree.leaves[1].maximum = None;
-        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
         assert_eq!((classes[6].rate, classes[6].ceil), (64, 2_500_000), "the line's");
         assert_eq!(classes[7].ceil, 125_000_000, "the link's");
         let lowered = classes[7].without_guarantee();
@@ -560,13 +808,13 @@ mod tests {
         ] {
             let mut tree = tree();
             tree.lines[0] = LineClass { link_layer: layer, overhead, ..line(1) };
-            let classes = classes(&tree, header, Kind::Fifo).expect("valid");
+            let classes = classes(&tree, header, Kind::Fifo, None).expect("valid");
             for class in [&classes[2], &classes[3], &classes[6]] {
                 for ip in [28, 40, 64, 65, 576, 1_492, 1_500] {
                     let length = ip + u32::from(header) + u32::from(class.overhead);
                     let counted = if class.atm { length.div_ceil(48) * 53 } else { length };
                     let takes = f64::from(counted) / class.ceil as f64;
-                    let speed = if class.minor == 0x4001 { 10 } else { 20 } * MEGABIT / 8;
+                    let speed = if class.id.minor == 0x4001 { 10 } else { 20 } * MEGABIT / 8;
                     let line = f64::from(charged(ip, overhead, layer)) / speed as f64;
                     let off = (takes - line).abs() / line;
                     assert!(off <= allowed + 1e-6, "{ip} on {layer:?} + {overhead}: off by {off}");
@@ -575,7 +823,7 @@ mod tests {
         }
         let mut tree = tree();
         tree.lines[0].overhead = 0;
-        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
         assert_eq!(classes[2].overhead, 0, "less than the header can't be told");
     }
 
@@ -594,7 +842,7 @@ mod tests {
             let maximum = BitsPerSecond((megabits * 1e6) as u64);
             tree.leaves[1] =
                 Leaf { guaranteed: None, maximum: Some(maximum), queue: ms.map(ByteCount), ..leaf(2, None) };
-            let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+            let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
             assert_eq!(fifo_limit(&classes[7]), bytes, "{megabits} Mbit/s");
         }
     }
@@ -605,7 +853,7 @@ mod tests {
             let mut tree = tree();
             tree.leaves[1] =
                 Leaf { guaranteed: None, maximum: Some(BitsPerSecond(megabits * MEGABIT)), ..leaf(2, None) };
-            let classes = classes(&tree, 14, Kind::FqCodel).expect("valid");
+            let classes = classes(&tree, 14, Kind::FqCodel, None).expect("valid");
             let Some(Queue { discipline: Discipline::FqCodel { limit, target: kept, flows, .. }, .. }) =
                 classes[7].queue
             else {
@@ -623,7 +871,7 @@ mod tests {
         tree.link = BitsPerSecond(400_000 * MEGABIT);
         tree.leaves[1].guaranteed = Some(BitsPerSecond(100_000 * MEGABIT));
         tree.leaves[1].maximum = None;
-        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
         assert_eq!((classes[7].rate, classes[7].ceil), (12_500_000_000, 50_000_000_000));
         assert_eq!((classes[0].buffer, fifo_limit(&classes[7])), (15_625, 500_000_000));
     }
@@ -632,8 +880,8 @@ mod tests {
     fn rests_are_sure_of_what_is_declared() {
         let mut tree = tree();
         (tree.rest, tree.lines[0].rest) = (BitsPerSecond(3 * MEGABIT), BitsPerSecond(2 * MEGABIT));
-        let classes = classes(&tree, 14, Kind::Fifo).expect("valid");
-        let rate = |minor| classes.iter().find(|class| class.minor == minor).map(|class| class.rate * 8);
+        let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
+        let rate = |minor| classes.iter().find(|class| class.id.minor == minor).map(|class| class.rate * 8);
         assert_eq!((rate(DEFAULT), rate(0x13)), (Some(3 * MEGABIT), Some(2 * MEGABIT)));
         // The line: 5 Mbit/s guaranteed and its rest.
         assert_eq!(rate(0x12), Some(7 * MEGABIT));
@@ -646,8 +894,8 @@ mod tests {
         let cases: [(&str, Spoil); 15] = [
             ("link capacity 0 bit/s is below 8 bit/s", |tree| tree.link = BitsPerSecond(0)),
             ("largest packet is 0 bytes", |tree| tree.mtu = 0),
-            ("line slot 0 is not within 1 and 8000", |tree| tree.lines[0].slot = LineSlot(0)),
-            ("line slot 8001 is not within 1 and 8000", |tree| tree.lines[1].slot = LineSlot(8_001)),
+            ("line slot 0 is not within 1 and 10240", |tree| tree.lines[0].slot = LineSlot(0)),
+            ("line slot 10241 is not within 1 and 10240", |tree| tree.lines[1].slot = LineSlot(10_241)),
             ("line slot 1 is out of order or there twice", |tree| tree.lines[1].slot = LineSlot(1)),
             ("line slot 1: ceiling 0 bit/s is below", |tree| tree.lines[0].ceil = BitsPerSecond(0)),
             ("line slot 1: rate 6 Mbit/s exceeds its ceiling of 5 Mbit/s", |tree| {
@@ -672,7 +920,7 @@ mod tests {
         for (expected, spoil) in cases {
             let mut tree = tree();
             spoil(&mut tree);
-            let error = classes(&tree, 14, Kind::Fifo).expect_err(expected);
+            let error = classes(&tree, 14, Kind::Fifo, None).expect_err(expected);
             assert!(error.starts_with(expected), "{error}");
         }
     }

@@ -3,10 +3,10 @@
 
 use netlink_packet_core::{DefaultNla, Nla as _, NlasIterator, Parseable as _};
 use netlink_packet_route::tc::{
-    TcAttribute, TcHandle, TcHeader, TcMessage, TcOption, TcQdiscFqCodelOption, TcStats2,
+    TcAttribute, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption, TcQdiscFqCodelOption, TcStats2,
 };
 
-use super::class::{Class, DEFAULT, Discipline, Queue, ROOT, handle};
+use super::class::{Class, DEFAULT, Discipline, Id, Queue, ROOT, group_major};
 use crate::gateway::netlink::{NetlinkError, malformed};
 use crate::gateway::scheduler::ClassStatistics;
 
@@ -27,6 +27,8 @@ const RATE_TO_QUANTUM: u32 = 10;
 /// Packets that wait outside all classes, before the first class is there. Interfaces without a
 /// queue length of their own would have none.
 const DIRECT_QUEUE: u32 = 1_000;
+
+const ETH_P_ALL: u16 = 3;
 
 const LINK_LAYER_ETHERNET: u8 = 1;
 const LINK_LAYER_ATM: u8 = 2;
@@ -58,15 +60,19 @@ pub(super) struct Found {
 
 pub(super) fn root(index: u32) -> TcMessage {
     let mut message = bare(index, u32::from(ROOT) << 16, TcHandle::ROOT.into(), Some("htb"));
+    message.attributes.push(htb_options());
+    message
+}
+
+fn htb_options() -> TcAttribute {
     let mut init = Vec::with_capacity(20);
     for word in [HTB_VERSION, RATE_TO_QUANTUM, u32::from(DEFAULT), 0, 0] {
         init.extend(word.to_ne_bytes());
     }
-    message.attributes.push(TcAttribute::Options(vec![
+    TcAttribute::Options(vec![
         TcOption::Other(DefaultNla::new(TCA_HTB_INIT, init)),
         TcOption::Other(DefaultNla::new(TCA_HTB_DIRECT_QLEN, DIRECT_QUEUE.to_ne_bytes().to_vec())),
-    ]));
-    message
+    ])
 }
 
 /// Names the root, to delete it.
@@ -75,7 +81,7 @@ pub(super) fn root_name(index: u32) -> TcMessage {
 }
 
 pub(super) fn class(index: u32, class: &Class) -> TcMessage {
-    let mut message = bare(index, handle(class.minor), parent(class), Some("htb"));
+    let mut message = bare(index, class.id.handle(), parent(class), Some("htb"));
     let mut options = vec![TcOption::Other(DefaultNla::new(TCA_HTB_PARMS, parameters(class)))];
     for (kind, rate) in [(TCA_HTB_RATE64, class.rate), (TCA_HTB_CEIL64, class.ceil)] {
         if rate > u64::from(u32::MAX) {
@@ -87,13 +93,13 @@ pub(super) fn class(index: u32, class: &Class) -> TcMessage {
 }
 
 /// Names a class, to delete it or ask for it.
-pub(super) fn class_name(index: u32, minor: u16) -> TcMessage {
-    bare(index, handle(minor), 0, None)
+pub(super) fn class_name(index: u32, id: Id) -> TcMessage {
+    bare(index, id.handle(), 0, None)
 }
 
-/// Names all classes of our root.
-pub(super) fn all_classes(index: u32) -> TcMessage {
-    bare(index, 0, u32::from(ROOT) << 16, None)
+/// Names all classes of a group; of group 0, the root's.
+pub(super) fn all_classes(index: u32, group: u16) -> TcMessage {
+    bare(index, 0, u32::from(group_major(group)) << 16, None)
 }
 
 pub(super) fn all_qdiscs(index: u32) -> TcMessage {
@@ -101,8 +107,8 @@ pub(super) fn all_qdiscs(index: u32) -> TcMessage {
 }
 
 /// The queue of a class, to be made (`new`) or changed.
-pub(super) fn queue(index: u32, minor: u16, queue: &Queue, new: bool) -> TcMessage {
-    let mut message = queue_name(index, minor, queue);
+pub(super) fn queue(index: u32, id: Id, queue: &Queue, new: bool) -> TcMessage {
+    let mut message = queue_name(index, id, queue);
     match &queue.discipline {
         Discipline::Fifo { limit } => {
             message.attributes.push(TcAttribute::Kind("bfifo".to_owned()));
@@ -126,25 +132,50 @@ pub(super) fn queue(index: u32, minor: u16, queue: &Queue, new: bool) -> TcMessa
             let options = options.into_iter().map(TcOption::FqCodel).collect();
             message.attributes.push(TcAttribute::Options(options));
         }
+        Discipline::Group => {
+            message.attributes.push(TcAttribute::Kind("htb".to_owned()));
+            message.attributes.push(htb_options());
+        }
         Discipline::Foreign(kind) => message.attributes.push(TcAttribute::Kind(kind.to_string())),
     }
     message
 }
 
 /// Names the queue of a class, to delete it.
-pub(super) fn queue_name(index: u32, minor: u16, queue: &Queue) -> TcMessage {
-    bare(index, u32::from(queue.handle) << 16, handle(minor), None)
+pub(super) fn queue_name(index: u32, id: Id, queue: &Queue) -> TcMessage {
+    bare(index, u32::from(queue.handle) << 16, id.handle(), None)
+}
+
+/// The filter of groups, whose program is open as `program`. Its precedence is our major number.
+pub(super) fn filter(index: u32, program: u32) -> TcMessage {
+    let mut message = all_filters(index);
+    message.header.info = u32::from(ROOT) << 16 | u32::from(ETH_P_ALL.to_be());
+    message.attributes.push(TcAttribute::Kind("bpf".to_owned()));
+    message.attributes.push(TcAttribute::Options(vec![
+        TcOption::Bpf(TcFilterBpfOption::ProgFd(program)),
+        TcOption::Bpf(TcFilterBpfOption::ProgName("qos_group".to_owned())),
+    ]));
+    message
+}
+
+/// Names all filters of our root.
+pub(super) fn all_filters(index: u32) -> TcMessage {
+    bare(index, 0, u32::from(ROOT) << 16, None)
+}
+
+/// Whether a message is about the filter of groups.
+pub(super) fn is_filter(index: u32, payload: &[u8]) -> Result<bool, NetlinkError> {
+    let ours = |message: TcMessage| message.header.info >> 16 == u32::from(ROOT);
+    Ok(read(index, payload)?.is_some_and(ours))
 }
 
 /// Reads a class of ours out of a message; none: it is another interface's or kind's.
 pub(super) fn read_class(index: u32, payload: &[u8]) -> Result<Option<Found>, NetlinkError> {
     let Some(message) = read(index, payload)? else { return Ok(None) };
     let header = &message.header;
-    if header.handle.major != ROOT {
-        return Ok(None);
-    }
+    let Some(id) = Id::of_handle(header.handle.into()) else { return Ok(None) };
     let mut class = Class {
-        minor: header.handle.minor,
+        id,
         parent: if header.parent == TcHandle::ROOT { 0 } else { header.parent.minor },
         level: 0,
         rate: 0,
@@ -189,7 +220,12 @@ pub(super) fn read_qdisc(index: u32, payload: &[u8]) -> Result<Option<Qdisc>, Ne
                 qdisc.discipline = Discipline::Foreign(kind.as_str().into());
             }
             TcAttribute::Options(options) => match qdisc.kind.as_str() {
-                "htb" => qdisc.default_class = read_default_class(&value(attribute))?,
+                "htb" => {
+                    qdisc.default_class = read_default_class(&value(attribute))?;
+                    if qdisc.default_class == Some(u32::from(DEFAULT)) {
+                        qdisc.discipline = Discipline::Group;
+                    }
+                }
                 "bfifo" => qdisc.discipline = Discipline::Fifo { limit: word(&value(attribute), 0)? },
                 "fq_codel" => qdisc.discipline = read_fq_codel(options),
                 _ => {}
@@ -217,7 +253,7 @@ fn bare(index: u32, handle: u32, parent: u32, kind: Option<&str>) -> TcMessage {
 }
 
 fn parent(class: &Class) -> u32 {
-    if class.parent == 0 { TcHandle::ROOT.into() } else { handle(class.parent) }
+    if class.parent == 0 { TcHandle::ROOT.into() } else { Id { minor: class.parent, ..class.id }.handle() }
 }
 
 /// `struct tc_htb_opt`.
@@ -364,7 +400,7 @@ mod tests {
 
     fn sample() -> Class {
         Class {
-            minor: 0x4001,
+            id: Id::root(0x4001),
             parent: 0x12,
             level: 0,
             rate: 625_000,
@@ -429,7 +465,7 @@ mod tests {
             10, 0, 1, 0,  b'b', b'f', b'i', b'f', b'o', 0, 0, 0,
             8, 0, 2, 0,  0x24, 0x3b, 0, 0,
         ];
-        assert_eq!(emitted(&queue(INDEX, 0x4001, &fifo, true)), expected);
+        assert_eq!(emitted(&queue(INDEX, Id::root(0x4001), &fifo, true)), expected);
 
         let discipline =
             Discipline::FqCodel { limit: 42, memory: 128_000, target: 4_999, interval: 99_999, flows: 128 };
@@ -446,15 +482,20 @@ mod tests {
             8, 0, 3, 0,  0xa0, 0x86, 1, 0,
             8, 0, 5, 0,  128, 0, 0, 0,
         ];
-        assert_eq!(emitted(&queue(INDEX, 0x4001, &fair, true)), expected);
-        assert_eq!(emitted(&queue(INDEX, 0x4001, &fair, false)).len(), expected.len() - 8, "no flows");
+        assert_eq!(emitted(&queue(INDEX, Id::root(0x4001), &fair, true)), expected);
+        assert_eq!(
+            emitted(&queue(INDEX, Id::root(0x4001), &fair, false)).len(),
+            expected.len() - 8,
+            "no flows"
+        );
     }
 
     #[test]
     fn what_is_written_is_read_back() {
         let fast = Class { rate: 5_000_000_000, ceil: 50_000_000_000, atm: false, ..sample() };
-        let top = Class { minor: 1, parent: 0, ..sample() };
-        for wanted in [sample(), fast, top] {
+        let top = Class { id: Id::root(1), parent: 0, ..sample() };
+        let grouped = Class { id: Id { group: 9, minor: 0x4001 }, ..sample() };
+        for wanted in [sample(), fast, top, grouped] {
             let found = read_class(INDEX, &emitted(&class(INDEX, &wanted))).expect("readable");
             assert_eq!(found.expect("ours").class, wanted);
         }
@@ -463,5 +504,15 @@ mod tests {
         assert!(read_class(INDEX, &other[..6]).is_err(), "cut off");
         let found = read_qdisc(INDEX, &emitted(&root(INDEX))).expect("readable").expect("ours");
         assert_eq!((found.kind.as_str(), found.default_class), ("htb", Some(2)));
+        let group = Queue { handle: 0x5325, discipline: Discipline::Group };
+        let written = emitted(&queue(INDEX, Id::root(0x3001), &group, true));
+        let found = read_qdisc(INDEX, &written).expect("readable").expect("ours");
+        assert_eq!(
+            (found.handle, found.parent, found.discipline),
+            (0x5325_0000, 0x5150_3001, Discipline::Group)
+        );
+        let written = emitted(&filter(INDEX, 5));
+        assert!(is_filter(INDEX, &written).expect("readable"));
+        assert!(!is_filter(INDEX + 1, &written).expect("readable"), "another interface's");
     }
 }

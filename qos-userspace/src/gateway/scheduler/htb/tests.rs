@@ -34,8 +34,8 @@ fn the_kernel_has_what_was_declared() {
             let mut htb = Htb::new(link, leaves).expect("socket");
             htb.apply(&tree).expect("applied");
             let state = htb.state.as_ref().expect("declared");
-            assert_eq!(htb.observe().expect("dump").classes, state.classes);
-            assert!(state.classes.iter().all(|class| class.is_leaf() == class.queue.is_some()));
+            assert_eq!(by_id(htb.observe().expect("dump").classes), state.classes);
+            assert!(state.classes.values().all(|class| class.is_leaf() == class.queue.is_some()));
             assert_eq!(htb.repair().expect("looked"), []);
             let slots: Vec<_> = htb.statistics().expect("dump").iter().map(|(slot, _)| *slot).collect();
             assert_eq!(slots, tree.leaves.iter().map(|leaf| leaf.slot).collect::<Vec<_>>());
@@ -45,8 +45,9 @@ fn the_kernel_has_what_was_declared() {
             for tree in [other, tree] {
                 htb.apply(&tree).expect("applied");
                 let state = htb.state.as_ref().expect("declared");
-                assert!(htb.has(&state.classes).expect("dump"));
-                assert_eq!(state.classes.len(), 2 + 2 * tree.lines.len() + tree.leaves.len());
+                assert!(has(&htb, state).expect("dump"));
+                let groups = state.classes.values().filter(|class| class.is_group()).count();
+                assert_eq!(state.classes.len(), 2 + 3 * groups + 2 * tree.lines.len() + tree.leaves.len());
             }
         });
     }
@@ -73,7 +74,7 @@ fn best_leaves_are_what_the_kernel_has() {
         best.apply(&tree).expect("applied");
         let state = best.state.as_ref().expect("declared");
         assert_eq!(state.kind, if has_fq_codel { Kind::FqCodel } else { Kind::Fifo });
-        assert!(best.has(&state.classes).expect("dump"));
+        assert!(has(&best, state).expect("dump"));
         assert_eq!(best.repair().expect("looked"), []);
     });
 }
@@ -116,7 +117,7 @@ fn taking_over_another_tree_sends_the_difference() {
 #[ignore = "needs root"]
 fn one_change_is_one_message() {
     type Edit = fn(&mut Tree);
-    let cases: [(&str, u64, Edit); 12] = [
+    let cases: [(&str, u64, Edit); 13] = [
         ("nothing", 0, |_| {}),
         ("guarantee", 1, |tree| tree.leaves[0].guaranteed = Some(BitsPerSecond(2 * MEGABIT))),
         ("priority", 1, |tree| tree.leaves[0].priority = 4),
@@ -133,6 +134,8 @@ fn one_change_is_one_message() {
         }),
         ("other line: made anew", 3, |tree| tree.leaves[0].line = Some(LineSlot(2))),
         ("new line: class, rest, its queue", 3, |tree| tree.lines.push(line(9))),
+        // The group's class and HTB, its link, its default with a queue, the filter, and as above.
+        ("first line of a group", 9, |tree| tree.lines.push(line(1_025))),
         ("line gone with rest and allocation", 3, |tree| {
             tree.lines.remove(1);
             tree.leaves.retain(|leaf| leaf.line != Some(LineSlot(2)));
@@ -232,7 +235,7 @@ fn what_somebody_changed_is_repaired_and_reported() {
             htb.delete_root().expect("deleted");
         }),
         ("allocation", "class 5150:4001 was missing", |link, _| {
-            send(Message::DelTrafficClass(message::class_name(link.index, 0x4001)), 0);
+            send(Message::DelTrafficClass(message::class_name(link.index, Id::root(0x4001))), 0);
         }),
         ("rate", "class 5150:4001 had rate 3 Mbit/s instead of 1 Mbit/s", |link, htb| {
             alter(link, htb, 0x4001, |class| class.rate = 375_000);
@@ -263,7 +266,7 @@ fn what_somebody_changed_is_repaired_and_reported() {
         ),
         ("queue deleted", "the queue of class 5150:13 was missing", |link, htb| {
             let queue = class_of(htb, 0x13).queue.expect("has one");
-            send(Message::DelQueueDiscipline(message::queue_name(link.index, 0x13, &queue)), 0);
+            send(Message::DelQueueDiscipline(message::queue_name(link.index, Id::root(0x13), &queue)), 0);
         }),
         (
             "queue replaced",
@@ -276,11 +279,11 @@ fn what_somebody_changed_is_repaired_and_reported() {
                 );
             },
         ),
-        ("somebody's class", "class 5150:ff00 was not declared", |link, htb| {
-            add(link, &Class { minor: 0xff00, parent: 0x12, ..class_of(htb, 0x4001) });
+        ("somebody's class", "class 5150:2f00 was not declared", |link, htb| {
+            add(link, &Class { id: Id::root(0x2f00), parent: 0x12, ..class_of(htb, 0x4001) });
         }),
-        ("somebody's class below a leaf", "class 5150:ff00 was not declared", |link, htb| {
-            add(link, &Class { minor: 0xff00, parent: 0x4001, ..class_of(htb, 0x4001) });
+        ("somebody's class below a leaf", "class 5150:2f00 was not declared", |link, htb| {
+            add(link, &Class { id: Id::root(0x2f00), parent: 0x4001, ..class_of(htb, 0x4001) });
         }),
     ];
     in_namespace(|link| {
@@ -300,6 +303,111 @@ fn what_somebody_changed_is_repaired_and_reported() {
     });
 }
 
+/// A line in a group with an allocation, and one more: what is done to the group concerns both.
+fn grouped_tree() -> Tree {
+    let mut tree = small_tree();
+    tree.lines.extend([line(1_025), line(1_026)]);
+    tree.leaves.push(leaf(9, Some(1_025), 2));
+    tree
+}
+
+#[test]
+#[ignore = "needs root"]
+fn groups_come_and_go_and_are_taken_over() {
+    in_namespace(|link| {
+        let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        htb.apply(&small_tree()).expect("applied");
+        let before = raw_dump(link);
+        let mut tree = grouped_tree();
+        htb.apply(&tree).expect("applied");
+        assert!(htb.has_filter().expect("dump"));
+        assert_eq!(htb.repair().expect("looked"), []);
+        let mut second = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        second.apply(&tree).expect("taken over");
+        assert_eq!(second.changes_sent(), 0);
+
+        // An allocation that goes to a line of another group, and back to the root's.
+        for slot in [Some(2), Some(1_026), None] {
+            tree.leaves[3].line = slot.map(LineSlot);
+            second.apply(&tree).expect("moved");
+            assert_eq!(second.repair().expect("looked"), [], "{slot:?}");
+        }
+        second.apply(&small_tree()).expect("applied");
+        assert_eq!(raw_dump(link), before);
+        second.detach().expect("detached");
+        assert!(roots(link).is_empty());
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn a_part_is_applied_alone() {
+    in_namespace(|link| {
+        let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        let mut tree = grouped_tree();
+        htb.apply(&tree).expect("applied");
+        let part = |lines: &[u16], leaves: &[u16]| Part {
+            lines: lines.iter().map(|slot| (LineSlot(*slot), None)).collect(),
+            leaves: leaves.iter().map(|slot| (AllocationSlot(*slot), None)).collect(),
+        };
+        // What is not in the part is not looked at.
+        tree.lines[0].ceil = BitsPerSecond(30 * MEGABIT);
+        let sent = htb.changes_sent();
+        htb.apply_part(&tree, &part(&[1_026], &[])).expect("nothing to do");
+        assert_eq!(htb.changes_sent(), sent);
+
+        tree.leaves.push(leaf(10, Some(1_026), 0));
+        tree.lines.push(line(2_049));
+        htb.apply_part(&tree, &part(&[1, 1_026, 2_049], &[10])).expect("applied");
+        assert_eq!(htb.repair().expect("looked"), []);
+        let mut fresh = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        fresh.apply(&tree).expect("taken over");
+        assert_eq!(fresh.changes_sent(), 0, "the parts are the whole");
+
+        let bound = tree.clone();
+        (tree.leaves, tree.lines) = (small_tree().leaves, small_tree().lines);
+        bind_filter(link, 0x12);
+        let error = htb.apply_part(&tree, &part(&[1, 1_025, 1_026, 2_049], &[9, 10])).err();
+        assert!(error.is_none(), "classes in use can be changed: {error:?}");
+        htb.apply_part(&bound, &part(&[1, 1_025, 1_026, 2_049], &[9, 10])).expect("and back");
+        assert_eq!(htb.repair().expect("looked"), []);
+    });
+}
+
+#[test]
+#[ignore = "needs root"]
+fn groups_are_repaired() {
+    type Damage = fn(&Link);
+    let group = || Id::root(class::FIRST_GROUP + 1);
+    let cases: [(&str, usize, Damage); 3] = [
+        ("the filter of 5150: was missing", 1, |link| {
+            send(Message::DelTrafficFilter(message::all_filters(link.index)), 0);
+        }),
+        // Itself, its link and default, two lines with their rests, an allocation.
+        ("class 5150:3001 was missing", 8, |link| {
+            send(Message::DelTrafficClass(message::class_name(link.index, Id::root(0x3001))), 0);
+        }),
+        ("the queue of class 5150:3001 was bfifo 99: of 1 B instead of htb 5325:", 8, |link| {
+            set_queue(link, 0x3001, &Queue { handle: 0x99, discipline: Discipline::Fifo { limit: 1 } });
+        }),
+    ];
+    in_namespace(|link| {
+        let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        htb.apply(&grouped_tree()).expect("applied");
+        assert!(htb.state.as_ref().expect("declared").classes[&group()].is_group());
+        let before = raw_dump(link);
+        for (expected, count, damage) in cases {
+            damage(link);
+            let drifts: Vec<String> =
+                htb.repair().expect("repaired").into_iter().map(|drift| drift.what).collect();
+            assert_eq!((drifts[0].as_str(), drifts.len()), (expected, count), "{drifts:?}");
+            assert_eq!(raw_dump(link), before, "{expected}");
+            assert!(htb.has_filter().expect("dump"), "{expected}");
+            assert_eq!(htb.repair().expect("looked"), [], "{expected}");
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs root"]
 fn a_whole_line_is_repaired() {
@@ -308,7 +416,7 @@ fn a_whole_line_is_repaired() {
         htb.apply(&small_tree()).expect("applied");
         let before = raw_dump(link);
         for minor in [0x4001, 0x13, 0x12] {
-            send(Message::DelTrafficClass(message::class_name(link.index, minor)), 0);
+            send(Message::DelTrafficClass(message::class_name(link.index, Id::root(minor))), 0);
         }
         // As a root class: HTB takes a class whose parent it does not know.
         add(link, &Class { parent: 0, ..class_of(&htb, 0x12) });
@@ -333,7 +441,7 @@ fn an_apply_after_somebodys_change_works_too() {
         let mut tree = small_tree();
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
-        send(Message::DelTrafficClass(message::class_name(link.index, 0x4001)), 0);
+        send(Message::DelTrafficClass(message::class_name(link.index, Id::root(0x4001))), 0);
         tree.leaves[0].priority = 5;
         htb.apply(&tree).expect("found out and did it");
         assert_eq!(htb.repair().expect("looked"), []);
@@ -426,7 +534,7 @@ fn a_revoked_class_drains_first() {
         tree.leaves[0].queue = Some(ByteCount(1_000_000));
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
-        let sender = sender(htb.leaf_class(AllocationSlot(1)));
+        let sender = sender(htb.leaf_class(AllocationSlot(1), Some(LineSlot(1))));
         for _ in 0..100 {
             sender.send(&[0; PAYLOAD]).expect("sent");
         }
@@ -442,7 +550,7 @@ fn a_revoked_class_drains_first() {
             receiver.recv(&mut [0; 2_000]).unwrap_or_else(|error| panic!("packet {number}: {error}"));
         }
         assert_eq!(htb.repair().expect("looked"), [], "nor is its end");
-        assert!(htb.observe().expect("dump").classes.iter().all(|class| class.minor != 0x4001));
+        assert!(htb.observe().expect("dump").classes.iter().all(|class| class.id.minor != 0x4001));
 
         // One that can't empty goes when its time is up; one that is granted again stays.
         tree.leaves.insert(0, Leaf { maximum: Some(BitsPerSecond(MEGABIT)), guaranteed: None, ..revoked });
@@ -457,7 +565,7 @@ fn a_revoked_class_drains_first() {
         htb.apply(&without).expect("revoked");
         thread::sleep(DRAIN);
         htb.apply(&without).expect("looked");
-        assert!(htb.observe().expect("dump").classes.iter().all(|class| class.minor != 0x4001));
+        assert!(htb.observe().expect("dump").classes.iter().all(|class| class.id.minor != 0x4001));
         assert_eq!(htb.repair().expect("looked"), []);
     });
 }
@@ -469,7 +577,7 @@ fn five_megabits_are_five_megabits() {
         let tree = traffic_tree();
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
-        let class = htb.leaf_class(AllocationSlot(1));
+        let class = htb.leaf_class(AllocationSlot(1), Some(LineSlot(1)));
         let flood = flood(class, Duration::from_millis(2_400));
         let rate = rate_of(receiver, Duration::from_millis(300), Duration::from_secs(2));
         let statistics = htb.statistics().expect("dump");
@@ -489,26 +597,33 @@ fn five_megabits_are_five_megabits() {
 #[test]
 #[ignore = "needs root"]
 fn guarantee_then_excess_then_rest() {
+    for line in [1, 1_025] {
+        guarantee_then_excess_then_rest_of(line);
+    }
+}
+
+fn guarantee_then_excess_then_rest_of(slot: u16) {
     with_peer(|link, _| {
         let mut tree = traffic_tree();
+        tree.lines[0].slot = LineSlot(slot);
         tree.leaves = vec![
-            Leaf { guaranteed: Some(BitsPerSecond(2 * MEGABIT)), ..leaf(1, Some(1), 7) },
-            Leaf { guaranteed: None, maximum: Some(BitsPerSecond(7 * MEGABIT)), ..leaf(2, Some(1), 0) },
+            Leaf { guaranteed: Some(BitsPerSecond(2 * MEGABIT)), ..leaf(1, Some(slot), 7) },
+            Leaf { guaranteed: None, maximum: Some(BitsPerSecond(7 * MEGABIT)), ..leaf(2, Some(slot), 0) },
         ];
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
         let time = Duration::from_millis(2_400);
-        let classes = [
-            htb.leaf_class(AllocationSlot(1)),
-            htb.leaf_class(AllocationSlot(2)),
-            htb.rest_class(LineSlot(1)),
+        let handles = [
+            htb.leaf_class(AllocationSlot(1), Some(LineSlot(slot))),
+            htb.leaf_class(AllocationSlot(2), Some(LineSlot(slot))),
+            htb.rest_class(LineSlot(slot)),
         ];
-        let floods: Vec<_> = classes.into_iter().map(|class| flood(class, time)).collect();
+        let floods: Vec<_> = handles.into_iter().map(|class| flood(class, time)).collect();
         thread::sleep(Duration::from_millis(400));
         let sent = || {
-            let classes = htb.found_classes().expect("dump");
-            [0x4001, 0x4002, 0x13].map(|minor| {
-                let found = classes.iter().find(|found| found.class.minor == minor).expect("is there");
+            let classes = htb.found_classes(BTreeSet::from([0, 1])).expect("dump");
+            handles.map(|handle| {
+                let found = classes.iter().find(|found| found.class.id.handle() == handle).expect("is there");
                 found.statistics.bytes as f64
             })
         };
@@ -574,7 +689,10 @@ fn full_tree() -> Tree {
         LineClass { link_layer: LinkLayer::Atm, overhead: 40, ..line(2) },
         LineClass { link_layer: LinkLayer::Ptm, overhead: 22, ..line(3) },
         LineClass { overhead: -4, ceil: BitsPerSecond(64_000), rate: BitsPerSecond(8_000), ..line(4) },
-        LineClass { ceil: BitsPerSecond(100_000 * MEGABIT), ..line(8_000) },
+        line(1_024),
+        // In groups of their own.
+        line(1_025),
+        LineClass { ceil: BitsPerSecond(100_000 * MEGABIT), ..line(10_240) },
     ];
     let mut leaves: Vec<Leaf> = (0..8)
         .map(|priority| leaf(1 + u16::from(priority), Some(1 + u16::from(priority) % 3), priority))
@@ -587,7 +705,7 @@ fn full_tree() -> Tree {
         Leaf {
             guaranteed: Some(BitsPerSecond(60_000 * MEGABIT)),
             maximum: None,
-            ..leaf(16_383, Some(8_000), 0)
+            ..leaf(16_383, Some(10_240), 0)
         },
     ]);
     Tree { link: BitsPerSecond(400_000 * MEGABIT), rest: SMALLEST_REST, mtu: 1_500, lines, leaves }
@@ -763,7 +881,7 @@ fn raw_dump(link: &Link) -> Vec<String> {
 
 fn raw_classes(link: &Link) -> HashMap<u16, String> {
     let socket = RouteSocket::open().expect("socket");
-    let request = Message::GetTrafficClass(message::all_classes(link.index));
+    let request = Message::GetTrafficClass(message::all_classes(link.index, 0));
     let messages = socket.dump(&request, HashMap::new, |classes, payload| {
         let message = without_counters(payload);
         classes.insert(message.header.handle.minor, format!("{message:?}"));
@@ -787,9 +905,13 @@ fn roots(link: &Link) -> Vec<String> {
     qdiscs.filter(|qdisc| qdisc.handle != 0).map(|qdisc| qdisc.kind).collect()
 }
 
+fn has(htb: &Htb, state: &State) -> Result<bool, SchedulerError> {
+    htb.has(&state.classes.values().cloned().collect::<Vec<_>>())
+}
+
 fn class_of(htb: &Htb, minor: u16) -> Class {
     let state = htb.state.as_ref().expect("declared");
-    state.classes.iter().find(|class| class.minor == minor).expect("declared").clone()
+    state.classes[&Id::root(minor)].clone()
 }
 
 fn add(link: &Link, class: &Class) {
@@ -803,7 +925,7 @@ fn alter(link: &Link, htb: &Htb, minor: u16, edit: fn(&mut Class)) {
 }
 
 fn set_queue(link: &Link, minor: u16, queue: &Queue) {
-    let message = message::queue(link.index, minor, queue, true);
+    let message = message::queue(link.index, Id::root(minor), queue, true);
     send(Message::NewQueueDiscipline(message), NLM_F_CREATE | NLM_F_REPLACE);
 }
 

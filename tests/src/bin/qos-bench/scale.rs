@@ -1,0 +1,327 @@
+//! Many lines and many shaped allocations with the real qosd: how long they take to come up, what a
+//! grant takes at the kernel, and what packets notice of it.
+//!
+//! What a grant takes at the kernel is qosd's own time from the decision, written to the store, to the
+//! end of all that is done in maps and trees (its log at `debug`). Packets are those of a paced flow on
+//! a line of its own, watched in turns with and without grants and revokes going on.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use qos_tests::api::Client;
+use qos_tests::daemon::{Config, Daemon};
+use qos_tests::netlink::Netlink;
+use qos_tests::topology::{LAN, Topology, WAN};
+use qos_tests::traffic::{Measured, RunningUdp, UdpFlow};
+use qos_userspace::domain::units::BitsPerSecond;
+use serde::Serialize;
+use serde_json::json;
+
+const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
+/// Of the flow that is watched: packets of 200 bytes, four a millisecond.
+const PACE: BitsPerSecond = BitsPerSecond(4 * 1_000 * 214 * 8);
+const PACKET: u32 = 200;
+/// A window without and one with grants, so often.
+const ROUNDS: usize = 5;
+const WINDOW: Duration = Duration::from_secs(3);
+/// In which it is counted how long no packet came.
+const BIN: Duration = Duration::from_micros(500);
+
+/// Everything that one run measured. Times are in milliseconds.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    kernel: String,
+    cpus: usize,
+    lines: u32,
+    allocations: u32,
+    /// From the first request to the answer of the last, one after the other, store included.
+    lines_by_requests: f64,
+    /// Of that, at the kernel.
+    lines_by_requests_at_the_kernel: f64,
+    /// From the start of qosd, with all lines in its store and nothing in the kernel, to its answer.
+    lines_at_start: f64,
+    /// All grants, at the kernel.
+    grants: Spread,
+    /// The last tenth of them.
+    last_grants: Spread,
+    /// The last tenth, from request to answer.
+    last_answers: Spread,
+    /// Grants and revokes while all allocations are there, at the kernel.
+    changes: Spread,
+    /// The paced flow while nothing is granted, and while it is: a round each.
+    quiet: Vec<Stream>,
+    granting: Vec<Stream>,
+    /// From the start of a qosd that takes over what is in the kernel to its answer.
+    restart: f64,
+    /// The same after `kill -9`.
+    restart_after_kill: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Spread {
+    count: usize,
+    median: f64,
+    p99: f64,
+    max: f64,
+}
+
+/// What a window of the paced flow showed.
+#[derive(Debug, Serialize)]
+struct Stream {
+    /// Longest time without an arrival.
+    silence: f64,
+    p999_latency: f64,
+    max_latency: f64,
+    lost: u64,
+}
+
+pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
+    ensure!(allocations <= lines && allocations >= 10, "10 allocations at least, and a line for each");
+    let net = Topology::builder()
+        .subscriber("watched", &["192.0.2.10"])
+        .provider("video", &["203.0.113.10"])
+        .build()?;
+    let config = Config { lan_capacity: CAPACITY, wan_capacity: CAPACITY, ..Config::default() };
+    let mut daemon = Daemon::prepare(&net.gateway, &config)?;
+    let mut log = Log::default();
+    start(&mut daemon)?;
+    let mut client = Client::connect(&daemon.socket())?;
+    let provider = json!({"name": "video", "kind": "application", "networks": ["203.0.113.0/24"]});
+    post(&mut client, "/v1/providers", &provider)?;
+    post(&mut client, "/v1/sessions", &session("watched", "192.0.2.10"))?;
+
+    log.read(&daemon)?;
+    let begin = Instant::now();
+    for number in 1..lines {
+        post(&mut client, "/v1/sessions", &session(&format!("line-{number}"), &address(number)))?;
+    }
+    let lines_by_requests = milliseconds(begin.elapsed());
+    let lines_by_requests_at_the_kernel = log.read(&daemon)?.iter().sum();
+
+    daemon.kill()?;
+    let mut netlink = Netlink::open(&net.gateway)?;
+    for interface in [LAN, WAN] {
+        let index = netlink.link(interface)?.index;
+        netlink.delete_root(index)?;
+    }
+    let _ = fs::remove_dir_all(daemon.bpffs_dir());
+    let lines_at_start = start(&mut daemon)?;
+
+    let mut client = Client::connect(&daemon.socket())?;
+    log.read(&daemon)?;
+    let mut answers = Vec::new();
+    let mut ids = Vec::new();
+    for number in 1..=allocations {
+        let begin = Instant::now();
+        ids.push(grant(&mut client, number)?);
+        answers.push(milliseconds(begin.elapsed()));
+    }
+    let mut grants = log.read(&daemon)?;
+    let last = allocations as usize / 10;
+    let mut last_grants = grants.split_off(grants.len().saturating_sub(last));
+    let mut last_answers = answers.split_off(answers.len().saturating_sub(last));
+    let last_spread = spread(&mut last_grants);
+    grants.append(&mut last_grants);
+
+    let (one, video) = (net.subscriber("watched"), net.provider("video"));
+    let flow = UdpFlow::new((video.v4(0), 0), (one.v4(0), 5_000), PACE)
+        .packet(PACKET)
+        .start(&video.namespace, &one.namespace)?;
+    let (mut quiet, mut granting) = (Vec::new(), Vec::new());
+    let mut changes = Vec::new();
+    for round in 0..ROUNDS {
+        quiet.push(watch(&flow)?);
+        log.read(&daemon)?;
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let change = || again(&mut client, &mut ids, round * allocations as usize / ROUNDS, &stop);
+            let changing = scope.spawn(change);
+            let stream = watch(&flow);
+            stop.store(true, Ordering::SeqCst);
+            changing.join().map_err(|_| anyhow::anyhow!("the thread that grants panicked"))??;
+            granting.push(stream?);
+            anyhow::Ok(())
+        })?;
+        changes.append(&mut log.read(&daemon)?);
+    }
+    drop(flow);
+
+    daemon.terminate()?;
+    let restart = start(&mut daemon)?;
+    daemon.kill()?;
+    let restart_after_kill = start(&mut daemon)?;
+    Ok(Report {
+        kernel: nix::sys::utsname::uname()?.release().to_string_lossy().into_owned(),
+        cpus: thread::available_parallelism()?.get(),
+        lines,
+        allocations,
+        lines_by_requests,
+        lines_by_requests_at_the_kernel,
+        lines_at_start,
+        grants: spread(&mut grants),
+        last_grants: last_spread,
+        last_answers: spread(&mut last_answers),
+        changes: spread(&mut changes),
+        quiet,
+        granting,
+        restart,
+        restart_after_kill,
+    })
+}
+
+/// Starts qosd and returns how long it took to answer.
+fn start(daemon: &mut Daemon) -> Result<f64> {
+    let begin = Instant::now();
+    daemon.restart_with(|command| {
+        command.args(["--log", "info,qos_userspace::api=debug"]);
+    })?;
+    Ok(milliseconds(begin.elapsed()))
+}
+
+/// What qosd wrote since the last look.
+#[derive(Default)]
+struct Log {
+    seen: usize,
+}
+
+impl Log {
+    /// Times at the kernel, in milliseconds.
+    fn read(&mut self, daemon: &Daemon) -> Result<Vec<f64>> {
+        let text = fs::read_to_string(daemon.log_path()).context("qosd's log")?;
+        let new = text.get(self.seen..).unwrap_or_default();
+        let times = new.lines().filter_map(|line| {
+            let (_, time) = line.split_once("took_us=")?;
+            time.trim().parse::<f64>().ok()
+        });
+        let times = times.map(|microseconds| microseconds / 1e3).collect();
+        self.seen = text.len();
+        Ok(times)
+    }
+}
+
+fn address(number: u32) -> String {
+    std::net::Ipv4Addr::from(0x0a40_0000 + number).to_string()
+}
+
+fn session(name: &str, address: &str) -> serde_json::Value {
+    json!({"name": name, "addresses": [format!("{address}/32")], "rate": {"down": "20mbit", "up": "5mbit"}})
+}
+
+fn post(client: &mut Client, path: &str, body: &serde_json::Value) -> Result<serde_json::Value> {
+    let answer = client.ask("POST", path, Some(body))?;
+    ensure!(answer.status == 201, "POST {path} {body}: {} {}", answer.status, answer.body);
+    Ok(answer.body)
+}
+
+/// Grants the shaped allocation of a line; returns its number.
+fn grant(client: &mut Client, number: u32) -> Result<u64> {
+    let answer = post(
+        client,
+        "/v1/allocations",
+        &json!({
+            "provider": "video",
+            "selectors": [format!("down udp from 203.0.113.10 to {}", address(number))],
+            "level": {"guaranteed": {"down": "1mbit"}, "maximum": {"down": "5mbit"}, "enforcement": "shape"},
+        }),
+    )?;
+    answer["result"]["id"].as_u64().with_context(|| format!("no id in {answer}"))
+}
+
+/// Revokes and grants anew, line after line from `first` on.
+fn again(client: &mut Client, ids: &mut [u64], first: usize, stop: &AtomicBool) -> Result<()> {
+    for number in (0..ids.len()).cycle().skip(first) {
+        if stop.load(Ordering::SeqCst) {
+            break;
+        }
+        let path = format!("/v1/allocations/{}", ids[number]);
+        let answer = client.ask("DELETE", &path, None)?;
+        ensure!(answer.status == 200, "DELETE {path}: {} {}", answer.status, answer.body);
+        ids[number] = grant(client, number as u32 + 1)?;
+    }
+    Ok(())
+}
+
+fn watch(flow: &RunningUdp) -> Result<Stream> {
+    let measured = flow.measure(Duration::from_millis(200), WINDOW)?;
+    let latency = measured.latency.as_ref().context("no packet of the watched flow arrived")?;
+    Ok(Stream {
+        silence: silence(&measured),
+        p999_latency: milliseconds(latency.percentile(0.999)),
+        max_latency: milliseconds(latency.max()),
+        lost: measured.lost,
+    })
+}
+
+fn silence(measured: &Measured) -> f64 {
+    let (mut longest, mut now) = (0, 0);
+    for rate in measured.series(BIN) {
+        now = if rate.0 == 0 { now + 1 } else { 0 };
+        longest = longest.max(now);
+    }
+    f64::from(longest) * milliseconds(BIN)
+}
+
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+fn spread(values: &mut [f64]) -> Spread {
+    values.sort_unstable_by(f64::total_cmp);
+    let at = |share: f64| {
+        let place = (values.len() as f64 * share) as usize;
+        values.get(place.min(values.len().saturating_sub(1))).copied().unwrap_or(f64::NAN)
+    };
+    Spread { count: values.len(), median: at(0.5), p99: at(0.99), max: at(1.0) }
+}
+
+#[expect(clippy::print_stdout, reason = "a program that reports to its terminal")]
+pub(crate) fn print(report: &Report) {
+    let Report { kernel, cpus, lines, allocations, .. } = report;
+    println!("kernel {kernel}, {cpus} CPUs, {lines} lines, {allocations} shaped allocations on one root\n");
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["lines up, both interfaces", "s"]);
+    for (what, time) in [
+        ("by requests, one after the other", report.lines_by_requests),
+        ("of that, at the kernel", report.lines_by_requests_at_the_kernel),
+        ("qosd started with all lines, nothing in the kernel", report.lines_at_start),
+        ("restarted with everything", report.restart),
+        ("the same after kill -9", report.restart_after_kill),
+    ] {
+        table.add_row([what.to_owned(), format!("{:.2}", time / 1e3)]);
+    }
+    println!("{table}\n");
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["grants", "number", "median ms", "p99 ms", "max ms"]);
+    for (what, spread) in [
+        ("at the kernel, all", &report.grants),
+        ("at the kernel, the last tenth", &report.last_grants),
+        ("answered, the last tenth", &report.last_answers),
+        ("at the kernel, revokes and grants with all there", &report.changes),
+    ] {
+        let number = |value: f64| format!("{value:.2}");
+        let Spread { count, median, p99, max } = spread;
+        table.add_row([what.to_owned(), count.to_string(), number(*median), number(*p99), number(*max)]);
+    }
+    println!("{table}\n");
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["paced flow, median of rounds", "silence ms", "p99.9 ms", "max ms", "lost"]);
+    for (what, streams) in [("nothing granted", &report.quiet), ("grants and revokes", &report.granting)] {
+        let median = |pick: fn(&Stream) -> f64| {
+            format!("{:.2}", crate::median(&mut streams.iter().map(pick).collect::<Vec<_>>()))
+        };
+        table.add_row([
+            what.to_owned(),
+            median(|stream| stream.silence),
+            median(|stream| stream.p999_latency),
+            median(|stream| stream.max_latency),
+            streams.iter().map(|stream| stream.lost).sum::<u64>().to_string(),
+        ]);
+    }
+    println!("{table}");
+}
