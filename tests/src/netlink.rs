@@ -399,6 +399,26 @@ impl Netlink {
         self.request(new, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE).map(drop)
     }
 
+    /// Bytes that wait in the root queueing discipline of a link.
+    ///
+    /// # Errors
+    /// When there is none but the kernel's own.
+    pub fn backlog(&mut self, index: u32) -> Result<u32> {
+        let answers = self.dump(RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()))?;
+        let found = answers.into_iter().find_map(|answer| match answer {
+            RouteNetlinkMessage::NewQueueDiscipline(message)
+                if message.header.index == index.cast_signed() && message.header.parent == TcHandle::ROOT =>
+            {
+                message.attributes.into_iter().find_map(|attribute| match attribute {
+                    TcAttribute::Stats(statistics) => Some(statistics.backlog),
+                    _ => None,
+                })
+            }
+            _ => None,
+        });
+        found.with_context(|| format!("no root qdisc on {}/{index}", self.namespace))
+    }
+
     /// Deletes the root queueing discipline of a link.
     ///
     /// # Errors

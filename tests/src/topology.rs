@@ -34,6 +34,8 @@ pub const HOST_LINK: &str = "eth0";
 
 const LAN_NETWORKS: [&str; 2] = ["192.0.2.1/24", "2001:db8:1::1/48"];
 const WAN_NETWORKS: [&str; 3] = ["198.51.100.1/24", "203.0.113.1/24", "2001:db8:2::1/48"];
+/// A segment's link to the gateway.
+pub const UPLINK: &str = "uplink";
 const BRIDGE: &str = "br0";
 /// What is below a host's or gateway's interface that is no link itself.
 const WIRE: &str = "wire";
@@ -50,7 +52,7 @@ pub struct Topology {
     /// What carries packets where no link does.
     _pumps: Vec<Pump>,
     /// Held for their bridges.
-    _segments: Vec<Namespace>,
+    segments: Vec<Namespace>,
 }
 
 /// What an interface of the gateway is.
@@ -124,6 +126,17 @@ impl Topology {
     #[must_use]
     pub fn subscriber(&self, name: &str) -> &Host {
         find(&self.subscribers, name)
+    }
+
+    /// The namespace of the bridge between the gateway's `link` and several hosts; [`UPLINK`] there leads
+    /// to the gateway.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn segment(&self, link: &str) -> &Namespace {
+        let name = segment_name(link);
+        self.segments.iter().find(|segment| segment.name() == name).unwrap_or_else(|| panic!("no {name}"))
     }
 
     /// The provider of that name.
@@ -262,7 +275,7 @@ impl Builder {
                 host.wait_until_reachable(&gateway, &parse_networks(networks)?)?;
             }
         }
-        Ok(Topology { gateway, subscribers, providers, _pumps: pumps, _segments: segments })
+        Ok(Topology { gateway, subscribers, providers, _pumps: pumps, segments })
     }
 
     /// Both hosts on one segment that leads through the gateway.
@@ -313,7 +326,7 @@ impl Builder {
             subscribers: vec![subscriber],
             providers: vec![provider],
             _pumps: pumps,
-            _segments: Vec::new(),
+            segments: Vec::new(),
         })
     }
 
@@ -362,10 +375,10 @@ impl Builder {
             },
             _ if device != Device::Ethernet => bail!("{device:?} leads to one host only"),
             _ => {
-                let segment = Namespace::new(&format!("segment of {link}"))?;
+                let segment = Namespace::new(&segment_name(link))?;
                 let mut bridge = Bridge::new(&segment)?;
-                netlink.add_veth(link, "uplink", &segment, self.mtu)?;
-                bridge.take("uplink")?;
+                netlink.add_veth(link, UPLINK, &segment, self.mtu)?;
+                bridge.take(UPLINK)?;
                 for (index, (host, _)) in made.iter().enumerate() {
                     let port = format!("port{index}");
                     Netlink::open(host)?.add_veth(HOST_LINK, &port, &segment, self.mtu)?;
@@ -417,6 +430,10 @@ impl Builder {
         }
         Ok(link.mac)
     }
+}
+
+fn segment_name(link: &str) -> String {
+    format!("segment of {link}")
 }
 
 struct Bridge {

@@ -2,7 +2,7 @@
 //! counted. Real `qosd`, real traffic. Needs root.
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test and what it calls fail by panicking")]
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use qos_common::length::{LinkLayer, charged};
@@ -12,8 +12,8 @@ use qos_tests::capture::Injector;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::frames::FrameSpec;
 use qos_tests::netlink::Netlink;
-use qos_tests::topology::{HOST_LINK, Host, Topology};
-use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, UdpFlow, charged_length};
+use qos_tests::topology::{HOST_LINK, Host, LAN, Topology, UPLINK, WAN};
+use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{AllocationId, Direction};
 use serde_json::json;
@@ -331,6 +331,62 @@ fn the_soft_direction_is_shaped_below_the_lines_speed() {
         let rest = |name, from, to, offered, gets| Sender { name, from, to, offered, level: None, gets };
         overload(&net, &daemon, false, &[rest("down", "other", "one", 15.0, (down, down))]);
         overload(&net, &daemon, true, &[rest("up", "one", "other", 12.0, (up, up))]);
+    }
+}
+
+/// Bytes that wait at the line's far end while `flow` runs, the median of two seconds.
+fn far_end_backlog(netlink: &mut Netlink, uplink: u32) -> u32 {
+    let mut seen: Vec<u32> = (0..40)
+        .map(|_| {
+            std::thread::sleep(Duration::from_millis(50));
+            netlink.backlog(uplink).unwrap()
+        })
+        .collect();
+    seen.sort_unstable();
+    seen[seen.len() / 2]
+}
+
+/// The line's other end has a deep buffer, as they do: on the subscriber's side of a box at the network's
+/// end, on the network's side of one at the subscriber's.
+#[test]
+fn a_standing_queue_at_the_far_end_moves_into_the_gateway() {
+    const SPEED: f64 = 8.0;
+    for (line_side, link, from, target) in [("lan", LAN, "one", "other"), ("wan", WAN, "other", "one")] {
+        let observing = Config { mode: "observe", line_side, ..Config::default() };
+        let (net, daemon) = street(&observing);
+        daemon.qos_line("session add one --address 192.0.2.10 --down 8mbit --up 8mbit").unwrap();
+        let segment = net.segment(link);
+        let mut netlink = Netlink::open(segment).unwrap();
+        let uplink = netlink.link(UPLINK).unwrap().index;
+        netlink.put_token_bucket(uplink, mbit(SPEED), 200_000, 3_028).unwrap();
+        let (sender, receiver) = if line_side == "lan" {
+            (net.subscriber(from), net.provider(target))
+        } else {
+            (net.provider(from), net.subscriber(target))
+        };
+        // Which fills a buffer until it overflows, however short the way.
+        sender.namespace.set_sysctl("ipv4/tcp_congestion_control", "reno").unwrap();
+        let flow = TcpFlow::new(to(sender.v4(0), 0), to(receiver.v4(0), 5_000))
+            .start(&sender.namespace, &receiver.namespace)
+            .unwrap();
+        std::thread::sleep(Duration::from_secs(3));
+        let standing = far_end_backlog(&mut netlink, uplink);
+
+        let enforcing = Config { mode: "enforce", ..observing };
+        std::fs::write(daemon.config_path(), daemon.config_text(&enforcing).unwrap()).unwrap();
+        daemon.qos_line("reload").unwrap();
+        // What stands there drains by the twentieth that is left of the line.
+        std::thread::sleep(Duration::from_secs(6));
+        let moved = far_end_backlog(&mut netlink, uplink);
+        let measured = flow.measure(Duration::ZERO, WINDOW).unwrap();
+        println!("{line_side}: {standing} bytes wait at the far end, then {moved}; {:?}", Brief(&measured));
+        assert!(standing > 40_000, "{line_side}: {standing} bytes stand at the far end while nothing shapes");
+        assert!(
+            moved < standing / 5 && moved < 10_000,
+            "{line_side}: {moved} bytes of {standing} stay there"
+        );
+        let share = measured.ratio_to(mbit(SPEED));
+        assert!((0.85..=0.96).contains(&share), "{line_side}: the flow has {share:.2} of the line");
     }
 }
 
@@ -695,4 +751,99 @@ fn what_can_not_be_read_to_its_end_stays_within_its_line() {
     let time = send(WINDOW);
     let rate = (received() - before) as f64 * 8.0 / time.as_secs_f64();
     assert!((rate / 2e6 - 1.0).abs() < TOLERANCE, "{rate} bit/s");
+}
+
+/// What one socket sends in two sizes: number of each size, and when it was sent.
+struct Sent {
+    is_small: bool,
+    number: u32,
+    latency: Duration,
+}
+
+/// Small packets of one 5-tuple have a level of their own, above that of its large ones.
+#[test]
+fn the_length_of_a_packet_decides_its_level_within_one_flow() {
+    const SMALL: usize = 100;
+    const LARGE: usize = 1_400;
+    for v6 in [false, true] {
+        let net = Topology::pair().unwrap();
+        let daemon = Daemon::start(&net.gateway, &Config::default()).unwrap();
+        let (home, video) = (net.subscriber("home"), net.provider("video"));
+        let (near, far): (IpAddr, IpAddr) = if v6 {
+            (home.v6(0).into(), video.v6(0).into())
+        } else {
+            (home.v4(0).into(), video.v4(0).into())
+        };
+        daemon.qos_line(&format!("session add home --address {near} --down 20mbit --up 20mbit")).unwrap();
+        daemon
+            .qos_line(&format!(
+                "provider add video --kind application --network {far}/{}",
+                if v6 { 128 } else { 32 }
+            ))
+            .unwrap();
+        let target = if v6 { format!("[{near}]:5000") } else { format!("{near}:5000") };
+        for (length, level) in [
+            ("0-300", "--guaranteed-down 2mbit --priority 0"),
+            ("301-65535", "--max-down 5mbit --enforcement shape --priority 7"),
+        ] {
+            let flow = format!("down udp from {far} to {target} length {length}");
+            daemon.grant(&format!("--provider video --flow '{flow}' {level}")).unwrap();
+        }
+
+        let receiver = home.namespace.run(|| UdpSocket::bind((near, 5_000)).unwrap());
+        receiver.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        let sender = video.namespace.run(|| UdpSocket::bind((far, 0)).unwrap());
+        sender.connect((near, 5_000)).unwrap();
+        let began = Instant::now();
+        // Every 2 ms a small packet and one or two large ones, 8 Mbit/s of those.
+        let arrived = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut numbers = [0_u32; 2];
+                let mut send = |is_small: bool| {
+                    let mut payload = vec![0; if is_small { SMALL } else { LARGE }];
+                    let number = &mut numbers[usize::from(is_small)];
+                    payload[..4].copy_from_slice(&number.to_be_bytes());
+                    payload[4..12].copy_from_slice(&(began.elapsed().as_nanos() as u64).to_be_bytes());
+                    *number += 1;
+                    sender.send(&payload).unwrap();
+                };
+                for round in 0..1_000 {
+                    while began.elapsed() < Duration::from_millis(2) * round {
+                        std::thread::sleep(Duration::from_micros(200));
+                    }
+                    send(false);
+                    send(true);
+                    if round % 3 == 0 {
+                        send(false);
+                    }
+                }
+            });
+            let mut arrived = Vec::new();
+            let mut buffer = [0; 2_000];
+            while let Ok(length) = receiver.recv(&mut buffer) {
+                let sent = u64::from_be_bytes(buffer[4..12].try_into().unwrap());
+                arrived.push(Sent {
+                    is_small: length == SMALL,
+                    number: u32::from_be_bytes(buffer[..4].try_into().unwrap()),
+                    latency: began.elapsed().saturating_sub(Duration::from_nanos(sent)),
+                });
+            }
+            arrived
+        });
+        let of = |is_small| arrived.iter().filter(move |sent| sent.is_small == is_small);
+        let median = |is_small| {
+            let mut latencies: Vec<_> = of(is_small).map(|sent| sent.latency).collect();
+            latencies.sort_unstable();
+            latencies[latencies.len() / 2]
+        };
+        let (small, large) = (of(true).count(), of(false).count());
+        println!("{small} small, {:?}; {large} large, {:?}", median(true), median(false));
+        assert_eq!(small, 1_000, "all of the small ones arrive");
+        assert!((700..1_150).contains(&large), "the large ones are shaped: {large} of 1,334");
+        for is_small in [false, true] {
+            let numbers: Vec<_> = of(is_small).map(|sent| sent.number).collect();
+            assert!(numbers.is_sorted(), "small {is_small}: in the order they were sent");
+        }
+        assert!(median(true) * 5 < median(false), "the small ones don't wait behind the large ones");
+    }
 }
