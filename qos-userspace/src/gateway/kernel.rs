@@ -706,13 +706,15 @@ impl Kernel {
     }
 
     fn settings(&self, state: &State) -> Result<Settings, GatewayError> {
-        let mut settings = self.with_defaults(Settings {
-            abi: abi::ABI_VERSION,
-            observe: u32::from(self.config.observe),
-            mark: self.mark,
-            mtus: u32::from(state.allocations.values().any(|allocation| allocation.level.mtu.is_some())),
-            ..Settings::default()
-        });
+        let mut settings = self.with_defaults(
+            state,
+            Settings {
+                abi: abi::ABI_VERSION,
+                observe: u32::from(self.config.observe),
+                mark: self.mark,
+                ..Settings::default()
+            },
+        );
         let addresses = || state.sessions.values().flat_map(|session| &session.addresses);
         let v4 = addresses().filter(|net| matches!(net, IpNet::V4(_))).map(IpNet::prefix_len);
         let v6 = addresses().filter(|net| matches!(net, IpNet::V6(_))).map(IpNet::prefix_len);
@@ -721,8 +723,11 @@ impl Kernel {
         Ok(settings)
     }
 
-    /// The settings with the class of what is on no line, which follows from the trees.
-    fn with_defaults(&self, mut settings: Settings) -> Settings {
+    /// The settings with what follows from the trees and the allocations: the class of what is on no line,
+    /// and whether there is an MTU to look at.
+    fn with_defaults(&self, state: &State, mut settings: Settings) -> Settings {
+        settings.mtus =
+            u32::from(state.allocations.values().any(|allocation| allocation.level.mtu.is_some()));
         for interface in &self.interfaces {
             if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
                 settings.default_class[interface.egress() as usize] =
@@ -958,7 +963,8 @@ impl Kernel {
         // The first class that there is takes the rest of the traffic behind it.
         let lines =
             changes.iter().any(|change| matches!(change, Change::PutSession(_) | Change::DeleteSession(_)));
-        let settings = if lines { self.settings(state)? } else { self.with_defaults(self.maps.settings()?) };
+        let settings =
+            if lines { self.settings(state)? } else { self.with_defaults(state, self.maps.settings()?) };
         self.maps.put_settings(&settings)?;
         for change in &changes[ends..] {
             *done += 1;
