@@ -59,7 +59,7 @@ fn decide(bytes: Bytes) -> u32 {
     0
 }
 
-/// A byte of what is behind the IP header, at an odd or even offset up to 13; zero where it can't be seen.
+/// The byte at `offset`, up to 13, of what is behind the IP header; zero where it can't be seen.
 #[inline(always)]
 fn byte_behind_ip(packet: &Packet, bytes: Bytes, offset: usize) -> u8 {
     if packet.transport == 0 {

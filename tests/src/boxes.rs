@@ -54,7 +54,7 @@ pub enum Kind {
 
 /// A box with its two hosts, `home` and `video`, and a `qosd` on it.
 #[derive(Debug)]
-pub struct Box {
+pub struct BoxUnderTest {
     /// What it is.
     pub kind: Kind,
     /// Its daemon, dropped before the network.
@@ -172,7 +172,7 @@ impl Kind {
     }
 }
 
-impl Box {
+impl BoxUnderTest {
     /// Builds a box and starts `qosd` on it, or says why this machine can't.
     ///
     /// # Errors

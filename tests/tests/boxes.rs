@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use qos_tests::ask::{Brief, measure_undisturbed};
-use qos_tests::boxes::{Box, Kind};
+use qos_tests::boxes::{BoxUnderTest, Kind};
 use qos_tests::capture::{Capture, Frame};
 use qos_tests::skip::skip;
 use qos_tests::topology::{HOST_LINK, Host};
@@ -100,7 +100,7 @@ impl Suite<'_> {
 }
 
 /// A box under test.
-struct Suite<'a>(&'a Box);
+struct Suite<'a>(&'a BoxUnderTest);
 
 /// What is to come of a flow.
 struct Expected<'a> {
@@ -128,7 +128,7 @@ fn check(kind: Kind, expected: &[Expected<'_>]) {
 
 /// The suite: what every kind of box must do.
 fn levels_hold(test: &str, kind: Kind) {
-    let started = match Box::start(kind).unwrap() {
+    let started = match BoxUnderTest::start(kind).unwrap() {
         Ok(started) => started,
         Err(reason) => return skip(test, &reason),
     };
@@ -157,7 +157,7 @@ fn levels_hold(test: &str, kind: Kind) {
     }
 }
 
-fn programs_are_where_they_should_be(started: &Box) {
+fn programs_are_where_they_should_be(started: &BoxUnderTest) {
     let status = started.daemon.status().unwrap();
     for (link, expected) in started.links().into_iter().zip(started.kind.expected()) {
         let found = status.gateway.interfaces.iter().find(|interface| interface.name == link).unwrap();

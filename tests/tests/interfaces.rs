@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use qos_tests::ask::{Brief, eventually, undisturbed};
-use qos_tests::boxes::{Box, Kind};
+use qos_tests::boxes::{BoxUnderTest, Kind};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::programs;
 use qos_tests::netlink::Netlink;
@@ -107,7 +107,7 @@ fn an_interface_that_is_renamed_is_let_go_and_found_again() {
 
 #[test]
 fn an_interface_that_is_deleted_under_load_leaves_the_others_enforcing() {
-    let four = Box::start(Kind::RouterFour).unwrap().unwrap();
+    let four = BoxUnderTest::start(Kind::RouterFour).unwrap().unwrap();
     let [down, up] = levels(&four.net, &four.daemon);
     let mut netlink = Netlink::open(&four.net.gateway).unwrap();
     for link in [LAN, WAN] {

@@ -309,6 +309,10 @@ impl Kernel {
         for left in leftovers(&self.config, kept.into_iter())? {
             leave_alone(&self.config, &left)?;
         }
+        // As they are behind that.
+        for interface in self.interfaces.iter_mut().filter(|interface| interface.attachment.is_none()) {
+            interface.link = found_link(&interface.config.name)?;
+        }
         for number in 0..self.interfaces.len() {
             self.schedule(number, state)?;
         }

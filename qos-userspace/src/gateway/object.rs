@@ -19,6 +19,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use aya::maps::{MapData, MapError, MapInfo};
 use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
@@ -38,6 +39,9 @@ use super::link::{Framing, Link};
 use super::memory::SharedArray;
 use super::trace::Tracer;
 use super::{Role, TcHooks, XdpChoice};
+
+/// How long a program may take to leave its hook once nothing holds its link.
+const TAKEN_OFF: Duration = Duration::from_secs(1);
 
 /// Start of the names of our programs.
 const PREFIX: &str = "qos_";
@@ -481,7 +485,7 @@ impl Object {
 
     /// Takes our XDP programs off, which an earlier configuration attached.
     fn remove_xdp(&self, interface: &Link, hooks: &[XdpHook]) -> Result<(), ObjectError> {
-        hooks.iter().try_for_each(|hook| remove_pin(&self.pin(interface.index, hook.pin())))
+        remove_xdp_pins(&self.links_dir, interface, hooks)
     }
 
     /// Takes our program off tc ingress, likewise.
@@ -785,6 +789,25 @@ fn load(name: &str, program: &mut aya::programs::Program) -> Result<(), ObjectEr
     loaded.map_err(|reason| ObjectError::Program { program: name.to_owned(), reason: Box::new(reason) })
 }
 
+/// Removes the pins of XDP links of an interface, and waits until the kernel has taken their program off:
+/// it does so some time after the pin has gone (bpf_free_inode, kernel/bpf/inode.c), and the hook takes no
+/// other before.
+fn remove_xdp_pins(links_dir: &Path, interface: &Link, hooks: &[XdpHook]) -> Result<(), ObjectError> {
+    let pins = hooks.iter().map(|hook| links_dir.join(format!("{}_{}", interface.index, hook.pin())));
+    let pins: Vec<_> = pins.filter(|pin| pin.exists()).collect();
+    if pins.is_empty() {
+        return Ok(());
+    }
+    let program = || Link::by_index(interface.index).ok().and_then(|link| link.xdp_program);
+    let before = program();
+    pins.iter().try_for_each(|pin| remove_pin(pin))?;
+    let began = Instant::now();
+    while before.is_some() && program() == before && began.elapsed() < TAKEN_OFF {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Ok(())
+}
+
 /// Removes a pin, if it is there.
 fn remove_pin(pin: &Path) -> Result<(), ObjectError> {
     match fs::remove_file(pin) {
@@ -865,6 +888,7 @@ pub fn remove_interface(bpffs_dir: &Path, interface: &Link) -> Result<(), Object
     let marker = links_dir(bpffs_dir).join(format!("{prefix}{CLSACT}"));
     let made = fs::read_link(&marker).is_ok_and(|target| target == Path::new(OURS));
     // XDP goes before what reads its answers.
+    remove_xdp_pins(&links_dir(bpffs_dir), interface, &XdpHook::ALL)?;
     for path in links_of(&links_dir(bpffs_dir)) {
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) {
             fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
