@@ -12,6 +12,7 @@ use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
 use qos_common::classify::{Direction, Key, selector_of, slot_of_key, table_set};
 
 use crate::maps;
+use crate::mtu::mtu_of;
 use crate::packet::{Packet, Piece};
 
 /// A packet, the state of its look-up, and the result.
@@ -131,7 +132,7 @@ pub(crate) fn opposite_mtu(search: &mut Search) -> u32 {
     search.slot = 0;
     look_up(search);
     let mtu = match maps::allocation(search.record(search.slot)) {
-        Some(allocation) if search.slot != 0 => allocation.mtu,
+        Some(allocation) if search.slot != 0 => mtu_of(allocation, search.packet.key.family),
         _ => 0,
     };
     turn(&mut search.packet.key);

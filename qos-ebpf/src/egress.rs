@@ -27,8 +27,9 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
     let (outcome, slot) = match here {
         Some(marked) => (Outcome::Admitted, marked.slot),
         None => {
-            // A mark of the other direction is not lost: from a subscriber to another.
-            let lost = marked.is_none() && maps::interface(came_in).flags & JUDGED != 0;
+            // A mark of the other direction is not lost: from a subscriber to another. What was made on
+            // the box came in by no interface.
+            let lost = marked.is_none() && came_in != 0 && maps::interface(came_in).flags & JUDGED != 0;
             let (outcome, slot) = police(ctx, settings, direction, lost);
             maps::count(outcome);
             (outcome, slot)

@@ -82,7 +82,7 @@ pub(crate) fn would_refuse(packet: &Packet, allocation: &Allocation) -> bool {
 
 /// An allocation's MTU as a family has it; zero: any.
 #[inline(always)]
-fn mtu_of(allocation: &Allocation, family: u32) -> u32 {
+pub(crate) fn mtu_of(allocation: &Allocation, family: u32) -> u32 {
     let mtu = allocation.mtu & TASK_MTU;
     if mtu != 0 && mtu < SMALLEST_IPV6_MTU && family == Family::V6 as u32 { SMALLEST_IPV6_MTU } else { mtu }
 }
@@ -158,10 +158,7 @@ fn is_nobody(address: &Address, family: u32) -> bool {
 /// Sets the task of a packet that opens a TCP connection whose traffic has an MTU, either way.
 #[inline(always)]
 fn watch_opening(search: &mut Search, own: u32) {
-    let opposite = opposite_mtu(search) & TASK_MTU;
-    let is_low = opposite != 0 && opposite < SMALLEST_IPV6_MTU;
-    let opposite =
-        if is_low && search.packet.key.family == Family::V6 as u32 { SMALLEST_IPV6_MTU } else { opposite };
+    let opposite = opposite_mtu(search);
     let mtu = if own == 0 || opposite != 0 && opposite < own { opposite } else { own };
     if mtu != 0 {
         search.task = LOWER_MSS | mtu;

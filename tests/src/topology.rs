@@ -20,9 +20,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
+use qos_userspace::domain::BitsPerSecond;
 
 use crate::netlink::{Mac, Netlink, set_offloads};
 use crate::netns::Namespace;
+use crate::traffic::{RunningUdp, UdpFlow};
 use crate::tunnel::{Encapsulation, Layer, Pump, Tunnel};
 
 /// The gateway's interface to the subscribers.
@@ -126,6 +128,20 @@ impl Topology {
     #[must_use]
     pub fn subscriber(&self, name: &str) -> &Host {
         find(&self.subscribers, name)
+    }
+
+    /// Starts a stream of 1,000-byte UDP packets from `video` to `home`, over IPv4.
+    ///
+    /// # Errors
+    /// When its sockets can't be had.
+    ///
+    /// # Panics
+    /// When one of the two is not there.
+    pub fn stream(&self, port: u16, rate: BitsPerSecond) -> Result<RunningUdp> {
+        let (home, video) = (self.subscriber("home"), self.provider("video"));
+        UdpFlow::new((video.v4(0), 0), (home.v4(0), port), rate)
+            .packet(1_000)
+            .start(&video.namespace, &home.namespace)
     }
 
     /// The namespace of the bridge between the gateway's `link` and several hosts; [`UPLINK`] there leads

@@ -9,8 +9,9 @@ use std::os::fd::AsFd as _;
 use std::thread;
 use std::time::Duration;
 
-use etherparse::{Icmpv4Slice, Icmpv6Slice, SlicedPacket, TransportSlice};
+use etherparse::{Icmpv6Slice, SlicedPacket, TransportSlice};
 use nix::sys::socket::{getsockopt, sockopt};
+use qos_common::checksum::replace_word;
 use qos_tests::capture::{Capture, Frame, Injector};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::frames::{FrameSpec, TCP};
@@ -211,24 +212,14 @@ fn answer(frame: &Frame) -> Option<(IpAddr, u32, Vec<u8>)> {
 fn is_whole(frame: &Frame) -> bool {
     let headers = frame.headers().unwrap();
     match (headers.transport.unwrap(), headers.net.unwrap()) {
-        (TransportSlice::Icmpv4(icmp), _) => is_whole_v4(&icmp),
+        (TransportSlice::Icmpv4(icmp), _) => {
+            icmp.icmp_type().calc_checksum(icmp.payload()) == icmp.checksum()
+        }
         (TransportSlice::Icmpv6(icmp), etherparse::NetSlice::Ipv6(ip)) => {
             Icmpv6Slice::is_checksum_valid(&icmp, ip.header().source(), ip.header().destination())
         }
         _ => false,
     }
-}
-
-fn is_whole_v4(icmp: &Icmpv4Slice<'_>) -> bool {
-    let words = icmp
-        .slice()
-        .chunks(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or_default()])));
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum == 0xffff
 }
 
 #[test]
@@ -290,15 +281,9 @@ fn the_sender_of_a_packet_that_is_too_big_is_told_and_fragmentable_ones_pass() {
         if !v6 {
             let mut fragmentable = frame(1_400);
             fragmentable[14 + 6] &= !0x40;
-            // The sum loses what the flag was in it.
-            let sum = u16::from_be_bytes([fragmentable[24], fragmentable[25]]);
-            let sum = !(u32::from(!sum) + u32::from(!0x4000_u16));
-            let sum = {
-                let sum = !sum;
-                let folded = (sum & 0xffff) + (sum >> 16);
-                !(((folded & 0xffff) + (folded >> 16)) as u16)
-            };
-            fragmentable[24..26].copy_from_slice(&sum.to_be_bytes());
+            let word = |at: usize| u16::from_be_bytes([fragmentable[at], fragmentable[at + 1]]);
+            let sum = replace_word(word(14 + 10), word(14 + 6) | 0x4000, word(14 + 6));
+            fragmentable[14 + 10..14 + 12].copy_from_slice(&sum.to_be_bytes());
             injector.send(&fragmentable).unwrap();
             assert!(arrives(&there, 1_400), "{case}: what may be fragmented passes");
             assert_eq!(counts().mtu.passed_packets, 1, "{case}");

@@ -4,13 +4,13 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use qos_tests::ask::{Brief, undisturbed};
+use qos_tests::boxes::{BoxUnderTest, Kind};
 use qos_tests::capture::Capture;
-use qos_tests::daemon::{Config, Daemon};
+use qos_tests::daemon::Daemon;
 use qos_tests::skip::skip;
 use qos_tests::topology::{HOST_LINK, Topology};
 use qos_tests::traffic::{TcpFlow, UdpFlow};
@@ -26,21 +26,13 @@ fn mbit(mbit: u64) -> BitsPerSecond {
 
 /// A masquerading gateway with a line of 20 Mbit/s; none where there is no `nft`.
 fn masquerading(test: &str) -> Option<(Topology, Daemon)> {
-    let net = Topology::pair().unwrap();
-    let rules = "add table ip nat
-add chain ip nat out { type nat hook postrouting priority srcnat; }
-add rule ip nat out oifname wan0 masquerade";
-    let mut command = Command::new("nft");
-    command.arg(rules);
-    match net.gateway.output(command) {
-        Err(_) => {
-            skip(test, "no `nft` (Debian package nftables)");
+    let BoxUnderTest { daemon, net, .. } = match BoxUnderTest::start(Kind::Nat).unwrap() {
+        Ok(started) => started,
+        Err(reason) => {
+            skip(test, &reason);
             return None;
         }
-        Ok(output) => assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr)),
-    }
-    let config = Config { more: "nat = true".to_owned(), ..Config::default() };
-    let daemon = Daemon::start(&net.gateway, &config).unwrap();
+    };
     for line in [
         "session add home --address 192.0.2.10 --down 20mbit --up 20mbit",
         "provider add video --kind application --network 203.0.113.0/24",

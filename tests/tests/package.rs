@@ -8,7 +8,6 @@
 
 use std::collections::BTreeMap;
 use std::env;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -19,7 +18,7 @@ use qos_tests::machine::Machine;
 use qos_tests::netlink::{Netlink, TrafficControl};
 use qos_tests::skip::skip;
 use qos_tests::topology::{LAN, Topology, WAN};
-use qos_tests::traffic::{RunningUdp, UdpFlow};
+use qos_tests::traffic::RunningUdp;
 use qos_userspace::domain::units::BitsPerSecond;
 use serde_json::Value;
 
@@ -67,15 +66,7 @@ impl Gateway {
                 return None;
             }
         };
-        let (home, video) = (net.subscriber("home"), net.provider("video"));
-        let flow = UdpFlow::new(
-            SocketAddr::new(video.v4(0).into(), 0),
-            SocketAddr::new(home.v4(0).into(), 5_000),
-            BitsPerSecond(5_000_000),
-        )
-        .packet(1_000)
-        .start(&video.namespace, &home.namespace)
-        .unwrap();
+        let flow = net.stream(5_000, BitsPerSecond(5_000_000)).unwrap();
         Some(Self { machine, net, flow, older: older.into(), newer: newer.into() })
     }
 

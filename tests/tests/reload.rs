@@ -2,7 +2,6 @@
 #![expect(clippy::unwrap_used, reason = "a test and what it calls fail by panicking")]
 
 use std::fs;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -12,7 +11,7 @@ use qos_tests::kernel::{Kernel, programs};
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
 use qos_tests::topology::{LAN, Topology, WAN};
-use qos_tests::traffic::{Flow as _, RunningUdp, UdpFlow};
+use qos_tests::traffic::{Flow as _, RunningUdp};
 use qos_userspace::domain::BitsPerSecond;
 use serde_json::Value;
 
@@ -35,14 +34,6 @@ fn started() -> (Topology, Daemon) {
         daemon.qos_line(line).unwrap();
     }
     (net, daemon)
-}
-
-fn down(net: &Topology, port: u16, rate: BitsPerSecond) -> RunningUdp {
-    let (home, video) = (net.subscriber("home"), net.provider("video"));
-    UdpFlow::new((video.v4(0), 0), SocketAddr::from((home.v4(0), port)), rate)
-        .packet(1_000)
-        .start(&video.namespace, &home.namespace)
-        .unwrap()
 }
 
 fn write(daemon: &Daemon, config: &Config) {
@@ -69,7 +60,7 @@ fn flows_that_are_not_concerned_lose_nothing() {
     let level = "--max-down 10mbit --enforcement police";
     let flow = "down udp from 203.0.113.0/24 to 192.0.2.10:5001";
     let policed = daemon.grant(&format!("--provider video --flow '{flow}' {level}")).unwrap().id;
-    let flows = [down(&net, 5_000, mbit(4)), down(&net, 5_001, mbit(4))];
+    let flows = [net.stream(5_000, mbit(4)).unwrap(), net.stream(5_001, mbit(4)).unwrap()];
     achieves(&flows[0], mbit(4), "before");
     let before = daemon.counts(policed).unwrap().down;
     flows.iter().for_each(qos_tests::traffic::Flow::begin);
@@ -104,7 +95,7 @@ fn flows_that_are_not_concerned_lose_nothing() {
 #[test]
 fn what_is_concerned_changes() {
     let (net, daemon) = started();
-    let rest = down(&net, 6_000, mbit(60));
+    let rest = net.stream(6_000, mbit(60)).unwrap();
     achieves(&rest, mbit(50), "the line's speed");
     write(&daemon, &Config { lan_capacity: mbit(30), ..config() });
     assert_eq!(reload(&daemon), ["interface lan0"]);

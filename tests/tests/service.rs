@@ -3,7 +3,6 @@
 #![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
 
 use std::fs;
-use std::net::SocketAddr;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::os::unix::net::UnixDatagram;
 use std::process::Command;
@@ -15,7 +14,6 @@ use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::programs;
 use qos_tests::skip::skip;
 use qos_tests::topology::{LAN, Topology};
-use qos_tests::traffic::UdpFlow;
 use qos_userspace::domain::units::BitsPerSecond;
 
 /// Nobody's number, on any distribution.
@@ -66,15 +64,7 @@ fn three_capabilities_are_all_that_it_needs() {
     }
     for tc_hooks in ["auto", "clsact"] {
         let net = Topology::pair().unwrap();
-        let (home, video) = (net.subscriber("home"), net.provider("video"));
-        let flow = UdpFlow::new(
-            SocketAddr::new(video.v4(0).into(), 0),
-            SocketAddr::new(home.v4(0).into(), 5_000),
-            BitsPerSecond(5_000_000),
-        )
-        .packet(1_000)
-        .start(&video.namespace, &home.namespace)
-        .unwrap();
+        let flow = net.stream(5_000, BitsPerSecond(5_000_000)).unwrap();
         let more = format!("tc_hooks = \"{tc_hooks}\"\nreconcile_interval = \"200ms\"");
         let mut daemon = Daemon::prepare(&net.gateway, &Config { more, ..Config::default() }).unwrap();
         restart_unprivileged(&mut daemon);

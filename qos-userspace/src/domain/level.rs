@@ -55,7 +55,7 @@ pub const LAST_PRIORITY: u8 = 7;
 pub const SMALLEST_MTU: u16 = 576;
 
 /// Smallest MTU of IPv6, in bytes (RFC 8200, section 5): hosts don't go below it.
-pub const SMALLEST_IPV6_MTU: u16 = 1_280;
+pub const SMALLEST_IPV6_MTU: u16 = qos_common::abi::SMALLEST_IPV6_MTU as u16;
 
 /// Priority of an allocation that asks for none.
 pub const DEFAULT_PRIORITY: u8 = 4;

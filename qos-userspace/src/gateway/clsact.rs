@@ -11,7 +11,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
 use super::link::Link;
-use super::netlink::{Answer, NetlinkError, RouteSocket, malformed};
+use super::netlink::{Answer, ETH_P_ALL, NetlinkError, RouteSocket, malformed};
 
 /// Priority of our filters.
 pub(super) const PRIORITY: u16 = 0x5150;
@@ -20,8 +20,6 @@ pub(super) const HANDLE: u32 = 1;
 
 /// Handle of the queueing discipline that has the hooks.
 const HOOKS: u32 = 0xffff_0000;
-/// `ETH_P_ALL`, linux/if_ether.h: filters of any protocol.
-const ALL_PROTOCOLS: u16 = 3;
 
 /// Why the hooks can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +115,7 @@ impl<'a> Clsact<'a> {
     /// The filter at our place, if there is one.
     pub(super) fn filter(&self, side: TcAttachType) -> Result<Option<Filter>, ClsactError> {
         let mut message = self.message(HANDLE, parent(side));
-        message.header.info = u32::from(PRIORITY) << 16 | u32::from(ALL_PROTOCOLS.to_be());
+        message.header.info = u32::from(PRIORITY) << 16 | u32::from(ETH_P_ALL.to_be());
         message.attributes.push(TcAttribute::Kind("bpf".to_owned()));
         // Without ECHO, kernels before 6.8 tell it to the subscribers of the group only.
         let answer = self.ask((RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_ECHO))?;

@@ -15,6 +15,9 @@ use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 /// packets of that CPU: 200 class changes in one cost them about 100 ms.
 pub(crate) const BATCH: usize = 16;
 
+/// Filters of any protocol: linux/if_ether.h.
+pub(crate) const ETH_P_ALL: u16 = 3;
+
 /// The kernel sends at most 32 KiB at a time to a reader with a smaller buffer.
 const RECEIVE_BUFFER: usize = 64 << 10;
 /// A dump during which something changed is taken again, so often.

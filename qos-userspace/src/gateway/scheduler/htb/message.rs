@@ -7,7 +7,7 @@ use netlink_packet_route::tc::{
 };
 
 use super::class::{Class, DEFAULT, Discipline, Id, Queue, ROOT, group_major};
-use crate::gateway::netlink::{NetlinkError, malformed};
+use crate::gateway::netlink::{ETH_P_ALL, NetlinkError, malformed};
 use crate::gateway::scheduler::ClassStatistics;
 
 const TCA_OPTIONS: u16 = 2;
@@ -27,8 +27,6 @@ const RATE_TO_QUANTUM: u32 = 10;
 /// Packets that wait outside all classes, before the first class is there. Interfaces without a
 /// queue length of their own would have none.
 const DIRECT_QUEUE: u32 = 1_000;
-
-const ETH_P_ALL: u16 = 3;
 
 const LINK_LAYER_ETHERNET: u8 = 1;
 const LINK_LAYER_ATM: u8 = 2;
