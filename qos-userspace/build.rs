@@ -21,8 +21,9 @@ fn main() -> Result<()> {
         // SAFETY: there is one thread.
         unsafe { env::set_var(name, value) };
     }
+    let features: &[&str] = if cfg!(feature = "next") { &["next"] } else { &[] };
     aya_build::build_ebpf(
-        [Package { name: "qos-ebpf", root_dir, ..Package::default() }],
+        [Package { name: "qos-ebpf", root_dir, features, ..Package::default() }],
         Toolchain::default(),
     )
     .context("building the kernel programs; `cargo xtask build` installs what this needs")?;

@@ -1,14 +1,19 @@
 //! Values of the BPF maps.
 //!
 //! Every type is `repr(C)` with natural alignment, named padding and a checked size, and is valid
-//! for any bytes. A change to any of them, or to a map's key or length, raises [`ABI_VERSION`].
+//! for any bytes. A change to any of them, or to a map's key or length, raises [`ABI_VERSION`]. Fields
+//! that are carried over from one version to another are found by their names: one whose meaning
+//! changes gets another name.
+//!
+//! The feature `next` stands for a version to come, whose records have their fields in other places.
+//! It is what tests upgrade to and go back from.
 
 use crate::classify::{Direction, Key};
 use crate::clock::Meter;
 use crate::mark::MarkLayout;
 
 /// Version of the maps' layout. Pinned maps of another version are not reused as they are.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2 + cfg!(feature = "next") as u32;
 
 /// Slots for allocations, slot zero ("none") among them.
 pub const ALLOCATION_SLOTS: u32 = 1 << 14;
@@ -73,6 +78,9 @@ pub const MARK_DSCP: u32 = 8;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Allocation {
+    /// Not used, zero.
+    #[cfg(feature = "next")]
+    pub reserved: [u32; 10],
     /// Id of the allocation; zero where the slot is free.
     pub id: u64,
     /// When it ends, in ns of CLOCK_MONOTONIC; `u64::MAX` for never.
@@ -99,6 +107,7 @@ pub struct Allocation {
     /// Largest IP packet in bytes; zero: any.
     pub mtu: u32,
     /// Not used, zero.
+    #[cfg(not(feature = "next"))]
     pub reserved: [u32; 10],
 }
 
@@ -109,6 +118,9 @@ const _: () = assert!(size_of::<Allocation>() == 128);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Clocks {
+    /// Not used, zero.
+    #[cfg(feature = "next")]
+    pub reserved: u64,
     /// Clock of the guaranteed capacity; not used by providers.
     pub guaranteed: u64,
     /// Clock of the maximum or aggregate capacity.
@@ -125,6 +137,7 @@ pub struct Clocks {
     /// TCP handshake packets whose segment size was lowered.
     pub mss_lowered: u64,
     /// Not used, zero.
+    #[cfg(not(feature = "next"))]
     pub reserved: u64,
 }
 
@@ -173,6 +186,12 @@ const _: () = assert!(size_of::<Application>() == 40);
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
+    /// Packets whose code point was rewritten.
+    #[cfg(feature = "next")]
+    pub marked_packets: u64,
+    /// Their charged bytes.
+    #[cfg(feature = "next")]
+    pub marked_bytes: u64,
     /// Packets within the guaranteed capacity.
     pub in_profile_packets: u64,
     /// Their charged bytes.
@@ -186,8 +205,10 @@ pub struct Counters {
     /// Their charged bytes.
     pub dropped_bytes: u64,
     /// Packets whose code point was rewritten.
+    #[cfg(not(feature = "next"))]
     pub marked_packets: u64,
     /// Their charged bytes.
+    #[cfg(not(feature = "next"))]
     pub marked_bytes: u64,
 }
 
@@ -210,8 +231,8 @@ impl Counters {
     }
 }
 
-/// What became of a packet, as the index of map `outcomes` (per CPU, both directions). Counted where
-/// the packet was judged: in the hook that it came in by, or at egress where it came in by none.
+/// What became of a packet, as its place in [`Outcomes`] (both directions). Counted where the packet
+/// was judged: in the hook that it came in by, or at egress where it came in by none.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Outcome {
@@ -244,6 +265,16 @@ pub enum Outcome {
 
 /// Number of [`Outcome`]s.
 pub const OUTCOMES: u32 = 12;
+
+/// What one CPU counted of packets by their [`Outcome`]. Two cache lines.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcomes {
+    /// Packets, in the order of the outcomes' numbers; zero behind them.
+    pub packets: [u64; 16],
+}
+
+const _: () = assert!(size_of::<Outcomes>() == 128 && OUTCOMES <= 16);
 
 impl Outcome {
     /// All outcomes, in the order of their numbers.

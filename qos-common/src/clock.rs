@@ -27,6 +27,14 @@ pub const fn ticks(now_ns: u64) -> u64 {
     now_ns << TICK_BITS
 }
 
+/// Of two states of a clock the one that is further ahead of `now`, all in ticks. One that seems further
+/// ahead than any clock can be is idle.
+#[must_use]
+pub const fn further(one: u64, other: u64, now: u64) -> u64 {
+    let (one_ahead, other_ahead) = (one.wrapping_sub(now), other.wrapping_sub(now));
+    if other_ahead <= MAX_WINDOW && (other_ahead > one_ahead || one_ahead > MAX_WINDOW) { other } else { one }
+}
+
 /// A rate and the burst it tolerates, in the units of a clock.
 ///
 /// The all-zero value holds no rate at all; [`Meter::is_set`] tells.
@@ -219,6 +227,19 @@ mod tests {
             clock = meter.charge(clock, now, 1_500);
         }
         assert_eq!(meter.arrive(clock, now, 64), Arrival::Over);
+    }
+
+    #[test]
+    fn of_two_states_the_one_further_ahead_is_taken() {
+        // Also where the counter wraps between them, and whatever the time is for a clock never used.
+        for now in [ticks(5_000_000_000), u64::MAX - 10, 1 << 62, 3 << 62] {
+            let (near, far, past) = (now.wrapping_add(5), now.wrapping_add(50), now.wrapping_sub(5));
+            for (one, other, expected) in
+                [(near, far, far), (far, near, far), (past, near, near), (near, past, near), (far, far, far)]
+            {
+                assert_eq!(further(one, other, now), expected, "{one} or {other} at {now}");
+            }
+        }
     }
 
     proptest! {

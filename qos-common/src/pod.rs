@@ -4,7 +4,7 @@ use aya::Pod;
 
 use crate::abi::{
     Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Interface, Line, LineKey,
-    Provider, Question, Settings,
+    Outcomes, Provider, Question, Settings,
 };
 use crate::classify::{IndexSlot, Rule, TableSet};
 
@@ -27,6 +27,7 @@ pod!(
     Interface,
     Line,
     LineKey,
+    Outcomes,
     Provider,
     Question,
     Rule,

@@ -7,8 +7,8 @@ use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
     ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
-    FragmentKey, Interface, Line, LineKey, MAX_FRAGMENTS, MAX_INTERFACES, MAX_LINE_PREFIXES, OUTCOMES,
-    Outcome, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
+    FragmentKey, Interface, Line, LineKey, MAX_FRAGMENTS, MAX_INTERFACES, MAX_LINE_PREFIXES, Outcome,
+    Outcomes, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
 };
 use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
 
@@ -45,8 +45,9 @@ static COUNTERS: Array<Counters, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 /// Likewise.
 #[btf_map(name = "prov_counters")]
 static PROVIDER_COUNTERS: Array<Counters, PROVIDER_RECORDS, MMAPABLE> = Array::new();
+/// Likewise.
 #[btf_map(name = "outcomes")]
-static OUTCOME_COUNTERS: PerCpuArray<u64, { OUTCOMES as usize }> = PerCpuArray::new();
+static OUTCOME_COUNTERS: Array<Outcomes, 1, MMAPABLE> = Array::new();
 #[btf_map(name = "interfaces")]
 static INTERFACES: HashMap<u32, Interface, { MAX_INTERFACES as usize }> = HashMap::new();
 #[btf_map(name = "lines")]
@@ -154,9 +155,10 @@ fn cpu() -> u32 {
 /// Counts what became of a packet.
 #[inline(always)]
 pub(crate) fn count(outcome: Outcome) {
-    if let Some(counter) = OUTCOME_COUNTERS.get_ptr_mut(outcome as u32) {
-        // SAFETY: the map returned a pointer to this CPU's element, and bottom halves are off.
-        unsafe { *counter += 1 };
+    if let Some(counts) = OUTCOME_COUNTERS.get_ptr_mut(cpu()) {
+        // SAFETY: the map returned a pointer to this CPU's element, which has a place for every
+        // outcome and more, and bottom halves are off.
+        unsafe { *counts.cast::<u64>().add(outcome as usize) += 1 };
     }
 }
 

@@ -116,16 +116,8 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::start`].
     pub fn restart_with(&mut self, prepare: impl FnOnce(&mut Command)) -> Result<()> {
-        let log =
-            File::options().create(true).append(true).open(self.log_path()).context("opening qosd's log")?;
-        let mut command = Command::new(self.binaries.join("qosd"));
-        command
-            .args([OsStr::new("run"), OsStr::new("--config"), self.config_path().as_os_str()])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().context("qosd's log")?)
-            .stderr(log);
-        prepare(&mut command);
-        let process = self.process.insert(self.gateway.spawn(command)?);
+        self.launch_with(prepare)?;
+        let process = self.process.as_mut().context("qosd doesn't run")?;
         let deadline = Instant::now() + START;
         loop {
             if let Some(status) = process.status()? {
@@ -141,6 +133,28 @@ impl Daemon {
             }
             thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Starts `qosd` and waits for nothing.
+    ///
+    /// # Errors
+    /// When the binary can't be started.
+    pub fn launch(&mut self) -> Result<()> {
+        self.launch_with(|_| {})
+    }
+
+    fn launch_with(&mut self, prepare: impl FnOnce(&mut Command)) -> Result<()> {
+        let log =
+            File::options().create(true).append(true).open(self.log_path()).context("opening qosd's log")?;
+        let mut command = Command::new(self.binaries.join("qosd"));
+        command
+            .args([OsStr::new("run"), OsStr::new("--config"), self.config_path().as_os_str()])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("qosd's log")?)
+            .stderr(log);
+        prepare(&mut command);
+        self.process = Some(self.gateway.spawn(command)?);
+        Ok(())
     }
 
     /// `kill -9`. What is in the kernel stays.
@@ -178,6 +192,11 @@ impl Daemon {
     pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let mut process = self.process.take().context("qosd doesn't run")?;
         process.wait(limit)
+    }
+
+    /// Takes the `qosd` of another folder from the next start on.
+    pub fn use_binaries(&mut self, folder: &Path) {
+        folder.clone_into(&mut self.binaries);
     }
 
     /// The folder of `qosd` and `qos`.

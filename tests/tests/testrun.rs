@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use qos_common::abi::{self, Allocation, Answer, Counters, IN_USE, Outcome, POLICE, Question, directed};
+use qos_common::abi::{
+    self, Allocation, Answer, Counters, IN_USE, Outcome, Outcomes, POLICE, Question, directed,
+};
 use qos_common::classify::{Address, Direction, Rule, rank};
 use qos_common::clock::Meter;
 use qos_common::mark::MarkLayout;
@@ -268,9 +270,10 @@ fn each_outcome_has_its_verdict() {
         ("too many tags", tags, XDP_PASS, Outcome::TooManyTags),
         ("ARP", arp, XDP_PASS, Outcome::NotIp),
     ];
-    let outcomes: aya::maps::PerCpuArray<_, u64> = bench.object().take("outcomes").expect("outcomes");
-    let count =
-        |outcome: Outcome| -> u64 { outcomes.get(&(outcome as u32), 0).expect("counter").iter().sum() };
+    let outcomes: SharedArray<Outcomes> = bench.object().shared("outcomes").expect("outcomes");
+    let count = |outcome: Outcome| -> u64 {
+        (0..outcomes.length()).map(|cpu| outcomes.read(cpu).packets[outcome as usize]).sum()
+    };
     for (name, frame, verdict, outcome) in cases {
         let before = count(outcome);
         let (found, _) = bench.object().run("qos_xdp_lan", &frame, 1).expect("runs");

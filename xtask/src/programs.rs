@@ -117,6 +117,17 @@ impl<'a> Programs<'a> {
             .collect()
     }
 
+    /// Makes the product with the maps' layout of a version to come, and returns its folder.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub(crate) fn next_version(&self) -> Result<PathBuf> {
+        let next = self.workspace.build_next()?;
+        // Both go to the same place, from which the tests take this one.
+        self.workspace.build(Profile::Dev, &[])?;
+        Ok(next)
+    }
+
     /// Makes packages of two versions of the product, the older one first.
     ///
     /// # Errors

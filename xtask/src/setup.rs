@@ -157,6 +157,24 @@ impl Workspace {
         Ok(self.target.join(triple.unwrap_or_default()).join(folder))
     }
 
+    /// Compiles `qosd` and `qos` with the maps' layout of a version to come, and returns the folder that
+    /// they are copied to.
+    ///
+    /// # Errors
+    /// When something doesn't compile, or can't be copied.
+    pub(crate) fn build_next(&self) -> Result<PathBuf> {
+        let mut build = self.cargo(["build"]);
+        build.args(HOST_PACKAGES).args(["--bin", "qosd", "--bin", "qos", "--features", "qos-userspace/next"]);
+        run(build)?;
+        let folder = self.target.join("next");
+        fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+        for program in ["qosd", "qos"] {
+            let from = self.target.join("debug").join(program);
+            fs::copy(&from, folder.join(program)).with_context(|| format!("copying {}", from.display()))?;
+        }
+        Ok(folder)
+    }
+
     /// A `cargo` command in the workspace, tools of the target folder first in its `PATH`.
     pub(crate) fn cargo<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
         let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

@@ -152,11 +152,17 @@ fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &
             commands
         }
         // One at a time: each measures rates on all cores.
-        Tier::Netns => programs.commands(
-            runner,
-            |program| program.package == TESTS && !program.is_testrun() && !program.is_package(),
-            &["--test-threads=1"],
-        ),
+        Tier::Netns => {
+            let wanted = |program: &Program| {
+                program.package == TESTS && !program.is_testrun() && !program.is_package()
+            };
+            let mut commands = programs.commands(runner, wanted, &["--test-threads=1"]);
+            let next = programs.next_version()?;
+            for command in &mut commands {
+                command.env("QOS_NEXT_DIR", &next);
+            }
+            commands
+        }
         Tier::Package => {
             let mut commands = programs.commands(runner, Program::is_package, &["--test-threads=1"]);
             // Elsewhere the tests say that they are skipped.

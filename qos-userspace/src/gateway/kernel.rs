@@ -223,7 +223,9 @@ impl Kernel {
         let foreign =
             there.find_map(|(interface, link)| object.refuse_foreign(link.as_ref()?, interface.xdp).err());
         if let Some(error) = foreign {
-            if !object.maps_taken_over() {
+            if object.takes_over() {
+                object.abandon()?;
+            } else {
                 remove_pins(&config.bpffs_dir)?;
             }
             return Err(error.into());
@@ -240,7 +242,7 @@ impl Kernel {
         let mut kernel = Self {
             config: config.clone(),
             mark,
-            taken_over: object.maps_taken_over(),
+            taken_over: object.takes_over(),
             object,
             maps,
             classifier,
@@ -253,9 +255,13 @@ impl Kernel {
         match kernel.establish(state) {
             Ok(()) => Ok(kernel),
             Err(error) => {
-                if !kernel.taken_over
-                    && let Err(second) = kernel.detach()
-                {
+                let nothing_runs = kernel.interfaces.iter().all(|interface| interface.attachment.is_none());
+                let undone = match kernel.taken_over {
+                    false => kernel.detach(),
+                    true if nothing_runs => kernel.object.abandon().map_err(GatewayError::from),
+                    true => Ok(()),
+                };
+                if let Err(second) = undone {
                     tracing::warn!(error = %second, "what was made could not be removed");
                 }
                 Err(error)
@@ -413,7 +419,7 @@ impl Kernel {
             };
             statistics.providers.insert(provider.name.clone(), counts);
         }
-        for (outcome, count) in Outcome::ALL.into_iter().zip(self.maps.outcomes()?) {
+        for (outcome, count) in Outcome::ALL.into_iter().zip(self.maps.outcomes()) {
             statistics.outcomes.insert(outcome_name(outcome).to_owned(), count);
         }
         Ok(statistics)
@@ -521,7 +527,8 @@ impl Kernel {
             }
             self.attach(number)?;
         }
-        self.remove_leftovers().map(drop)
+        self.remove_leftovers()?;
+        Ok(self.object.retire_others()?)
     }
 
     /// Takes everything of ours off interfaces that are not configured, or not by their name of now.
@@ -1338,7 +1345,7 @@ pub(super) const fn outcome_name(outcome: Outcome) -> &'static str {
 }
 
 /// Now, in ns of CLOCK_MONOTONIC: the clock of the kernel programs.
-fn monotonic_ns() -> u64 {
+pub(super) fn monotonic_ns() -> u64 {
     clock_gettime(ClockId::CLOCK_MONOTONIC)
         .map_or(0, |time| time.tv_sec() as u64 * 1_000_000_000 + time.tv_nsec() as u64)
 }

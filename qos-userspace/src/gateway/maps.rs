@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use aya::maps::{Array, HashMap, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
     ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, Line, LineKey, OUTCOMES,
-    PROVIDER_SLOTS, Provider, Question, Settings, directed,
+    Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
 
@@ -26,7 +26,7 @@ pub(super) struct Maps {
     applications: SharedArray<Application>,
     counters: SharedArray<Counters>,
     provider_counters: SharedArray<Counters>,
-    outcomes: PerCpuArray<MapData, u64>,
+    outcomes: SharedArray<Outcomes>,
     interfaces: HashMap<MapData, u32, Interface>,
     lines: HashMap<MapData, LineKey, Line>,
     question: SharedArray<Question>,
@@ -50,7 +50,7 @@ impl Maps {
             applications: object.shared("applications")?,
             counters: object.shared("counters")?,
             provider_counters: object.shared("prov_counters")?,
-            outcomes: object.take("outcomes")?,
+            outcomes: object.shared("outcomes")?,
             interfaces: object.take("interfaces")?,
             lines: object.take("lines")?,
             question: object.shared("question")?,
@@ -192,14 +192,14 @@ impl Maps {
     }
 
     /// Packets by what became of them, in the order of their numbers.
-    pub(super) fn outcomes(&self) -> Result<Vec<u64>, ObjectError> {
-        (0..OUTCOMES)
-            .map(|index| {
-                let values =
-                    self.outcomes.get(&index, 0).map_err(|reason| ObjectError::map("outcomes", reason))?;
-                Ok(values.iter().sum())
-            })
-            .collect()
+    pub(super) fn outcomes(&self) -> [u64; OUTCOMES as usize] {
+        let mut sums = [0; OUTCOMES as usize];
+        for index in 0..self.outcomes.length() {
+            for (sum, packets) in sums.iter_mut().zip(self.outcomes.read(index).packets) {
+                *sum += packets;
+            }
+        }
+        sums
     }
 
     /// Sets the question that the explaining program answers when it is run.

@@ -4,7 +4,7 @@
 
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use aya::Pod;
 use memmap2::{MmapOptions, MmapRaw};
@@ -72,6 +72,74 @@ impl<T: Pod> SharedArray<T> {
         // SAFETY: the index is within the mapping, which is page-aligned, and the stride keeps
         // every element aligned to 8 bytes.
         unsafe { self.memory.as_mut_ptr().add(index as usize * Self::STRIDE).cast() }
+    }
+}
+
+/// An array map of values that are known by the places of their fields alone.
+#[derive(Debug)]
+pub struct RawArray {
+    memory: MmapRaw,
+    stride: usize,
+    length: u32,
+}
+
+impl RawArray {
+    /// Maps the memory of an array map of `length` values of `size` bytes, made with `BPF_F_MMAPABLE`.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn of_map(fd: BorrowedFd<'_>, size: u32, length: u32) -> std::io::Result<Self> {
+        let stride = (size as usize).next_multiple_of(8);
+        let memory = MmapOptions::new().len(length as usize * stride).map_raw(fd.as_raw_fd())?;
+        Ok(Self { memory, stride, length })
+    }
+
+    /// Number of values.
+    #[must_use]
+    pub const fn length(&self) -> u32 {
+        self.length
+    }
+
+    /// The word at a place of a value, which others change too.
+    ///
+    /// # Panics
+    /// Where the value has no such place, or no word can be there.
+    #[must_use]
+    pub fn word(&self, index: u32, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(8), "a word at {offset}");
+        // SAFETY: `at` checked the place, the mapping is page-aligned and the stride a multiple of 8, and
+        // it lives as long as `self`.
+        unsafe { AtomicU64::from_ptr(self.at(index, offset, 8).cast()) }
+    }
+
+    /// Copy of the bytes at a place of a value.
+    ///
+    /// # Panics
+    /// Where the value has no such place.
+    #[must_use]
+    pub fn read(&self, index: u32, offset: usize, length: usize) -> Vec<u8> {
+        let start = self.at(index, offset, length);
+        // SAFETY: `at` checked all of them.
+        (0..length).map(|byte| unsafe { start.add(byte).read_volatile() }).collect()
+    }
+
+    /// Writes bytes to a place of a value.
+    ///
+    /// # Panics
+    /// Where the value has no such place.
+    pub fn write(&self, index: u32, offset: usize, bytes: &[u8]) {
+        let start = self.at(index, offset, bytes.len());
+        for (number, byte) in bytes.iter().enumerate() {
+            // SAFETY: `at` checked all of them, and the mapping is writable.
+            unsafe { start.add(number).write_volatile(*byte) };
+        }
+    }
+
+    fn at(&self, index: u32, offset: usize, length: usize) -> *mut u8 {
+        assert!(index < self.length, "value {index} of {}", self.length);
+        assert!(offset + length <= self.stride, "bytes {offset} to {} of {}", offset + length, self.stride);
+        // SAFETY: the place is within the mapping.
+        unsafe { self.memory.as_mut_ptr().add(index as usize * self.stride + offset) }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
+mod carry;
 pub mod classifier;
 pub mod clsact;
 pub mod kernel;

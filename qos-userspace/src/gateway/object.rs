@@ -5,8 +5,13 @@
 //! step; dropping an [`Object`] leaves everything enforcing. Only [`remove_pins`] ends that. Whoever
 //! changes anything here holds [`lock_pins`].
 //!
+//! Where the maps there are another version's, it makes its own beside them. Programs of both run
+//! until every link has its new one ([`super::carry`] tells what goes over); then
+//! [`Object::retire_others`] removes the other maps. Whoever is killed before that leaves both, for the next
+//! start to go on from.
+//!
 //! ```text
-//! BPFFS_DIR/maps_1/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
+//! BPFFS_DIR/maps_2/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
 //! ```
 //!
 //! Where tc programs are filters on `clsact`, a symbolic link `4_clsact` tells whether the queueing
@@ -34,9 +39,10 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
 
+use super::carry::{self, Carried};
 use super::clsact::{self, Clsact, ClsactError};
 use super::link::{Framing, Link};
-use super::memory::SharedArray;
+use super::memory::{SharedArray, grace_period};
 use super::trace::Tracer;
 use super::{Role, TcHooks, XdpChoice};
 
@@ -124,6 +130,25 @@ pub enum ObjectError {
         found: String,
         /// Key size, value size and length that it should have.
         expected: String,
+    },
+    /// A pinned map's values are laid out otherwise than this version's, which has the same number.
+    #[error(
+        "the values of map {map} below {folder} are laid out otherwise than this version's; \
+         `qos detach` removes it, with all enforcement, and the next start makes it anew"
+    )]
+    MapLayout {
+        /// Its name.
+        map: &'static str,
+        /// Where the maps are.
+        folder: PathBuf,
+    },
+    /// What another version counted can't be carried over.
+    #[error("carrying over clocks and counters to {folder}: {reason}")]
+    Carry {
+        /// Where to.
+        folder: PathBuf,
+        /// Why not.
+        reason: io::Error,
     },
     /// The kernel did not take the object.
     #[error("loading the kernel programs: {0}")]
@@ -294,39 +319,66 @@ pub struct Hooks {
 #[derive(Debug)]
 pub struct Object {
     ebpf: Ebpf,
+    maps_dir: PathBuf,
     links_dir: PathBuf,
     /// The pinned maps and where their pins are.
     pinned: Vec<(PathBuf, MapData)>,
     /// The maps were there before.
     maps_taken_over: bool,
+    /// Folders of other versions' maps, which programs may still use.
+    others: BTreeSet<PathBuf>,
 }
 
 impl Object {
     /// Loads the object over the maps pinned below `bpffs_dir`, which it makes if they are not there.
     ///
     /// # Errors
-    /// Where there is no BPF file system, a pinned map has another shape, or the kernel refuses.
+    /// Where there is no BPF file system, a pinned map has another shape, or the kernel refuses. Nothing
+    /// is left then but what was there before.
     pub fn load(bpffs_dir: &Path) -> Result<Self, ObjectError> {
+        Self::load_file(bpffs_dir, OBJECT)
+    }
+
+    fn load_file(bpffs_dir: &Path, file: &[u8]) -> Result<Self, ObjectError> {
         mount_bpffs(bpffs_dir)?;
         let maps_dir = maps_dir(bpffs_dir);
+        let was_there = maps_dir.exists();
+        let loaded = Self::load_over(bpffs_dir, &maps_dir, file);
+        if loaded.is_err() && !was_there {
+            remove_folder(&maps_dir)?;
+        }
+        loaded
+    }
+
+    fn load_over(bpffs_dir: &Path, maps_dir: &Path, file: &[u8]) -> Result<Self, ObjectError> {
         let links_dir = links_dir(bpffs_dir);
-        for path in [&maps_dir, &links_dir] {
+        for path in [maps_dir, &links_dir] {
             fs::create_dir_all(path).map_err(|reason| pin_error("creating", path, reason))?;
         }
-        let cpus = possible_cpus();
-        let shapes = shapes(&[
-            ("counters", ALLOCATION_SLOTS * 2 * cpus),
-            ("prov_counters", PROVIDER_SLOTS * 2 * cpus),
-        ])?;
+        remove_folder(&carry::retired(bpffs_dir))?;
+        let mut others = versions(bpffs_dir)?;
+        others.remove(maps_dir);
+        let other_layout =
+            carry::leave_layouts(maps_dir).map_err(|reason| pin_error("creating", maps_dir, reason))?;
+        if let Some(map) = other_layout {
+            return Err(ObjectError::MapLayout { map, folder: maps_dir.to_path_buf() });
+        }
+        let shapes = shapes()?;
         let mut maps_taken_over = false;
         let mut loader = EbpfLoader::new();
         for (name, shape) in &shapes {
             let path = maps_dir.join(name);
-            maps_taken_over |= has_shape(&path, *shape)?;
+            if has_shape(&path, *shape)? {
+                maps_taken_over = true;
+            } else if let Some(shared) = carry::shared(&others, name, |info| Shape::of(info) == *shape) {
+                let map = MapData::from_pin(&shared)
+                    .map_err(|reason| pin_error("opening", &shared, io::Error::other(reason)))?;
+                map.pin(&path).map_err(|reason| pin_error("pinning", &path, io::Error::other(reason)))?;
+            }
             loader.map_max_entries(name, shape.length);
             loader.map_pin_path(name, path);
         }
-        let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
+        let mut ebpf = loader.load(file).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
         for (name, program) in ebpf.programs_mut().filter(|(name, _)| !name.starts_with(TRACING)) {
             load(name, program)?;
         }
@@ -337,9 +389,62 @@ impl Object {
             Ok((path, map))
         });
         let pinned = pinned.collect::<Result<_, ObjectError>>()?;
-        let object = Self { ebpf, links_dir, pinned, maps_taken_over };
+        let maps_dir = maps_dir.to_path_buf();
+        let object = Self { ebpf, maps_dir, links_dir, pinned, maps_taken_over, others };
+        object.carry(Carried::seed)?;
         object.remove_dead_links()?;
         Ok(object)
+    }
+
+    /// Removes the maps of other versions, once all links have this object's programs, and takes over
+    /// what those have counted.
+    ///
+    /// # Errors
+    /// Where a pin can't be removed, or the kernel can't tell when the other programs have ended.
+    pub fn retire_others(&mut self) -> Result<(), ObjectError> {
+        if self.others.is_empty() {
+            return Ok(());
+        }
+        grace_period().map_err(|reason| self.carry_error(reason))?;
+        self.carry(Carried::fold)?;
+        while let Some(folder) = self.others.pop_first() {
+            tracing::info!(folder = %folder.display(), "another version's maps go: its programs are replaced");
+            let retired = carry::retired(folder.parent().unwrap_or(&folder));
+            fs::rename(&folder, &retired).map_err(|reason| pin_error("renaming", &folder, reason))?;
+            remove_folder(&retired)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the maps again that [`Object::load`] made beside another version's. For a start that has
+    /// failed before anything was attached.
+    ///
+    /// # Errors
+    /// Where a pin can't be removed.
+    pub fn abandon(self) -> Result<(), ObjectError> {
+        if self.maps_taken_over { Ok(()) } else { remove_folder(&self.maps_dir) }
+    }
+
+    /// Carries over from each other version to this one's maps.
+    fn carry(&self, how: impl Fn(&Carried, &Carried)) -> Result<(), ObjectError> {
+        if self.others.is_empty() {
+            return Ok(());
+        }
+        let own = Carried::open(&self.maps_dir).map_err(|reason| self.carry_error(reason))?;
+        for folder in &self.others {
+            match Carried::open(folder) {
+                Ok(other) => how(&own, &other),
+                // It must not keep the next version from starting: limits begin with full bursts.
+                Err(reason) => {
+                    tracing::warn!(folder = %folder.display(), %reason, "clocks and counters are not carried over");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn carry_error(&self, reason: io::Error) -> ObjectError {
+        ObjectError::Carry { folder: self.maps_dir.clone(), reason }
     }
 
     /// Pins again what somebody has unpinned, and returns the names of those maps. Programs and this
@@ -408,6 +513,12 @@ impl Object {
     #[must_use]
     pub const fn maps_taken_over(&self) -> bool {
         self.maps_taken_over
+    }
+
+    /// Tells whether maps were there before, this version's or another's, and programs may run.
+    #[must_use]
+    pub fn takes_over(&self) -> bool {
+        self.maps_taken_over || !self.others.is_empty()
     }
 
     /// The memory of an array map made with `BPF_F_MMAPABLE`.
@@ -634,6 +745,7 @@ impl Object {
         for &hook in hooks {
             let pin = self.pin(place.link.index, hook.pin());
             if let Some(link) = take_pinned(&pin, place.link.index)? {
+                self.carry(Carried::set_clocks)?;
                 let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
                 let xdp: &mut Xdp = self.program(program)?;
                 let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
@@ -681,6 +793,7 @@ impl Object {
     ) -> Result<(bool, bool), ObjectError> {
         let pin = self.pin(place.link.index, clsact::name(side));
         let old = take_pinned(&pin, place.link.index)?;
+        self.carry(Carried::set_clocks)?;
         if hooks == TcHooks::Clsact {
             let kept = self.attach_clsact(place, program, side)?;
             if old.is_some() {
@@ -920,15 +1033,9 @@ pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
     if !bpffs_dir.exists() {
         return Ok(());
     }
-    for folder in [links_dir(bpffs_dir), maps_dir(bpffs_dir)] {
-        let Ok(entries) = fs::read_dir(&folder) else {
-            continue;
-        };
-        for entry in entries.flatten() {
-            let path = entry.path();
-            fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
-        }
-        fs::remove_dir(&folder).map_err(|reason| pin_error("removing", &folder, reason))?;
+    let other_folders = [links_dir(bpffs_dir), carry::retired(bpffs_dir)];
+    for folder in other_folders.into_iter().chain(versions(bpffs_dir)?) {
+        remove_folder(&folder)?;
     }
     // The directory itself may be shared, or the mount point.
     if bpffs_dir != Path::new(BPFFS) {
@@ -937,9 +1044,26 @@ pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
     Ok(())
 }
 
+/// Removes a folder of pins, if it is there.
+fn remove_folder(folder: &Path) -> Result<(), ObjectError> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
+    }
+    fs::remove_dir(folder).map_err(|reason| pin_error("removing", folder, reason))
+}
+
 /// Folder of this version's maps.
 fn maps_dir(bpffs_dir: &Path) -> PathBuf {
-    bpffs_dir.join(format!("maps_{ABI_VERSION}"))
+    carry::folder(bpffs_dir, ABI_VERSION)
+}
+
+/// Folders of all versions' maps.
+fn versions(bpffs_dir: &Path) -> Result<BTreeSet<PathBuf>, ObjectError> {
+    carry::folders(bpffs_dir).map_err(|reason| pin_error("listing", bpffs_dir, reason))
 }
 
 /// Makes sure that `bpffs_dir` lies on a BPF file system, mounting the conventional one if need be.
@@ -964,14 +1088,27 @@ struct Shape {
     length: u32,
 }
 
+impl Shape {
+    fn of(map: &MapInfo) -> Self {
+        Self { key: map.key_size(), value: map.value_size(), length: map.max_entries() }
+    }
+}
+
 impl std::fmt::Display for Shape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "keys of {} bytes, values of {}, {} of them", self.key, self.value, self.length)
     }
 }
 
-/// Shapes of the object's maps that are kept across restarts, some of a length of their own.
-fn shapes(lengths: &[(&str, u32)]) -> Result<BTreeMap<String, Shape>, ObjectError> {
+/// Shapes of the object's maps that are kept across restarts.
+fn shapes() -> Result<BTreeMap<String, Shape>, ObjectError> {
+    // A block of records for each CPU, and one for what is carried over from other versions.
+    let blocks = possible_cpus() + 1;
+    let lengths = [
+        ("counters", ALLOCATION_SLOTS * 2 * blocks),
+        ("prov_counters", PROVIDER_SLOTS * 2 * blocks),
+        ("outcomes", blocks),
+    ];
     let object = aya_obj::Object::parse(OBJECT)
         .map_err(|reason| ObjectError::Load(Box::new(aya::EbpfError::ParseError(reason))))?;
     // Sections of the compiler, and the log of a trace, begin with a dot or in capitals.
@@ -996,7 +1133,7 @@ fn has_shape(path: &Path, expected: Shape) -> Result<bool, ObjectError> {
     }
     let info = MapInfo::from_pin(path)
         .map_err(|reason| pin_error("opening", path, io::Error::other(reason.to_string())))?;
-    let found = Shape { key: info.key_size(), value: info.value_size(), length: info.max_entries() };
+    let found = Shape::of(&info);
     if found == expected {
         return Ok(true);
     }
@@ -1101,6 +1238,27 @@ mod tests {
             // BPF_OBJ_NAME_LEN of linux/bpf.h (6.1), the final zero included: a longer one is cut.
             assert!(name.len() < 16, "{name} is too long for the name of a map");
         }
+    }
+
+    #[cfg(not(feature = "next"))]
+    #[test]
+    fn maps_that_change_change_the_version() {
+        let mut found = format!("version {ABI_VERSION}\n");
+        let file = aya_obj::Object::parse(OBJECT).expect("an ELF file with BPF programs");
+        let maps: BTreeMap<_, _> = file.maps.iter().collect();
+        for (name, map) in maps.into_iter().filter(|(name, _)| name.starts_with(|c: char| c.is_lowercase())) {
+            let shape = Shape { key: map.key_size(), value: map.value_size(), length: map.max_entries() };
+            found.push_str(&format!("{name}: {shape}\n"));
+        }
+        for layout in carry::layouts() {
+            found.push_str(&format!("{}: {layout}\n", layout.map()));
+        }
+        let kept = include_str!("maps.txt");
+        assert!(
+            found == kept,
+            "the maps have changed: raise ABI_VERSION (qos-common/src/abi.rs) if this version was ever \
+             installed, and make qos-userspace/src/gateway/maps.txt this:\n{found}"
+        );
     }
 
     #[test]
