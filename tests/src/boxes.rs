@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 
 use crate::daemon::{Config, Daemon};
 use crate::netlink::is_unknown_device;
@@ -16,9 +17,14 @@ use crate::tunnel::Encapsulation;
 pub const HOME: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
 /// The provider's addresses, likewise.
 pub const VIDEO: [&str; 2] = ["203.0.113.10", "2001:db8:2::10"];
+/// What [`Kind::Nat`] translates the subscriber's IPv4 address to.
+pub const OUTSIDE: &str = "203.0.113.1";
+
+/// Numbers of VLANs on the LAN and the WAN.
+const VLANS: [u16; 2] = [100, 200];
 
 /// A kind of gateway box.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     /// It routes both families between Ethernet links.
     Router,
@@ -64,25 +70,6 @@ pub struct BoxUnderTest {
 }
 
 impl Kind {
-    /// All kinds.
-    pub const ALL: [Self; 15] = [
-        Self::Router,
-        Self::RouterClsact,
-        Self::RouterGeneric,
-        Self::RouterTc,
-        Self::RouterV6,
-        Self::RouterJumbo,
-        Self::RouterFour,
-        Self::Nat,
-        Self::Bridge,
-        Self::BridgeVlan,
-        Self::BridgeQinq,
-        Self::BridgePppoe,
-        Self::Tun,
-        Self::VlanDevices,
-        Self::Bond,
-    ];
-
     /// Families of addresses that its traffic has: IPv4 `false`, IPv6 `true`.
     #[must_use]
     pub const fn families(self) -> &'static [bool] {
@@ -108,6 +95,29 @@ impl Kind {
         }
     }
 
+    /// Names of the interfaces that its traffic goes by: LAN, WAN.
+    #[must_use]
+    pub const fn links(self) -> [&'static str; 2] {
+        match self {
+            Self::RouterFour => ["lan1", "wan1"],
+            _ => [LAN, WAN],
+        }
+    }
+
+    /// What is around its packets on the wire: LAN, WAN.
+    #[must_use]
+    pub fn encapsulation(self) -> [Option<Encapsulation>; 2] {
+        let tags = |tags: &[(u16, u16)]| Some(Encapsulation::Tags(tags.to_vec()));
+        let both = match self {
+            Self::BridgeVlan => tags(&[(0x8100, VLANS[0])]),
+            Self::BridgeQinq => tags(&[(0x88a8, VLANS[0]), (0x8100, 7)]),
+            Self::BridgePppoe => Some(Encapsulation::Pppoe(9)),
+            Self::VlanDevices => return VLANS.map(|number| tags(&[(0x8100, number)])),
+            _ => None,
+        };
+        [both.clone(), both]
+    }
+
     /// Builds the network, or says why this machine can't.
     ///
     /// # Errors
@@ -118,21 +128,19 @@ impl Kind {
             _ => [&HOME[..], &VIDEO[..]],
         };
         let builder = Topology::builder().subscriber("home", first).provider("video", second);
-        let tags = |tags: &[(u16, u16)]| Some(Encapsulation::Tags(tags.to_vec()));
         let net = match self {
             Self::RouterJumbo => builder.mtu(9_000).build()?,
             Self::RouterFour => {
                 builder.devices([("lan1", Device::Ethernet), ("wan1", Device::Ethernet)]).build()?
             }
-            Self::Bridge => builder.bridged(None).build()?,
-            Self::BridgeVlan => builder.bridged(tags(&[(0x8100, 100)])).build()?,
-            Self::BridgeQinq => builder.bridged(tags(&[(0x88a8, 100), (0x8100, 7)])).build()?,
-            Self::BridgePppoe => builder.bridged(Some(Encapsulation::Pppoe(9))).build()?,
+            Self::Bridge | Self::BridgeVlan | Self::BridgeQinq | Self::BridgePppoe => {
+                builder.bridged(self.encapsulation()[0].clone()).build()?
+            }
             Self::Tun => builder.devices([(LAN, Device::Ethernet), (WAN, Device::Tun)]).build()?,
             Self::VlanDevices | Self::Bond => {
                 let devices = match self {
                     Self::Bond => [(LAN, Device::Ethernet), (WAN, Device::Bond)],
-                    _ => [(LAN, Device::Vlan(100)), (WAN, Device::Vlan(200))],
+                    _ => [(LAN, Device::Vlan(VLANS[0])), (WAN, Device::Vlan(VLANS[1]))],
                 };
                 match builder.devices(devices).build() {
                     Ok(net) => net,
@@ -184,15 +192,6 @@ impl BoxUnderTest {
         };
         let daemon = Daemon::start(&net.gateway, &kind.config())?;
         Ok(Ok(Self { kind, daemon, net }))
-    }
-
-    /// Names of the interfaces that its traffic goes by: LAN, WAN.
-    #[must_use]
-    pub const fn links(&self) -> [&'static str; 2] {
-        match self.kind {
-            Kind::RouterFour => ["lan1", "wan1"],
-            _ => [LAN, WAN],
-        }
     }
 
     /// Address of the subscriber as the gateway's LAN sees it, and of the provider.

@@ -69,6 +69,8 @@ pub struct Counters {
     pub tx_packets: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+    /// Packets that the device was given and did not send.
+    pub tx_dropped: u64,
 }
 
 /// A filter on a clsact hook.
@@ -541,6 +543,7 @@ fn read_link(message: &LinkMessage) -> Link {
                     rx_bytes: stats.rx_bytes,
                     tx_packets: stats.tx_packets,
                     tx_bytes: stats.tx_bytes,
+                    tx_dropped: stats.tx_dropped,
                 };
             }
             LinkAttribute::Xdp(xdp) => {

@@ -39,8 +39,8 @@ const WAN_NETWORKS: [&str; 3] = ["198.51.100.1/24", "203.0.113.1/24", "2001:db8:
 /// A segment's link to the gateway.
 pub const UPLINK: &str = "uplink";
 const BRIDGE: &str = "br0";
-/// What is below a host's or gateway's interface that is no link itself.
-const WIRE: &str = "wire";
+/// What is below a host's interface that is no link itself; below the gateway's `lan0` it is `wire-lan0`.
+pub const WIRE: &str = "wire";
 /// How long links and neighbours may take to come up.
 const READY: Duration = Duration::from_secs(10);
 

@@ -118,13 +118,13 @@ fn an_interface_that_is_deleted_under_load_leaves_the_others_enforcing() {
         achieves(&down, RATE, "down");
     }
     // Down and up again.
-    for link in four.links() {
+    for link in four.kind.links() {
         let index = netlink.link(link).unwrap().index;
         netlink.set_down(index).unwrap();
         netlink.set_up(index).unwrap();
     }
     assert_eq!(four.daemon.qos_line("reconcile").unwrap()["items"].as_array().map(Vec::len), Some(0));
-    for link in four.links() {
+    for link in four.kind.links() {
         let found = status(&four.daemon, link);
         assert_eq!((found.judged.as_str(), found.scheduler.as_str()), ("xdp", "htb"), "{found:?}");
     }
