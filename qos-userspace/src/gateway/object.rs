@@ -73,7 +73,7 @@ const SIDES: [TcAttachType; 2] = [TcAttachType::Ingress, TcAttachType::Egress];
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
     /// The BPF file system is not there.
-    #[error("mounting the BPF file system on {path}: {reason}")]
+    #[error("mounting the BPF file system on {path}: {reason}; do it beforehand: `mount -t bpf bpf {path}`")]
     Mount {
         /// Where it should be.
         path: String,
@@ -308,6 +308,16 @@ impl Object {
     /// Where there is no BPF file system, a pinned map has another shape, or the kernel refuses.
     pub fn load(bpffs_dir: &Path) -> Result<Self, ObjectError> {
         mount_bpffs(bpffs_dir)?;
+        let is_first = !maps_dir(bpffs_dir).exists();
+        Self::load_over_pins(bpffs_dir).inspect_err(|_| {
+            // The next one would take some of the maps for all of them.
+            if is_first && let Err(error) = remove_maps(bpffs_dir) {
+                tracing::warn!(%error, "what was made could not be removed");
+            }
+        })
+    }
+
+    fn load_over_pins(bpffs_dir: &Path) -> Result<Self, ObjectError> {
         let maps_dir = maps_dir(bpffs_dir);
         let links_dir = links_dir(bpffs_dir);
         for path in [&maps_dir, &links_dir] {
@@ -920,21 +930,30 @@ pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
     if !bpffs_dir.exists() {
         return Ok(());
     }
-    for folder in [links_dir(bpffs_dir), maps_dir(bpffs_dir)] {
-        let Ok(entries) = fs::read_dir(&folder) else {
-            continue;
-        };
-        for entry in entries.flatten() {
-            let path = entry.path();
-            fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
-        }
-        fs::remove_dir(&folder).map_err(|reason| pin_error("removing", &folder, reason))?;
-    }
+    remove_folder(&links_dir(bpffs_dir))?;
+    remove_maps(bpffs_dir)
+}
+
+/// Removes the pins of this version's maps, and the folders that are empty then.
+fn remove_maps(bpffs_dir: &Path) -> Result<(), ObjectError> {
+    remove_folder(&maps_dir(bpffs_dir))?;
+    let _ = fs::remove_dir(links_dir(bpffs_dir));
     // The directory itself may be shared, or the mount point.
     if bpffs_dir != Path::new(BPFFS) {
         let _ = fs::remove_dir(bpffs_dir);
     }
     Ok(())
+}
+
+fn remove_folder(folder: &Path) -> Result<(), ObjectError> {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return Ok(());
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
+    }
+    fs::remove_dir(folder).map_err(|reason| pin_error("removing", folder, reason))
 }
 
 /// Folder of this version's maps.
