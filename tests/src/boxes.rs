@@ -17,8 +17,9 @@ use crate::tunnel::Encapsulation;
 pub const HOME: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
 /// The provider's addresses, likewise.
 pub const VIDEO: [&str; 2] = ["203.0.113.10", "2001:db8:2::10"];
-/// What [`Kind::Nat`] translates the subscriber's IPv4 address to.
-pub const OUTSIDE: &str = "203.0.113.1";
+/// The box's own addresses on the provider's side, where it has any; [`Kind::Nat`] translates the
+/// subscriber's to the first.
+pub const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8:2::1"];
 
 /// Numbers of VLANs on the LAN and the WAN.
 const VLANS: [u16; 2] = [100, 200];
@@ -52,6 +53,10 @@ pub enum Kind {
     BridgePppoe,
     /// A router whose WAN is a tun device.
     Tun,
+    /// A router whose WAN is a WireGuard device.
+    Wireguard,
+    /// A router whose WAN is a PPP device.
+    Ppp,
     /// A router whose LAN and WAN are VLAN devices.
     VlanDevices,
     /// A router whose WAN is a bond of one link.
@@ -90,9 +95,15 @@ impl Kind {
             Self::RouterGeneric => [GENERIC, GENERIC],
             Self::RouterTc | Self::VlanDevices => [("tc", "unused", "ethernet"); 2],
             Self::Nat => [NATIVE, ("egress", "unused", "ethernet")],
-            Self::Tun => [NATIVE, ("tc", "unused", "layer3")],
+            Self::Tun | Self::Wireguard | Self::Ppp => [NATIVE, ("tc", "unused", "layer3")],
             _ => [NATIVE, NATIVE],
         }
+    }
+
+    /// Whether it routes, and so has addresses; else it bridges.
+    #[must_use]
+    pub const fn has_addresses(self) -> bool {
+        !matches!(self, Self::Bridge | Self::BridgeVlan | Self::BridgeQinq | Self::BridgePppoe)
     }
 
     /// Names of the interfaces that its traffic goes by: LAN, WAN.
@@ -133,13 +144,13 @@ impl Kind {
             Self::RouterFour => {
                 builder.devices([("lan1", Device::Ethernet), ("wan1", Device::Ethernet)]).build()?
             }
-            Self::Bridge | Self::BridgeVlan | Self::BridgeQinq | Self::BridgePppoe => {
-                builder.bridged(self.encapsulation()[0].clone()).build()?
-            }
+            _ if !self.has_addresses() => builder.bridged(self.encapsulation()[0].clone()).build()?,
             Self::Tun => builder.devices([(LAN, Device::Ethernet), (WAN, Device::Tun)]).build()?,
-            Self::VlanDevices | Self::Bond => {
+            Self::VlanDevices | Self::Bond | Self::Wireguard | Self::Ppp => {
                 let devices = match self {
                     Self::Bond => [(LAN, Device::Ethernet), (WAN, Device::Bond)],
+                    Self::Wireguard => [(LAN, Device::Ethernet), (WAN, Device::Wireguard)],
+                    Self::Ppp => [(LAN, Device::Ethernet), (WAN, Device::Ppp)],
                     _ => [(LAN, Device::Vlan(VLANS[0])), (WAN, Device::Vlan(VLANS[1]))],
                 };
                 match builder.devices(devices).build() {

@@ -43,7 +43,7 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
         /// Rounds that the medians are taken over.
-        #[arg(long, default_value_t = 9)]
+        #[arg(long, default_value_t = 21)]
         rounds: usize,
         /// Only this kind; may be said more than once.
         #[arg(long, value_enum)]
