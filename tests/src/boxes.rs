@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 
 use crate::daemon::{Config, Daemon};
 use crate::netlink::is_unknown_device;
@@ -16,9 +17,15 @@ use crate::tunnel::Encapsulation;
 pub const HOME: [&str; 2] = ["192.0.2.10", "2001:db8:1::10"];
 /// The provider's addresses, likewise.
 pub const VIDEO: [&str; 2] = ["203.0.113.10", "2001:db8:2::10"];
+/// The box's own addresses on the provider's side, where it has any; [`Kind::Nat`] translates the
+/// subscriber's to the first.
+pub const OUTSIDE: [&str; 2] = ["203.0.113.1", "2001:db8:2::1"];
+
+/// Numbers of VLANs on the LAN and the WAN.
+const VLANS: [u16; 2] = [100, 200];
 
 /// A kind of gateway box.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Kind {
     /// It routes both families between Ethernet links.
     Router,
@@ -46,6 +53,10 @@ pub enum Kind {
     BridgePppoe,
     /// A router whose WAN is a tun device.
     Tun,
+    /// A router whose WAN is a WireGuard device.
+    Wireguard,
+    /// A router whose WAN is a PPP device.
+    Ppp,
     /// A router whose LAN and WAN are VLAN devices.
     VlanDevices,
     /// A router whose WAN is a bond of one link.
@@ -64,25 +75,6 @@ pub struct BoxUnderTest {
 }
 
 impl Kind {
-    /// All kinds.
-    pub const ALL: [Self; 15] = [
-        Self::Router,
-        Self::RouterClsact,
-        Self::RouterGeneric,
-        Self::RouterTc,
-        Self::RouterV6,
-        Self::RouterJumbo,
-        Self::RouterFour,
-        Self::Nat,
-        Self::Bridge,
-        Self::BridgeVlan,
-        Self::BridgeQinq,
-        Self::BridgePppoe,
-        Self::Tun,
-        Self::VlanDevices,
-        Self::Bond,
-    ];
-
     /// Families of addresses that its traffic has: IPv4 `false`, IPv6 `true`.
     #[must_use]
     pub const fn families(self) -> &'static [bool] {
@@ -103,9 +95,38 @@ impl Kind {
             Self::RouterGeneric => [GENERIC, GENERIC],
             Self::RouterTc | Self::VlanDevices => [("tc", "unused", "ethernet"); 2],
             Self::Nat => [NATIVE, ("egress", "unused", "ethernet")],
-            Self::Tun => [NATIVE, ("tc", "unused", "layer3")],
+            Self::Tun | Self::Wireguard | Self::Ppp => [NATIVE, ("tc", "unused", "layer3")],
             _ => [NATIVE, NATIVE],
         }
+    }
+
+    /// Whether it routes, and so has addresses; else it bridges.
+    #[must_use]
+    pub const fn has_addresses(self) -> bool {
+        !matches!(self, Self::Bridge | Self::BridgeVlan | Self::BridgeQinq | Self::BridgePppoe)
+    }
+
+    /// Names of the interfaces that its traffic goes by: LAN, WAN.
+    #[must_use]
+    pub const fn links(self) -> [&'static str; 2] {
+        match self {
+            Self::RouterFour => ["lan1", "wan1"],
+            _ => [LAN, WAN],
+        }
+    }
+
+    /// What is around its packets on the wire: LAN, WAN.
+    #[must_use]
+    pub fn encapsulation(self) -> [Option<Encapsulation>; 2] {
+        let tags = |tags: &[(u16, u16)]| Some(Encapsulation::Tags(tags.to_vec()));
+        let both = match self {
+            Self::BridgeVlan => tags(&[(0x8100, VLANS[0])]),
+            Self::BridgeQinq => tags(&[(0x88a8, VLANS[0]), (0x8100, 7)]),
+            Self::BridgePppoe => Some(Encapsulation::Pppoe(9)),
+            Self::VlanDevices => return VLANS.map(|number| tags(&[(0x8100, number)])),
+            _ => None,
+        };
+        [both.clone(), both]
     }
 
     /// Builds the network, or says why this machine can't.
@@ -118,21 +139,19 @@ impl Kind {
             _ => [&HOME[..], &VIDEO[..]],
         };
         let builder = Topology::builder().subscriber("home", first).provider("video", second);
-        let tags = |tags: &[(u16, u16)]| Some(Encapsulation::Tags(tags.to_vec()));
         let net = match self {
             Self::RouterJumbo => builder.mtu(9_000).build()?,
             Self::RouterFour => {
                 builder.devices([("lan1", Device::Ethernet), ("wan1", Device::Ethernet)]).build()?
             }
-            Self::Bridge => builder.bridged(None).build()?,
-            Self::BridgeVlan => builder.bridged(tags(&[(0x8100, 100)])).build()?,
-            Self::BridgeQinq => builder.bridged(tags(&[(0x88a8, 100), (0x8100, 7)])).build()?,
-            Self::BridgePppoe => builder.bridged(Some(Encapsulation::Pppoe(9))).build()?,
+            _ if !self.has_addresses() => builder.bridged(self.encapsulation()[0].clone()).build()?,
             Self::Tun => builder.devices([(LAN, Device::Ethernet), (WAN, Device::Tun)]).build()?,
-            Self::VlanDevices | Self::Bond => {
+            Self::VlanDevices | Self::Bond | Self::Wireguard | Self::Ppp => {
                 let devices = match self {
                     Self::Bond => [(LAN, Device::Ethernet), (WAN, Device::Bond)],
-                    _ => [(LAN, Device::Vlan(100)), (WAN, Device::Vlan(200))],
+                    Self::Wireguard => [(LAN, Device::Ethernet), (WAN, Device::Wireguard)],
+                    Self::Ppp => [(LAN, Device::Ethernet), (WAN, Device::Ppp)],
+                    _ => [(LAN, Device::Vlan(VLANS[0])), (WAN, Device::Vlan(VLANS[1]))],
                 };
                 match builder.devices(devices).build() {
                     Ok(net) => net,
@@ -184,15 +203,6 @@ impl BoxUnderTest {
         };
         let daemon = Daemon::start(&net.gateway, &kind.config())?;
         Ok(Ok(Self { kind, daemon, net }))
-    }
-
-    /// Names of the interfaces that its traffic goes by: LAN, WAN.
-    #[must_use]
-    pub const fn links(&self) -> [&'static str; 2] {
-        match self.kind {
-            Kind::RouterFour => ["lan1", "wan1"],
-            _ => [LAN, WAN],
-        }
     }
 
     /// Address of the subscriber as the gateway's LAN sees it, and of the provider.

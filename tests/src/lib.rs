@@ -41,6 +41,7 @@ pub mod capture;
 pub mod daemon;
 pub mod frames;
 pub mod kernel;
+pub mod layer3;
 pub mod machine;
 pub mod netlink;
 pub mod netns;

@@ -69,6 +69,8 @@ pub struct Counters {
     pub tx_packets: u64,
     /// Bytes sent.
     pub tx_bytes: u64,
+    /// Packets that the device was given and did not send.
+    pub tx_dropped: u64,
 }
 
 /// A filter on a clsact hook.
@@ -167,6 +169,14 @@ impl Netlink {
     pub fn add_vlan(&mut self, name: &str, below: u32, number: u16) -> Result<()> {
         let data = InfoData::Vlan(vec![InfoVlan::Id(number)]);
         self.add_device(name, Some(below), vec![LinkInfo::Kind(InfoKind::Vlan), LinkInfo::Data(data)])
+    }
+
+    /// Makes a WireGuard device, which knows nobody yet. It is down.
+    ///
+    /// # Errors
+    /// When the kernel has no WireGuard or the name is taken.
+    pub fn add_wireguard(&mut self, name: &str) -> Result<()> {
+        self.add_device(name, None, vec![LinkInfo::Kind(InfoKind::Wireguard)])
     }
 
     fn add_device(&mut self, name: &str, below: Option<u32>, info: Vec<LinkInfo>) -> Result<()> {
@@ -469,8 +479,10 @@ impl Netlink {
 /// Whether a link could not be made because the kernel has no such kind.
 #[must_use]
 pub fn is_unknown_device(error: &anyhow::Error) -> bool {
-    // net/core/rtnetlink.c
-    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.raw_os_error() == Some(libc::EOPNOTSUPP))
+    // net/core/rtnetlink.c; of a socket, net/socket.c; of /dev/ppp, fs/char_dev.c, or there is no such file.
+    let unknown = [libc::EOPNOTSUPP, libc::EAFNOSUPPORT, libc::ENXIO, libc::ENOENT];
+    let number = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    number.is_some_and(|number| unknown.contains(&number))
 }
 
 /// Switches segmentation, receive aggregation and transmit checksums of a link on or off.
@@ -513,7 +525,12 @@ pub fn set_offloads(namespace: &Namespace, link: &str, on: bool) -> Result<()> {
         // until the call returns.
         let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
         if result != 0 {
-            return Err(std::io::Error::last_os_error())
+            let error = std::io::Error::last_os_error();
+            // What a device does not have is off.
+            if !on && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
+                continue;
+            }
+            return Err(error)
                 .with_context(|| format!("setting {what} of {}/{link} to {on}", namespace.name()));
         }
     }
@@ -541,6 +558,7 @@ fn read_link(message: &LinkMessage) -> Link {
                     rx_bytes: stats.rx_bytes,
                     tx_packets: stats.tx_packets,
                     tx_bytes: stats.tx_bytes,
+                    tx_dropped: stats.tx_dropped,
                 };
             }
             LinkAttribute::Xdp(xdp) => {

@@ -16,12 +16,14 @@
 //! other address works too; the gateway gets a route to it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use ipnet::IpNet;
 use qos_userspace::domain::BitsPerSecond;
 
+use crate::layer3::{self, End};
 use crate::netlink::{Mac, Netlink, set_offloads};
 use crate::netns::Namespace;
 use crate::traffic::{RunningUdp, UdpFlow};
@@ -39,8 +41,8 @@ const WAN_NETWORKS: [&str; 3] = ["198.51.100.1/24", "203.0.113.1/24", "2001:db8:
 /// A segment's link to the gateway.
 pub const UPLINK: &str = "uplink";
 const BRIDGE: &str = "br0";
-/// What is below a host's or gateway's interface that is no link itself.
-const WIRE: &str = "wire";
+/// What is below a host's interface that is no link itself; below the gateway's `lan0` it is `wire-lan0`.
+pub const WIRE: &str = "wire";
 /// How long links and neighbours may take to come up.
 const READY: Duration = Duration::from_secs(10);
 
@@ -51,10 +53,18 @@ pub struct Topology {
     pub gateway: Namespace,
     subscribers: Vec<Host>,
     providers: Vec<Host>,
-    /// What carries packets where no link does.
-    _pumps: Vec<Pump>,
+    /// Held for their devices.
+    _carriers: Carriers,
     /// Held for their bridges.
     segments: Vec<Namespace>,
+}
+
+/// What carries packets where no veth pair does.
+#[derive(Debug, Default)]
+struct Carriers {
+    pumps: Vec<Pump>,
+    /// Of PPP.
+    sessions: Vec<OwnedFd>,
 }
 
 /// What an interface of the gateway is.
@@ -68,6 +78,10 @@ pub enum Device {
     Vlan(u16),
     /// A bond of one veth link. Its side has one host.
     Bond,
+    /// A WireGuard device over a veth pair, at the host too. Its side has one host.
+    Wireguard,
+    /// A PPP device over PPPoE on a veth pair, at the host too. Its side has one host.
+    Ppp,
 }
 
 /// A subscriber's or provider's machine.
@@ -264,10 +278,10 @@ impl Builder {
             return self.build_bridged(gateway, encapsulation.as_ref());
         }
         let mut segments = Vec::new();
-        let mut pumps = Vec::new();
+        let mut carriers = Carriers::default();
         let [(lan, near), (wan, far)] = &self.devices;
         let mut side = |link: &str, device, networks: &[&str], hosts: &[_]| {
-            self.build_side(&gateway, (link, device), networks, hosts, &mut segments, &mut pumps)
+            self.build_side(&gateway, (link, device), networks, hosts, &mut segments, &mut carriers)
         };
         let subscribers = side(lan, *near, &LAN_NETWORKS, &self.subscribers)?;
         let providers = side(wan, *far, &WAN_NETWORKS, &self.providers)?;
@@ -291,7 +305,7 @@ impl Builder {
                 host.wait_until_reachable(&gateway, &parse_networks(networks)?)?;
             }
         }
-        Ok(Topology { gateway, subscribers, providers, _pumps: pumps, segments })
+        Ok(Topology { gateway, subscribers, providers, _carriers: carriers, segments })
     }
 
     /// Both hosts on one segment that leads through the gateway.
@@ -341,7 +355,7 @@ impl Builder {
             gateway,
             subscribers: vec![subscriber],
             providers: vec![provider],
-            _pumps: pumps,
+            _carriers: Carriers { pumps, sessions: Vec::new() },
             segments: Vec::new(),
         })
     }
@@ -353,7 +367,7 @@ impl Builder {
         networks: &[&str],
         hosts: &[(String, Vec<String>)],
         segments: &mut Vec<Namespace>,
-        pumps: &mut Vec<Pump>,
+        carriers: &mut Carriers,
     ) -> Result<Vec<Host>> {
         let made = hosts
             .iter()
@@ -368,7 +382,7 @@ impl Builder {
                 Device::Tun => {
                     let here = Tunnel::new(gateway, link, Layer::Three)?;
                     let there = Tunnel::new(only, HOST_LINK, Layer::Three)?;
-                    pumps.push(Pump::between(here, there)?);
+                    carriers.pumps.push(Pump::between(here, there)?);
                 }
                 Device::Vlan(number) => {
                     let wire = format!("{WIRE}-{link}");
@@ -387,6 +401,28 @@ impl Builder {
                     let (bond, below) = (netlink.link(link)?.index, netlink.link(&wire)?.index);
                     netlink.set_controller(below, bond)?;
                     netlink.set_up(below)?;
+                }
+                Device::Wireguard | Device::Ppp => {
+                    let wire = format!("{WIRE}-{link}");
+                    netlink.add_veth(&wire, WIRE, only, self.mtu + layer3::OVERHEAD)?;
+                    let ends = [
+                        End { namespace: gateway, name: link, wire: &wire },
+                        End { namespace: only, name: HOST_LINK, wire: WIRE },
+                    ];
+                    for end in ends {
+                        let mut netlink = Netlink::open(end.namespace)?;
+                        let below = netlink.link(end.wire)?.index;
+                        netlink.set_up(below)?;
+                    }
+                    match device {
+                        Device::Ppp => carriers.sessions.extend(layer3::ppp(ends)?),
+                        _ => layer3::wireguard(ends)?,
+                    }
+                    for end in ends {
+                        let mut netlink = Netlink::open(end.namespace)?;
+                        let index = netlink.link(end.name)?.index;
+                        netlink.set_mtu(index, self.mtu)?;
+                    }
                 }
             },
             _ if device != Device::Ethernet => bail!("{device:?} leads to one host only"),
@@ -429,8 +465,7 @@ impl Builder {
         let mut netlink = Netlink::open(namespace)?;
         let link = netlink.link(HOST_LINK)?;
         keep_neighbours(namespace, HOST_LINK)?;
-        // A tunnel hands out wire packets whatever is set.
-        if !self.offloads && link.mac != Mac::default() {
+        if !self.offloads {
             set_offloads(namespace, HOST_LINK, false)?;
         }
         netlink.set_up(link.index)?;

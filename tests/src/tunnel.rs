@@ -119,7 +119,10 @@ impl Encapsulation {
         }
     }
 
-    fn wrap(&self, packet: &[u8], macs: (Mac, Mac)) -> Vec<u8> {
+    /// The frame around a packet of [`Encapsulation::layer`]; `macs` are the sender's address and the
+    /// receiver's.
+    #[must_use]
+    pub fn wrap(&self, packet: &[u8], macs: (Mac, Mac)) -> Vec<u8> {
         match self {
             Self::Tags(tags) => {
                 let mut frame = packet.to_vec();

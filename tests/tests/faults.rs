@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -21,11 +21,19 @@ use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, programs};
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
+use qos_tests::skip::skip;
 use qos_tests::topology::{LAN, Topology, WAN};
 use qos_tests::traffic::{RunningUdp, UdpFlow};
 use qos_userspace::domain::units::BitsPerSecond;
 use serde_json::{Value, json};
 
+// include/uapi/linux/capability.h
+const CAP_NET_ADMIN: libc::c_ulong = 12;
+const CAP_SYS_ADMIN: libc::c_ulong = 21;
+const CAP_PERFMON: libc::c_ulong = 38;
+const CAP_BPF: libc::c_ulong = 39;
+/// More than qosd itself takes, less than its maps do.
+const MAP_MEMORY: u64 = 32 << 20;
 const WARM_UP: Duration = Duration::from_millis(500);
 const GRANT: &str = "grant --provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000'";
 
@@ -627,7 +635,12 @@ fn a_refusal_of_the_kernel_leaves_store_maps_and_trees_as_they_were() {
 
 /// A start that fails: what it says, and the exit status.
 fn refused_start(daemon: &mut Daemon, status: i32) -> String {
-    let error = format!("{:#}", daemon.restart().unwrap_err());
+    refused_start_with(daemon, status, |_| {})
+}
+
+/// The same with something done to the command first.
+fn refused_start_with(daemon: &mut Daemon, status: i32, prepare: impl FnOnce(&mut Command)) -> String {
+    let error = format!("{:#}", daemon.restart_with(prepare).unwrap_err());
     assert!(error.contains(&format!("exit status: {status};")), "{error}");
     error.lines().last().unwrap_or_default().to_owned()
 }
@@ -801,6 +814,77 @@ fn whoever_is_not_root_is_told() {
 }
 
 #[test]
+fn a_capability_that_is_missing_is_named() {
+    let net = Topology::pair().unwrap();
+    let before = found(&net.gateway);
+    // CAP_SYS_ADMIN stands for the two that were split from it.
+    for (name, dropped) in [
+        ("CAP_BPF", &[CAP_BPF, CAP_SYS_ADMIN][..]),
+        ("CAP_PERFMON", &[CAP_PERFMON, CAP_SYS_ADMIN]),
+        ("CAP_NET_ADMIN", &[CAP_NET_ADMIN]),
+    ] {
+        let mut daemon = Daemon::prepare(&net.gateway, &config()).unwrap();
+        let text = refused_start_with(&mut daemon, 1, without(dropped));
+        assert!(text.contains(&format!("must run as root, or with {name}; it runs as uid 0")), "{text}");
+        assert_eq!(found(&net.gateway), before, "{name}");
+        assert!(!daemon.bpffs_dir().exists() && !daemon.socket().exists(), "{name}");
+        daemon.restart().unwrap();
+    }
+}
+
+#[test]
+fn a_bpf_file_system_that_is_not_mounted_is_mounted_or_asked_for() {
+    let net = Topology::pair().unwrap();
+    let before = found(&net.gateway);
+    let mut daemon = Daemon::prepare(&net.gateway, &config()).unwrap();
+    // It may do everything but mount.
+    let text = refused_start_with(&mut daemon, 1, |command| {
+        without_bpffs()(command);
+        without(&[CAP_SYS_ADMIN])(command);
+    });
+    assert!(
+        text.contains("mounting the BPF file system on /sys/fs/bpf: EPERM")
+            && text.contains("`mount -t bpf bpf /sys/fs/bpf`"),
+        "{text}"
+    );
+    assert_eq!(found(&net.gateway), before);
+    assert!(!daemon.socket().exists());
+
+    daemon.restart_with(without_bpffs()).unwrap();
+    // In its own view of the file system, which is not ours.
+    assert!(!daemon.bpffs_dir().exists());
+    register(&daemon);
+    daemon.qos_line(&format!("{GRANT} --max-down 2mbit")).unwrap();
+    let flow = video_to_home(&net, 5_000, 6);
+    achieves(&flow, 2);
+}
+
+#[test]
+fn memory_that_is_refused_for_maps_is_told_and_nothing_is_left() {
+    const NAME: &str = "memory_that_is_refused_for_maps_is_told_and_nothing_is_left";
+    let net = Topology::pair().unwrap();
+    let before = found(&net.gateway);
+    let mut daemon = Daemon::prepare(&net.gateway, &config()).unwrap();
+    let limit = match MemoryLimit::new(MAP_MEMORY) {
+        Ok(limit) => limit,
+        Err(error) => return skip(NAME, &format!("no memory cgroup can be made: {error}")),
+    };
+    let text = refused_start_with(&mut daemon, 1, limit.of());
+    println!("{text}");
+    assert!(text.contains("map") && text.contains("memory"), "{text}");
+    assert_eq!(found(&net.gateway), before);
+    assert!(!daemon.bpffs_dir().exists() && !daemon.socket().exists(), "pins or the socket are left");
+    drop(limit);
+
+    daemon.restart().unwrap();
+    assert!(!daemon.status().unwrap().gateway.taken_over);
+    register(&daemon);
+    daemon.qos_line(&format!("{GRANT} --max-down 2mbit")).unwrap();
+    let flow = video_to_home(&net, 5_000, 6);
+    achieves(&flow, 2);
+}
+
+#[test]
 fn a_second_daemon_is_refused_whatever_it_shares_with_the_first() {
     let net = Topology::pair().unwrap();
     let first = Daemon::start(&net.gateway, &config()).unwrap();
@@ -970,6 +1054,82 @@ fn read_only(folder: &Path) -> impl FnOnce(&mut Command) + use<> {
             }
         }
     })
+}
+
+/// Gives the command a mount namespace without a BPF file system.
+fn without_bpffs() -> impl FnOnce(&mut Command) {
+    in_own_mounts(|| {
+        // SAFETY: a system call on a constant. More than one may be mounted, one above the other.
+        unsafe { while libc::umount2(c"/sys/fs/bpf".as_ptr(), libc::MNT_DETACH) == 0 {} }
+        0
+    })
+}
+
+/// Takes capabilities away from a command that root runs.
+fn without(capabilities: &'static [libc::c_ulong]) -> impl FnOnce(&mut Command) {
+    move |command| {
+        // SAFETY: prctl is a system call; nothing is allocated between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                let dropped = capabilities
+                    .iter()
+                    .all(|number| libc::prctl(libc::PR_CAPBSET_DROP, *number, 0, 0, 0) == 0);
+                if dropped { Ok(()) } else { Err(io::Error::last_os_error()) }
+            });
+        }
+    }
+}
+
+/// A cgroup whose processes, and the maps that they make, have little memory. It goes when this is
+/// dropped.
+struct MemoryLimit {
+    folder: PathBuf,
+    processes: fs::File,
+}
+
+impl MemoryLimit {
+    fn new(bytes: u64) -> io::Result<Self> {
+        let (root, file) = if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+            ("/sys/fs/cgroup", "memory.max")
+        } else {
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
+        };
+        let folder = Path::new(root).join(format!("qos-test-{}", std::process::id()));
+        fs::create_dir(&folder)?;
+        let made = fs::write(folder.join(file), bytes.to_string())
+            .and_then(|()| fs::File::options().write(true).open(folder.join("cgroup.procs")));
+        match made {
+            Ok(processes) => Ok(Self { folder, processes }),
+            Err(error) => {
+                fs::remove_dir(&folder)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts the command into it.
+    fn of(&self) -> impl FnOnce(&mut Command) {
+        let processes = self.processes.as_raw_fd();
+        move |command| {
+            // SAFETY: write is a system call; the descriptor is open while the command is started.
+            unsafe {
+                command.pre_exec(move || match libc::write(processes, c"0".as_ptr().cast(), 1) {
+                    1 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                });
+            }
+        }
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        // The kernel counts a process out some time after its end.
+        let until = Instant::now() + Duration::from_secs(5);
+        while fs::remove_dir(&self.folder).is_err() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
 }
 
 fn in_own_mounts(mount: impl Fn() -> i32 + Send + Sync + 'static) -> impl FnOnce(&mut Command) {

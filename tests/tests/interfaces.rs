@@ -117,15 +117,29 @@ fn an_interface_that_is_deleted_under_load_leaves_the_others_enforcing() {
         achieves(&up, RATE, "up");
         achieves(&down, RATE, "down");
     }
-    // Down and up again.
-    for link in four.links() {
+}
+
+#[test]
+fn a_link_that_goes_down_and_up_under_load_is_enforced_on_as_before() {
+    let net = Topology::pair().unwrap();
+    let daemon = Daemon::start(&net.gateway, &Config::default()).unwrap();
+    let [down, up] = levels(&net, &daemon);
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    for link in [LAN, WAN] {
         let index = netlink.link(link).unwrap().index;
-        netlink.set_down(index).unwrap();
-        netlink.set_up(index).unwrap();
-    }
-    assert_eq!(four.daemon.qos_line("reconcile").unwrap()["items"].as_array().map(Vec::len), Some(0));
-    for link in four.links() {
-        let found = status(&four.daemon, link);
+        let before = programs(&net.gateway, link).unwrap();
+        for _ in 0..3 {
+            netlink.set_down(index).unwrap();
+            std::thread::sleep(Duration::from_millis(300));
+            netlink.set_up(index).unwrap();
+            achieves(&up, RATE, "up");
+            achieves(&down, RATE, "down");
+        }
+        assert_eq!(programs(&net.gateway, link).unwrap(), before, "{link}");
+        let found = status(&daemon, link);
         assert_eq!((found.judged.as_str(), found.scheduler.as_str()), ("xdp", "htb"), "{found:?}");
     }
+    assert_eq!(daemon.qos_line("reconcile").unwrap()["items"].as_array().map(Vec::len), Some(0));
+    let repairs = daemon.status().unwrap().gateway.repairs;
+    assert!(repairs.is_empty(), "nothing had gone: {repairs:?}");
 }

@@ -179,3 +179,31 @@ fn levels_are_held_up_from_subscribers_behind_masquerading() {
     let held = flow.measure(WINDOW, WINDOW).unwrap();
     is_near(held.achieved.0 as f64, mbit(4), 0.03, "TCP shaped");
 }
+
+#[test]
+fn masquerading_is_taken_into_account_by_a_reload_and_forgotten_by_another() {
+    let name = "masquerading_is_taken_into_account_by_a_reload_and_forgotten_by_another";
+    let Some((net, daemon)) = masquerading(name) else { return };
+    let policed = |direction: &str| format!("--max-{direction} 2mbit --enforcement police");
+    grant(&daemon, "down udp from 203.0.113.0/24:5000 to 192.0.2.10", &policed("down"));
+    grant(&daemon, "up udp from 192.0.2.10 to 203.0.113.0/24:5001", &policed("up"));
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    let up = UdpFlow::new((home.v4(0), 0), (video.v4(0), 5_001), mbit(6))
+        .packet(1_000)
+        .start(&home.namespace, &video.namespace)
+        .unwrap();
+    let text = std::fs::read_to_string(daemon.config_path()).unwrap();
+    for (nat, judged, down) in [(true, "egress", 2), (false, "xdp", 6), (true, "egress", 2)] {
+        let text = text.replace("nat = true", &format!("nat = {nat}"));
+        std::fs::write(daemon.config_path(), text).unwrap();
+        daemon.qos_line("reload").unwrap();
+        let interfaces = daemon.status().unwrap().gateway.interfaces;
+        let wan = interfaces.iter().find(|interface| interface.name == "wan0").unwrap();
+        assert_eq!(wan.judged, judged, "nat = {nat}: {wan:?}");
+        // Where it judges what comes in by the WAN, it sees the address of the gateway itself.
+        is_near(stream_back(&net, 5_000, mbit(6)), mbit(down), 0.03, &format!("down, nat = {nat}"));
+        let held = undisturbed(&up, WINDOW / 2, WINDOW).unwrap();
+        is_near(held.achieved.0 as f64, mbit(2), 0.03, &format!("up, nat = {nat}"));
+        assert_eq!(daemon.qos_line("reconcile").unwrap()["items"].as_array().map(Vec::len), Some(0));
+    }
+}

@@ -79,7 +79,7 @@ const SIDES: [TcAttachType; 2] = [TcAttachType::Ingress, TcAttachType::Egress];
 #[derive(Debug, thiserror::Error)]
 pub enum ObjectError {
     /// The BPF file system is not there.
-    #[error("mounting the BPF file system on {path}: {reason}")]
+    #[error("mounting the BPF file system on {path}: {reason}; do it beforehand: `mount -t bpf bpf {path}`")]
     Mount {
         /// Where it should be.
         path: String,
@@ -336,21 +336,18 @@ impl Object {
     /// Where there is no BPF file system, a pinned map has another shape, or the kernel refuses. Nothing
     /// is left then but what was there before.
     pub fn load(bpffs_dir: &Path) -> Result<Self, ObjectError> {
-        Self::load_file(bpffs_dir, OBJECT)
-    }
-
-    fn load_file(bpffs_dir: &Path, file: &[u8]) -> Result<Self, ObjectError> {
         mount_bpffs(bpffs_dir)?;
         let maps_dir = maps_dir(bpffs_dir);
         let was_there = maps_dir.exists();
-        let loaded = Self::load_over(bpffs_dir, &maps_dir, file);
-        if loaded.is_err() && !was_there {
-            remove_folder(&maps_dir)?;
-        }
-        loaded
+        Self::load_over(bpffs_dir, &maps_dir).inspect_err(|_| {
+            // The next one would take some of the maps for all of them.
+            if !was_there && let Err(error) = remove_maps(bpffs_dir) {
+                tracing::warn!(%error, "what was made could not be removed");
+            }
+        })
     }
 
-    fn load_over(bpffs_dir: &Path, maps_dir: &Path, file: &[u8]) -> Result<Self, ObjectError> {
+    fn load_over(bpffs_dir: &Path, maps_dir: &Path) -> Result<Self, ObjectError> {
         let links_dir = links_dir(bpffs_dir);
         for path in [maps_dir, &links_dir] {
             fs::create_dir_all(path).map_err(|reason| pin_error("creating", path, reason))?;
@@ -378,7 +375,7 @@ impl Object {
             loader.map_max_entries(name, shape.length);
             loader.map_pin_path(name, path);
         }
-        let mut ebpf = loader.load(file).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
+        let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
         for (name, program) in ebpf.programs_mut().filter(|(name, _)| !name.starts_with(TRACING)) {
             load(name, program)?;
         }
@@ -1037,6 +1034,13 @@ pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
     for folder in other_folders.into_iter().chain(versions(bpffs_dir)?) {
         remove_folder(&folder)?;
     }
+    remove_maps(bpffs_dir)
+}
+
+/// Removes the pins of this version's maps, and the folders that are empty then.
+fn remove_maps(bpffs_dir: &Path) -> Result<(), ObjectError> {
+    remove_folder(&maps_dir(bpffs_dir))?;
+    let _ = fs::remove_dir(links_dir(bpffs_dir));
     // The directory itself may be shared, or the mount point.
     if bpffs_dir != Path::new(BPFFS) {
         let _ = fs::remove_dir(bpffs_dir);

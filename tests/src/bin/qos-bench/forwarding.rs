@@ -1,18 +1,14 @@
 //! Packets a second through a gateway between two veth pairs.
 //!
 //! Each way of being a gateway has namespaces of its own, all made at once, and rounds go round them.
-//! Packets are put into the gateway by a live-frame test run (`BPF_F_TEST_XDP_LIVE_FRAMES`) as if its
-//! LAN interface had received them, so that no sender's work is counted: the driving program writes
-//! the next packet and goes on with the gateway's own XDP program, if it has one; then comes the
-//! stack, routing, tc and the WAN interface. What is counted is what left it.
+//! Packets come in by the LAN interface ([`crate::live`]).
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
-use aya::programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
+use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
@@ -24,6 +20,7 @@ use qos_userspace::manager::capacity::SMALLEST_REST;
 use qos_userspace::manager::{self, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State};
 use serde::Serialize;
 
+use crate::live::Path;
 use crate::median;
 use crate::programs::{Driver, Step};
 use crate::world;
@@ -33,8 +30,6 @@ const RULES: u32 = 1_000;
 const FLOWS: u32 = 1_000;
 /// Time of one round of one gateway.
 const ROUND: Duration = Duration::from_millis(300);
-/// Packets of one test run.
-const BURST: u32 = 20_000;
 const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
 
 /// What one gateway forwards.
@@ -133,12 +128,7 @@ impl Gateway {
             .map(|(rule, flow)| Step { headers: world::headers(rule, flow, mac), reserved: [0; 2], mark: 0 })
             .collect();
         driver.set_steps(&steps)?;
-        // IPv4 packets end at once, so that the far end costs every gateway the same and little.
-        sink.run(|| -> Result<()> {
-            let drop: &mut Xdp = driver.object.program_mut("bench_drop").context("bench_drop")?.try_into()?;
-            drop.attach("wan-peer", XdpMode::Driver)?;
-            Ok(())
-        })?;
+        driver.drop_at(&sink, "wan-peer")?;
         Ok(Self {
             name,
             namespace,
@@ -220,43 +210,15 @@ impl Gateway {
 
     /// Packets a second that left the WAN interface during one round.
     fn run(&mut self) -> Result<f64> {
-        let Self { namespace, driver, lan, .. } = self;
-        let sent = |netlink: &mut Netlink| -> Result<u64> { Ok(netlink.link("wan0")?.counters.tx_packets) };
-        let mut netlink = Netlink::open(namespace)?;
-        let before = sent(&mut netlink)?;
-        let start = Instant::now();
-        namespace.run(|| -> Result<()> {
-            while start.elapsed() < ROUND {
-                live_frames(driver, *lan)?;
-            }
-            Ok(())
-        })?;
-        let time = start.elapsed();
-        let packets = sent(&mut netlink)? - before;
-        if packets == 0 {
-            bail!("{}: no packet left the gateway", self.name);
-        }
-        Ok(packets as f64 / time.as_secs_f64())
+        let path = Path {
+            gateway: &self.namespace,
+            program: "bench_xdp",
+            frame: &[0; 60],
+            from: self.lan,
+            to: "wan0",
+        };
+        self.driver.forward(&path, ROUND).map(|(_, rate)| rate).context(self.name)
     }
-}
-
-/// Puts packets into the stack of the calling thread's namespace, as received by interface `lan`.
-fn live_frames(driver: &mut Driver, lan: u32) -> Result<()> {
-    let frame = [0u8; 60];
-    // `struct xdp_md`, linux/bpf.h: data, data_end, data_meta, ingress_ifindex, rx_queue_index,
-    // egress_ifindex.
-    let context: Vec<u8> =
-        [0, frame.len() as u32, 0, lan, 0, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
-    let options = TestRunOptions {
-        data_in: Some(&frame),
-        ctx_in: Some(&context),
-        repeat: BURST,
-        attrs: TestRunAttrs::new().xdp_live_frames(64),
-        ..TestRunOptions::default()
-    };
-    let program: &mut Xdp = driver.object.program_mut("bench_xdp").context("bench_xdp")?.try_into()?;
-    program.test_run(options).context("live frames")?;
-    Ok(())
 }
 
 /// One provider for all, and an allocation for each rule of [`world`].

@@ -1,10 +1,13 @@
 //! `cargo xtask bench datapath`: what the programs cost a packet, and what is left of forwarding.
+//! `cargo xtask bench boxes`: what each kind of box forwards, with qos and without.
 //! `cargo xtask bench scale`: how long lines and grants take when there are many.
 //!
 //! Every figure stands beside its baseline of the same run: machines are noisy, ratios less so. Those
-//! of the data path are medians over rounds that take turns.
+//! of the data path and of boxes are medians over rounds that take turns.
 
+mod boxes;
 mod forwarding;
+mod live;
 mod programs;
 mod scale;
 mod world;
@@ -12,7 +15,8 @@ mod world;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum as _};
+use qos_tests::boxes::Kind;
 use serde::Serialize;
 
 #[derive(Debug, Parser)]
@@ -32,6 +36,18 @@ enum What {
         /// Rounds that the medians are taken over.
         #[arg(long, default_value_t = 9)]
         rounds: usize,
+    },
+    /// Each kind of gateway box: packets a second forwarded without qos, and with it.
+    Boxes {
+        /// Also writes the figures as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Rounds that the medians are taken over.
+        #[arg(long, default_value_t = 21)]
+        rounds: usize,
+        /// Only this kind; may be said more than once.
+        #[arg(long, value_enum)]
+        only: Vec<Kind>,
     },
     /// The real qosd with many lines and many shaped allocations on one root.
     Scale {
@@ -61,6 +77,12 @@ struct Report {
 fn main() -> Result<()> {
     match Arguments::parse().what {
         What::Datapath { json, rounds } => datapath(json, rounds),
+        What::Boxes { json, rounds, only } => {
+            let kinds = if only.is_empty() { Kind::value_variants() } else { &only };
+            let report = boxes::measure(kinds, rounds)?;
+            boxes::print(&report);
+            json.map_or(Ok(()), |path| write_json(&report, &path))
+        }
         What::Scale { json, lines, allocations } => {
             let report = scale::measure(lines, allocations)?;
             scale::print(&report);

@@ -19,6 +19,8 @@ use serde::Serialize;
 use crate::median;
 use crate::world::{self, HEADERS};
 
+/// Of a frame, as the driving programs have it.
+const HEAD: usize = 96;
 /// Packets of one measurement.
 const REPEAT: u32 = 200_000;
 
@@ -83,6 +85,16 @@ impl Driver {
         Ok(())
     }
 
+    /// Sets the one packet of `bench_frame`: the first bytes of `frame`, which is longer.
+    pub(crate) fn set_frame(&mut self, frame: &[u8]) -> Result<()> {
+        let head =
+            frame.first_chunk::<HEAD>().with_context(|| format!("a frame of {} bytes", frame.len()))?;
+        let mut heads: Array<_, [u8; HEAD]> =
+            self.object.map_mut("head").context("map `head`")?.try_into()?;
+        heads.set(0, *head, 0)?;
+        Ok(())
+    }
+
     /// Sets the program that the driving ones go on with.
     pub(crate) fn set_target(&mut self, target: &ProgramFd, xdp: bool) -> Result<()> {
         let map = if xdp { "xdp_targets" } else { "tc_targets" };
@@ -91,7 +103,7 @@ impl Driver {
         Ok(())
     }
 
-    fn own_fd(&self, name: &str) -> Result<ProgramFd> {
+    pub(crate) fn own_fd(&self, name: &str) -> Result<ProgramFd> {
         let program = self.object.program(name).with_context(|| format!("program {name}"))?;
         Ok(match program {
             aya::programs::Program::Xdp(program) => program.fd()?.try_clone()?,
