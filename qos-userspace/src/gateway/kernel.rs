@@ -1266,6 +1266,7 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
             None => "none",
         }
         .to_owned(),
+        why: attachment.map(|at| at.why),
         xdp: match attachment.map(|at| at.judge) {
             Some(Judge::Xdp(XdpHook::Native)) => "native",
             Some(Judge::Xdp(XdpHook::Generic)) => "generic",

@@ -1,7 +1,9 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
+pub mod chain;
 pub mod classifier;
 pub mod clsact;
+pub mod flowtable;
 pub mod kernel;
 pub mod link;
 mod maps;
