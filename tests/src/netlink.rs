@@ -169,6 +169,14 @@ impl Netlink {
         self.add_device(name, Some(below), vec![LinkInfo::Kind(InfoKind::Vlan), LinkInfo::Data(data)])
     }
 
+    /// Makes a macvlan device on the link `below`. It is down.
+    ///
+    /// # Errors
+    /// When the kernel has no macvlan devices or the name is taken.
+    pub fn add_macvlan(&mut self, name: &str, below: u32) -> Result<()> {
+        self.add_device(name, Some(below), vec![LinkInfo::Kind(InfoKind::MacVlan)])
+    }
+
     fn add_device(&mut self, name: &str, below: Option<u32>, info: Vec<LinkInfo>) -> Result<()> {
         let mut link = LinkMessage::default();
         link.attributes = vec![LinkAttribute::IfName(name.to_owned())];

@@ -15,10 +15,10 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::foreign::{AFTER, BEFORE, Foreign, Hook, NAME};
-use qos_tests::netlink::{Netlink, set_feature, set_queues};
+use qos_tests::netlink::{Netlink, is_unknown_device, set_feature, set_queues};
 use qos_tests::netns::Namespace;
 use qos_tests::skip::skip;
-use qos_tests::topology::{Device, LAN, Topology, WAN};
+use qos_tests::topology::{Device, HOST_LINK, LAN, Topology, WAN};
 use qos_userspace::api::doctor::{Check, Severity, worst};
 use qos_userspace::domain::BitsPerSecond;
 use serde::Deserialize as _;
@@ -159,6 +159,19 @@ fn a_bridge_has_no_xdp_in_the_driver_and_nothing_can_be_done_about_it() {
     netlink.set_up(bridge).unwrap();
     let daemon = start(&net, &Config { interfaces: vec![("br0", "lan"), (WAN, "wan")], ..calm() });
     says(&examine(&daemon), "programs on br0", Severity::Ok, &["tc ingress judges: the driver has no XDP"]);
+}
+
+#[test]
+fn a_driver_that_refuses_xdp_is_told_with_its_reason() {
+    let net = Topology::pair().unwrap();
+    // veth wants as many queues for receiving as the other end has for sending.
+    set_queues(&net.gateway, LAN, 1, 1).unwrap();
+    set_queues(&net.subscriber("home").namespace, HOST_LINK, 1, 2).unwrap();
+    let daemon = start(&net, &calm());
+    let parts =
+        ["tc ingress judges: the driver refused XDP (No space left on device", "a queue for each CPU"];
+    says(&examine(&daemon), "programs on lan0", Severity::Warning, &parts);
+    says(&examine(&daemon), "programs on wan0", Severity::Ok, &["XDP in the driver"]);
 }
 
 #[test]
@@ -407,6 +420,24 @@ fn a_port_and_its_bridge_are_not_to_be_configured_both() {
     assert!(!has(&examine(&daemon), "interface lan0 below another"));
     netlink.set_controller(lan, bridge).unwrap();
     let parts = ["together with its bridge br0", "charged twice", "lan0 or br0"];
+    says(&examine(&daemon), "interface lan0 below another", Severity::Error, &parts);
+}
+
+#[test]
+fn a_device_and_what_it_stands_on_are_not_to_be_configured_both() {
+    const TEST: &str = "a_device_and_what_it_stands_on_are_not_to_be_configured_both";
+    let net = Topology::pair().unwrap();
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let lan = netlink.link(LAN).unwrap().index;
+    match netlink.add_macvlan("lan0.mac", lan) {
+        Err(error) if is_unknown_device(&error) => return skip(TEST, "built without CONFIG_MACVLAN"),
+        made => made.unwrap(),
+    }
+    let device = netlink.link("lan0.mac").unwrap().index;
+    netlink.set_up(device).unwrap();
+    let interfaces = vec![(LAN, "lan"), ("lan0.mac", "lan"), (WAN, "wan")];
+    let daemon = start(&net, &Config { interfaces, ..calm() });
+    let parts = ["together with its macvlan device lan0.mac", "its levels get half"];
     says(&examine(&daemon), "interface lan0 below another", Severity::Error, &parts);
 }
 

@@ -22,7 +22,7 @@ pub(super) fn checks(link: &Link, channels: Option<Channels>) -> Vec<Check> {
     let cpus = online_cpus();
     let folder = folder_of(link);
     let rps = folder.as_ref().map(|folder| steered_to(folder));
-    let mut checks = vec![queues(&link.name, cpus, channels, rps)];
+    let mut checks = vec![queues(&link.name, cpus, channels, rps.as_ref())];
     if link.kind.is_none() {
         let interrupts = folder.and_then(|folder| interrupts(&folder, &link.name));
         checks.push(spread(&link.name, cpus, interrupts.as_deref()));
@@ -39,7 +39,7 @@ fn online_cpus() -> usize {
 }
 
 /// `rps`: CPUs that received packets are handed on to; none: it can't be seen.
-fn queues(interface: &str, cpus: usize, channels: Option<Channels>, rps: Option<BTreeSet<usize>>) -> Check {
+fn queues(interface: &str, cpus: usize, channels: Option<Channels>, rps: Option<&BTreeSet<usize>>) -> Check {
     let name = format!("queues of {interface}");
     let Some(channels) = channels else {
         return Check::ok(name, format!("the driver does not tell; {cpus} CPUs"));
@@ -49,7 +49,7 @@ fn queues(interface: &str, cpus: usize, channels: Option<Channels>, rps: Option<
     if receive != 1 || cpus < 2 {
         return Check::ok(name, format!("{found}; what is sent passes one scheduler"));
     }
-    let steered = rps.as_ref().map_or(0, BTreeSet::len);
+    let steered = rps.map_or(0, BTreeSet::len);
     if steered > 1 {
         return Check::ok(name, format!("{found}; RPS hands what comes in to {steered} CPUs"));
     }
@@ -232,7 +232,7 @@ mod tests {
             (4, channels(1, 0, 2), Some(set([])), Severity::Warning, "ethtool -L eth0 combined 2"),
             (4, channels(1, 1, 0), None, Severity::Warning, "can't be seen"),
         ] {
-            let check = queues("eth0", cpus, channels, rps);
+            let check = queues("eth0", cpus, channels, rps.as_ref());
             assert_eq!(check.severity, severity, "{check:?}");
             assert!(format!("{check:?}").contains(part), "{part}: {check:?}");
         }
