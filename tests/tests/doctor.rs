@@ -175,6 +175,22 @@ fn a_driver_that_refuses_xdp_is_told_with_its_reason() {
 }
 
 #[test]
+fn a_box_that_only_bridges_needs_no_forwarding() {
+    let hosts = Topology::builder().subscriber("home", &["192.0.2.10"]).provider("video", &["203.0.113.10"]);
+    let net = hosts.bridged(None).build().unwrap();
+    let daemon = start(&net, &calm());
+    let checks = examine(&daemon);
+    says(&checks, "forwarding", Severity::Ok, &["off", "which bridges don't need"]);
+    says(&checks, "programs on lan0", Severity::Ok, &["XDP in the driver judges"]);
+    drop(daemon);
+    let net = Topology::pair().unwrap();
+    net.gateway.set_sysctl("ipv4/ip_forward", "0").unwrap();
+    let daemon = start(&net, &calm());
+    let parts = ["off: net.ipv4.ip_forward", "not routed", "sysctl -w"];
+    says(&examine(&daemon), "forwarding", Severity::Warning, &parts);
+}
+
+#[test]
 fn a_missing_interface_and_one_that_is_down_are_errors() {
     let net = Topology::pair().unwrap();
     let daemon =
@@ -327,7 +343,7 @@ fn gro_is_told_where_tc_polices_what_it_merged() {
     daemon.qos_line("provider add video --kind application --network 203.0.113.0/24").unwrap();
     let flow = "--provider video --flow 'down from 203.0.113.0/24 to 192.0.2.10' --max-down 1mbit";
     let id = daemon.grant(&format!("{flow} --enforcement police")).unwrap().id;
-    let parts = ["1 policed level here meet merged packets", "64 KiB"];
+    let parts = ["1 policed level here: merged packets are dropped whole", "64 KiB"];
     says(&examine(&daemon), "rx-gro of wan0", Severity::Warning, &parts);
     daemon.revoke(id).unwrap();
     daemon.grant(&format!("{flow} --enforcement shape")).unwrap();
@@ -456,7 +472,7 @@ fn a_foreign_root_qdisc_is_an_error_until_it_is_taken_away() {
     daemon.qos_line("reconcile").unwrap();
     let checks = examine(&daemon);
     says(&checks, "qdisc of lan0", Severity::Ok, &["ours"]);
-    says(&checks, "kernel equals state", Severity::Warning, &["1 repairs", "find out who else"]);
+    says(&checks, "kernel equals state", Severity::Warning, &["1 repair since", "find out who else"]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What the daemon's own status says of the whole gateway.
 
 use super::Check;
+use super::lines::counted;
 use crate::api::types::Status;
 
 /// Share of a table above which it counts as nearly full, in percent.
@@ -40,7 +41,11 @@ pub(super) fn checks(status: &Status) -> Vec<Check> {
         ),
         (None, Some(last)) => Check::warning(
             "kernel equals state",
-            format!("it does; {} repairs since the start, the last: {}", gateway.repairs.len(), last.what),
+            format!(
+                "it does; {} since the start, the last: {}",
+                counted(gateway.repairs.len(), "repair"),
+                last.what
+            ),
             "until each repair levels were not held there",
             "find out who else changes qdiscs, maps or programs on these interfaces",
         ),

@@ -51,6 +51,16 @@ pub(super) fn checks(config: &GatewayConfig, known: Option<&Known>) -> Vec<Check
     checks
 }
 
+/// Whether all interfaces are ports of bridges.
+pub(super) fn bridge_only(config: &GatewayConfig) -> bool {
+    let is_port = |interface: &InterfaceConfig| {
+        let bridge = Link::by_name(&interface.name).ok().and_then(|link| link.controller);
+        let bridge = bridge.and_then(|index| Link::by_index(index).ok());
+        bridge.is_some_and(|bridge| bridge.kind.as_deref() == Some("bridge"))
+    };
+    config.interfaces.iter().all(is_port)
+}
+
 /// One interface that exists. Tells also whether it can carry packets of IP at all.
 fn one(
     name: &str,

@@ -99,7 +99,7 @@ impl Known {
 /// at what can be seen from outside.
 #[must_use]
 pub fn examine(config: Option<&Config>, known: Option<&Known>) -> Vec<Check> {
-    let mut checks = machine::checks();
+    let mut checks = machine::checks(config.is_some_and(|config| interfaces::bridge_only(&config.gateway)));
     let Some(config) = config else {
         checks.push(Check::warning(
             "configuration",

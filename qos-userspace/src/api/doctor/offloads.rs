@@ -100,7 +100,7 @@ fn gro(
         }
         if judged == Some("tc") && lines.policed > 0 {
             costs.push(format!(
-                "{} here meet merged packets, and drop up to 64 KiB at once",
+                "{} here: merged packets are dropped whole, up to 64 KiB at once",
                 lines::counted(lines.policed, "policed level")
             ));
         }
