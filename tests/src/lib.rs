@@ -39,6 +39,7 @@ pub mod ask;
 pub mod boxes;
 pub mod capture;
 pub mod daemon;
+pub mod foreign;
 pub mod frames;
 pub mod kernel;
 pub mod layer3;

@@ -5,9 +5,9 @@
 
 use std::ffi::c_char;
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use ipnet::IpNet;
 use netlink_packet_core::{
     DefaultNla, Emitable as _, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
@@ -177,6 +177,14 @@ impl Netlink {
     /// When the kernel has no WireGuard or the name is taken.
     pub fn add_wireguard(&mut self, name: &str) -> Result<()> {
         self.add_device(name, None, vec![LinkInfo::Kind(InfoKind::Wireguard)])
+    }
+
+    /// Makes a macvlan device on the link `below`. It is down.
+    ///
+    /// # Errors
+    /// When the kernel has no macvlan devices or the name is taken.
+    pub fn add_macvlan(&mut self, name: &str, below: u32) -> Result<()> {
+        self.add_device(name, Some(below), vec![LinkInfo::Kind(InfoKind::MacVlan)])
     }
 
     fn add_device(&mut self, name: &str, below: Option<u32>, info: Vec<LinkInfo>) -> Result<()> {
@@ -409,6 +417,44 @@ impl Netlink {
         self.request(new, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE).map(drop)
     }
 
+    /// Puts a `clsact` queueing discipline on a link, and on its ingress hook a filter of `priority` that
+    /// runs `program`.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn put_filter(
+        &mut self,
+        index: u32,
+        priority: u16,
+        name: &str,
+        program: BorrowedFd<'_>,
+    ) -> Result<()> {
+        // linux/pkt_cls.h: TCA_BPF_… and TCA_BPF_FLAG_ACT_DIRECT.
+        const FD: u16 = 6;
+        const NAME: u16 = 7;
+        const FLAGS: u16 = 8;
+        const ACT_DIRECT: u32 = 1;
+        const ETH_P_ALL: u16 = 3;
+        let mut message = root(index);
+        message.header.parent = TcHandle::CLSACT;
+        message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
+        message.attributes = vec![TcAttribute::Kind("clsact".to_owned())];
+        self.request(RouteNetlinkMessage::NewQueueDiscipline(message), NLM_F_ACK | NLM_F_CREATE)?;
+        let mut message = root(index);
+        message.header.parent = TcHandle { major: u16::MAX, minor: TcHandle::MIN_INGRESS };
+        message.header.info = u32::from(priority) << 16 | u32::from(ETH_P_ALL.to_be());
+        let option = |kind, bytes: &[u8]| TcOption::Other(DefaultNla::new(kind, bytes.to_vec()));
+        message.attributes = vec![
+            TcAttribute::Kind("bpf".to_owned()),
+            TcAttribute::Options(vec![
+                option(FD, &program.as_raw_fd().to_ne_bytes()),
+                option(NAME, &[name.as_bytes(), b"\0"].concat()),
+                option(FLAGS, &ACT_DIRECT.to_ne_bytes()),
+            ]),
+        ];
+        self.create(RouteNetlinkMessage::NewTrafficFilter(message))
+    }
+
     /// Bytes that wait in the root queueing discipline of a link.
     ///
     /// # Errors
@@ -507,34 +553,79 @@ pub fn set_offloads(namespace: &Namespace, link: &str, on: bool) -> Result<()> {
         ("transmit checksums", 0x17),
     ];
 
-    let mut name = [0 as c_char; libc::IFNAMSIZ];
-    for (to, from) in name.iter_mut().zip(link.as_bytes()) {
-        *to = from.cast_signed();
-    }
-    let socket =
-        namespace.run(|| std::net::UdpSocket::bind("127.0.0.1:0")).context("a socket to call ethtool on")?;
     let order: Box<dyn Iterator<Item = &(&str, u32)>> =
         if on { Box::new(SET.iter().rev()) } else { Box::new(SET.iter()) };
     for &(what, command) in order {
         let mut value = EthtoolValue { command, data: u32::from(on) };
-        let mut request = libc::ifreq {
-            ifr_name: name,
-            ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: (&raw mut value).cast() },
-        };
-        // SAFETY: SIOCETHTOOL reads the name and an `ethtool_value` behind the pointer; both live
-        // until the call returns.
-        let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
-        if result != 0 {
-            let error = std::io::Error::last_os_error();
+        if let Err(error) = ethtool(namespace, link, (&raw mut value).cast()) {
             // What a device does not have is off.
-            if !on && error.raw_os_error() == Some(libc::EOPNOTSUPP) {
-                continue;
+            if on || error.raw_os_error() != Some(libc::EOPNOTSUPP) {
+                return Err(error)
+                    .with_context(|| format!("setting {what} of {}/{link} to {on}", namespace.name()));
             }
-            return Err(error)
-                .with_context(|| format!("setting {what} of {}/{link} to {on}", namespace.name()));
         }
     }
     Ok(())
+}
+
+/// Switches one offload of a link on or off, by the kernel's name for it (`rx-gro`).
+///
+/// # Errors
+/// When there is no such link or offload, or it can't be switched.
+pub fn set_feature(namespace: &Namespace, link: &str, feature: &str, on: bool) -> Result<()> {
+    // linux/ethtool.h: commands, the set of the features' names, the length of a name.
+    const GSTRINGS: u32 = 0x1b;
+    const SFEATURES: u32 = 0x3b;
+    const FEATURES: u32 = 4;
+    const LENGTH: usize = 32;
+    // struct ethtool_gstrings, with room for more than there are.
+    let mut names = vec![0_u32; 3 + 256 * LENGTH / 4];
+    names[..2].copy_from_slice(&[GSTRINGS, FEATURES]);
+    ethtool(namespace, link, names.as_mut_ptr().cast()).context("the names of the offloads")?;
+    let count = names[2] as usize;
+    let names: Vec<u8> = names[3..].iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let is_it = |name: &[u8]| name.split(|byte| *byte == 0).next() == Some(feature.as_bytes());
+    let number = names.chunks(LENGTH).take(count).position(is_it);
+    let number = number.with_context(|| format!("there is no offload {feature}"))?;
+    // struct ethtool_sfeatures {command, blocks, {valid, requested}…}.
+    let blocks = count.div_ceil(32);
+    let mut bits = vec![0; 2 + blocks * 2];
+    bits[..2].copy_from_slice(&[SFEATURES, blocks as u32]);
+    bits[2 + number / 32 * 2] = 1 << (number % 32);
+    bits[3 + number / 32 * 2] = u32::from(on) << (number % 32);
+    let result = ethtool(namespace, link, bits.as_mut_ptr().cast());
+    // Positive: some of it was not taken.
+    let refused = result.with_context(|| format!("setting {feature} of {link} to {on}"))?;
+    ensure!(refused == 0, "{feature} of {}/{link} can't be set to {on}", namespace.name());
+    Ok(())
+}
+
+/// Sets the number of queues that a link has for receiving and for sending.
+///
+/// # Errors
+/// When the driver refuses.
+pub fn set_queues(namespace: &Namespace, link: &str, receive: u32, send: u32) -> Result<()> {
+    // linux/ethtool.h: struct ethtool_channels {command, four maxima, receive, send, other, combined}.
+    const SCHANNELS: u32 = 0x3d;
+    let mut words = [SCHANNELS, 0, 0, 0, 0, receive, send, 0, 0];
+    ethtool(namespace, link, words.as_mut_ptr().cast())
+        .map(drop)
+        .with_context(|| format!("{receive} and {send} queues for {}/{link}", namespace.name()))
+}
+
+/// Calls ethtool on a link with what one of its commands takes.
+fn ethtool(namespace: &Namespace, link: &str, data: *mut c_char) -> std::io::Result<i32> {
+    let mut name = [0 as c_char; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(link.as_bytes()) {
+        *to = from.cast_signed();
+    }
+    let socket = namespace.run(|| std::net::UdpSocket::bind("127.0.0.1:0"))?;
+    let mut request =
+        libc::ifreq { ifr_name: name, ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_data: data } };
+    // SAFETY: SIOCETHTOOL reads the name and what is behind the pointer, which has the length that its
+    // command asks for; both live until the call returns.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request) };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
 }
 
 fn read_link(message: &LinkMessage) -> Link {

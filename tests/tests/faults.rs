@@ -8,7 +8,6 @@ use std::ffi::CString;
 use std::fs;
 use std::io::{self, Write as _};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -18,6 +17,7 @@ use std::time::{Duration, Instant};
 use qos_tests::api::Client;
 use qos_tests::ask::{Brief, undisturbed};
 use qos_tests::daemon::{Config, Daemon};
+use qos_tests::foreign::{Foreign, GENERIC, Hook};
 use qos_tests::kernel::{Kernel, programs};
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
@@ -726,7 +726,7 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
     let mut daemon = fresh();
     let whole = "[[interface]]\nname = \"wan0\"";
     rewrite(&daemon, whole, &format!("{whole}\nxdp = \"native\""));
-    let foreign = ForeignXdp::attach(&net.gateway, WAN, 0);
+    let foreign = Foreign::attach(&net.gateway, WAN, Hook::Xdp, 0).unwrap();
     let text = refused_start(&mut daemon, 1);
     let id = programs(&net.gateway, WAN).unwrap().0.unwrap();
     assert!(
@@ -755,10 +755,9 @@ fn a_first_start_that_fails_says_why_and_leaves_nothing() {
 
 #[test]
 fn beside_somebody_elses_xdp_program_tc_judges_and_it_stays() {
-    const XDP_FLAGS_SKB_MODE: u32 = 1 << 1;
-    for flags in [0, XDP_FLAGS_SKB_MODE] {
+    for flags in [0, GENERIC] {
         let net = Topology::pair().unwrap();
-        let _foreign = ForeignXdp::attach(&net.gateway, LAN, flags);
+        let _foreign = Foreign::attach(&net.gateway, LAN, Hook::Xdp, flags).unwrap();
         let theirs = programs(&net.gateway, LAN).unwrap().0;
         let daemon = Daemon::start(&net.gateway, &config()).unwrap();
         let judged: Vec<_> =
@@ -1146,58 +1145,5 @@ fn in_own_mounts(mount: impl Fn() -> i32 + Send + Sync + 'static) -> impl FnOnce
                 if done { Ok(()) } else { Err(io::Error::last_os_error()) }
             });
         }
-    }
-}
-
-/// An XDP program of somebody else's that passes everything; detached when dropped.
-struct ForeignXdp {
-    _link: OwnedFd,
-}
-
-impl ForeignXdp {
-    /// `flags`: `XDP_FLAGS_…` of linux/if_link.h, zero for the driver's hook.
-    fn attach(gateway: &Namespace, link: &str, flags: u32) -> Self {
-        // linux/bpf.h: commands, program type, attach type, `union bpf_attr`.
-        const BPF_PROG_LOAD: libc::c_long = 5;
-        const BPF_LINK_CREATE: libc::c_long = 28;
-        const BPF_PROG_TYPE_XDP: u32 = 6;
-        const BPF_XDP: u32 = 37;
-        #[repr(C)]
-        struct Load {
-            kind: u32,
-            instructions: u32,
-            code: u64,
-            license: u64,
-            log: [u32; 2],
-            log_buffer: u64,
-            kernel: u32,
-            flags: u32,
-            name: [u8; 16],
-        }
-        // r0 = XDP_PASS; exit
-        let code: [u64; 2] = [0x0000_0002_0000_00b7, 0x0000_0000_0000_0095];
-        let index = Netlink::open(gateway).unwrap().link(link).unwrap().index;
-        let load = Load {
-            kind: BPF_PROG_TYPE_XDP,
-            instructions: 2,
-            code: code.as_ptr() as u64,
-            license: c"GPL".as_ptr() as u64,
-            log: [0; 2],
-            log_buffer: 0,
-            kernel: 0,
-            flags: 0,
-            name: *b"somebodys\0\0\0\0\0\0\0",
-        };
-        let bpf = |command: libc::c_long, attributes: *const libc::c_void, size: usize| {
-            // SAFETY: the attributes, and what they point to, outlive the call.
-            let fd = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size) };
-            assert!(fd >= 0, "bpf({command}): {}", io::Error::last_os_error());
-            // SAFETY: both commands return a descriptor that nobody else owns.
-            unsafe { OwnedFd::from_raw_fd(fd as i32) }
-        };
-        let program = bpf(BPF_PROG_LOAD, (&raw const load).cast(), size_of::<Load>());
-        let create = [program.as_raw_fd() as u32, index, BPF_XDP, flags];
-        let link = gateway.run(|| bpf(BPF_LINK_CREATE, create.as_ptr().cast(), size_of_val(&create)));
-        Self { _link: link }
     }
 }

@@ -86,6 +86,10 @@ fn three_capabilities_are_all_that_it_needs() {
             "explain --direction down --protocol udp --source 203.0.113.10:1 --destination 192.0.2.10:5000";
         assert_eq!(daemon.qos_line(explain).unwrap()["allocation"]["id"], allocation.id.0);
         daemon.qos_line("reconcile").unwrap();
+        let doctor = daemon.qos_output(["doctor"]).unwrap();
+        let doctor = String::from_utf8(doctor.stdout).unwrap();
+        assert!(!doctor.contains("\"error\"") && !doctor.contains("not looked at"), "{doctor}");
+        assert_eq!(doctor.matches("no programs but ours").count(), 2, "{doctor}");
 
         // It repairs, and takes over what it made itself.
         fs::remove_dir_all(daemon.bpffs_dir().join("links")).unwrap();

@@ -1,4 +1,5 @@
 //! Upgrades to another version of the kernel programs and their maps, and the way back. Needs root.
+#![expect(clippy::print_stdout, reason = "figures of tests, for whoever reads a failure")]
 #![expect(clippy::unwrap_used, reason = "a test and what it calls fail by panicking")]
 
 use std::collections::BTreeSet;

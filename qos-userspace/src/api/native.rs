@@ -87,14 +87,13 @@ async fn status(Shared(api): Shared<Api>) -> Answer<Status> {
 
 async fn examine(Shared(api): Shared<Api>) -> Answer<Listing<Check>> {
     let asked = api.handle.run(|service| {
-        let status = service.status()?;
-        Ok::<_, ServiceError>((status, service.config().clone(), doctor::lines(service.state())))
+        let known = doctor::Known::new(service.status()?, service.state());
+        Ok::<_, ServiceError>((service.config().clone(), known))
     });
-    let (status, config, lines) = asked.await??;
-    let local = tokio::task::spawn_blocking(move || doctor::local(Some(&config)))
+    let (config, known) = asked.await??;
+    let items = tokio::task::spawn_blocking(move || doctor::examine(Some(&config), Some(&known)))
         .await
         .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", error.to_string()))?;
-    let items = local.into_iter().chain(doctor::daemon(&status)).chain(lines).collect();
     Ok(axum::Json(Listing { items }))
 }
 

@@ -19,7 +19,7 @@ use super::{Api, serve, socket};
 use crate::config::Config;
 use crate::domain::{AllocationId, Direction};
 use crate::manager::report::{
-    Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
+    Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics, Why,
 };
 use crate::manager::{Change, Gateway, State};
 use crate::store::Store;
@@ -175,6 +175,7 @@ impl Gateway for Recorder {
                 index: Some(2),
                 framing: Some("ethernet".to_owned()),
                 judged: "xdp".to_owned(),
+                why: Some(Why::Best),
                 xdp: "native".to_owned(),
                 tc: "tcx".to_owned(),
                 scheduler: "htb".to_owned(),

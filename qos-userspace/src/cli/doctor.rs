@@ -1,4 +1,4 @@
-//! `qos doctor`: looks for what is wrong, and says what to do.
+//! `qos doctor`: looks for what is wrong, and says what it costs and what to do.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use crate::api::doctor::{self, Check, Severity};
 use crate::api::types::Listing;
 use crate::config::{Config, DEFAULT_PATH};
 
-/// Looks for what is wrong, and says what to do
+/// Looks for what is wrong, and says what it costs and what to do
 ///
 /// A running daemon is asked to look, as it sees what it works with. Where none runs, this process
 /// looks itself at what can be seen without one; root sees more.
@@ -44,18 +44,18 @@ pub(super) fn run(verb: &Doctor, client: &mut Client, output: &mut Output) -> Re
 fn alone(verb: &Doctor, unreachable: &CliError) -> Result<Value, CliError> {
     let path = verb.config.as_deref().or_else(|| Some(Path::new(DEFAULT_PATH)).filter(|path| path.exists()));
     let config = path.map(Config::load).transpose()?;
-    let mut checks = doctor::local(config.as_ref());
-    checks.push(Check {
-        name: "daemon".to_owned(),
-        severity: Severity::Warning,
-        found: unreachable.to_string(),
-        mend: Some("start it: qosd run; what is in the kernel was not looked at".to_owned()),
-    });
+    let mut checks = doctor::examine(config.as_ref(), None);
+    checks.push(Check::warning(
+        "daemon",
+        unreachable.to_string(),
+        "what it has in the kernel, and what lines and levels ask for, is not looked at",
+        "start it: qosd run",
+    ));
     Ok(json!({ "items": checks }))
 }
 
 fn print(output: &mut Output, checks: &[Check]) -> Result<(), CliError> {
-    let mut table = output.table(&["", "CHECK", "FOUND", "WHAT TO DO"], &[]);
+    let mut table = output.table(&["", "CHECK", "FOUND", "WHAT IT COSTS", "WHAT TO DO"], &[]);
     for check in checks {
         let severity = match check.severity {
             Severity::Ok => Output::coloured("ok", Color::Green),
@@ -66,6 +66,7 @@ fn print(output: &mut Output, checks: &[Check]) -> Result<(), CliError> {
             severity,
             Cell::new(&check.name),
             Cell::new(&check.found),
+            Cell::new(check.cost.as_deref().unwrap_or_default()),
             Cell::new(check.mend.as_deref().unwrap_or_default()),
         ]);
     }

@@ -6,7 +6,7 @@
 //! to ask the kernel for that of a program by its id would take CAP_SYS_ADMIN.
 
 use aya::programs::TcAttachType;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, Parseable as _};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_ECHO, NLM_F_EXCL, Nla as _, Parseable as _};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 
@@ -14,7 +14,7 @@ use super::link::Link;
 use super::netlink::{Answer, ETH_P_ALL, NetlinkError, RouteSocket, malformed};
 
 /// Priority of our filters.
-pub(super) const PRIORITY: u16 = 0x5150;
+pub(crate) const PRIORITY: u16 = 0x5150;
 /// Number of our filter at that priority.
 pub(super) const HANDLE: u32 = 1;
 
@@ -83,6 +83,61 @@ impl Filter {
     }
 }
 
+/// A filter of whatever kind, in a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listed {
+    /// Lower goes first.
+    pub priority: u16,
+    /// `bpf`, `flower`, `u32`, …
+    pub kind: String,
+    /// Id of its program, if it has one.
+    pub program: Option<u32>,
+    /// Name of its program, as who attached it said.
+    pub name: Option<String>,
+    /// The driver has it too.
+    pub in_hardware: bool,
+}
+
+impl Listed {
+    fn read(message: TcMessage) -> Self {
+        // linux/pkt_cls.h: TCA_CLS_FLAGS_IN_HW, in an attribute of each kind's own.
+        const IN_HARDWARE: u32 = 1 << 2;
+        const TCA_FLOWER_FLAGS: u16 = 22;
+        const TCA_MATCHALL_FLAGS: u16 = 3;
+        let priority = (message.header.info >> 16) as u16;
+        let mut listed =
+            Self { priority, kind: String::new(), program: None, name: None, in_hardware: false };
+        let mut options = Vec::new();
+        for attribute in message.attributes {
+            match attribute {
+                TcAttribute::Kind(kind) => listed.kind = kind,
+                TcAttribute::Options(found) => options = found,
+                _ => {}
+            }
+        }
+        let flags_of_kind = match listed.kind.as_str() {
+            "flower" => Some(TCA_FLOWER_FLAGS),
+            "matchall" => Some(TCA_MATCHALL_FLAGS),
+            _ => None,
+        };
+        for option in options {
+            match option {
+                TcOption::Bpf(TcFilterBpfOption::ProgId(id)) => listed.program = Some(id),
+                TcOption::Bpf(TcFilterBpfOption::ProgName(text)) => listed.name = Some(text),
+                // Kinds that the library does not read, and those that it reads in part.
+                option if flags_of_kind == Some(option.kind()) => {
+                    let mut value = vec![0; option.value_len()];
+                    option.emit_value(&mut value);
+                    let flags = value.first_chunk().map_or(0, |bytes| u32::from_ne_bytes(*bytes));
+                    listed.in_hardware = flags & IN_HARDWARE != 0;
+                }
+                _ => {}
+            }
+        }
+        listed
+    }
+}
+
 /// The hooks of one interface.
 #[derive(Debug)]
 pub(super) struct Clsact<'a> {
@@ -143,6 +198,21 @@ impl<'a> Clsact<'a> {
             }
         }
         Ok(None)
+    }
+
+    /// All filters of a hook, by priority.
+    pub(super) fn filters(&self, side: TcAttachType) -> Result<Vec<Listed>, ClsactError> {
+        let message = RouteNetlinkMessage::GetTrafficFilter(self.message(0, parent(side)));
+        let mut filters = self.socket.dump(&message, Vec::new, |list: &mut Vec<Listed>, payload| {
+            let message = TcMessage::parse(payload).map_err(malformed)?;
+            // Those without a number head the filters of a kind and priority.
+            if u32::from(message.header.handle) != 0 {
+                list.push(Listed::read(message));
+            }
+            Ok(())
+        })?;
+        filters.sort_by_key(|filter| filter.priority);
+        Ok(filters)
     }
 
     /// Removes the queueing discipline, if no filter is left on it.

@@ -1273,6 +1273,7 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
             None => "none",
         }
         .to_owned(),
+        why: attachment.map(|at| at.why),
         xdp: match attachment.map(|at| at.judge) {
             Some(Judge::Xdp(XdpHook::Native)) => "native",
             Some(Judge::Xdp(XdpHook::Generic)) => "generic",

@@ -35,6 +35,9 @@ pub struct Link {
     pub xdp_program: Option<u32>,
     /// Index of the bridge or bond that it is a port of.
     pub controller: Option<u32>,
+    /// Index of the interface that it stands on, as a VLAN device does; none also where that is in
+    /// another namespace.
+    pub lower: Option<u32>,
 }
 
 /// An interface's own addresses that others can answer to: the first global one of each family.
@@ -131,6 +134,9 @@ pub enum LinkError {
     /// The addresses could not be read.
     #[error("reading the interfaces' addresses: {0}")]
     Addresses(String),
+    /// The interfaces could not be listed.
+    #[error("listing the interfaces: {0}")]
+    List(String),
     /// The kernel refused, or its answer could not be read.
     #[error("looking up interface {name}: {reason}")]
     Answer {
@@ -160,6 +166,21 @@ impl Link {
         let mut message = LinkMessage::default();
         message.header.index = index;
         Self::look_up(message, &format!("number {index}"))
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    pub fn all() -> Result<Vec<Self>, LinkError> {
+        let answer = |error: NetlinkError| LinkError::List(error.to_string());
+        let socket = RouteSocket::open().map_err(|error| answer(error.into()))?;
+        let message = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        let read = |all: &mut Vec<Self>, payload: &[u8]| {
+            all.push(Self::read(LinkMessage::parse(payload).map_err(malformed)?));
+            Ok(())
+        };
+        socket.dump(&message, Vec::new, read).map_err(answer)
     }
 
     fn look_up(message: LinkMessage, name: &str) -> Result<Self, LinkError> {
@@ -195,13 +216,17 @@ impl Link {
             mac: None,
             xdp_program: None,
             controller: None,
+            lower: None,
         };
+        let mut elsewhere = false;
         for attribute in message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name = name,
                 LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                 LinkAttribute::NumTxQueues(queues) => link.tx_queues = queues,
                 LinkAttribute::Controller(index) => link.controller = Some(index),
+                LinkAttribute::Link(index) => link.lower = Some(index),
+                LinkAttribute::LinkNetNsId(_) => elsewhere = true,
                 LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
                 LinkAttribute::Xdp(parts) => {
                     link.xdp_program = parts.into_iter().find_map(|part| match part {
@@ -218,6 +243,7 @@ impl Link {
                 _ => {}
             }
         }
+        link.lower = link.lower.filter(|_| !elsewhere);
         link
     }
 }
@@ -235,6 +261,7 @@ mod tests {
         );
         assert_eq!(link.mac, Some([0; 6]));
         assert_eq!(Link::by_index(1).expect("the same"), link);
+        assert!(Link::all().expect("a list").contains(&link));
         let error = Link::by_index(0x7fff_fff0).expect_err("there is none");
         assert_eq!(error.to_string(), "interface number 2147483632 does not exist");
         let error = Link::by_name("no-such-if").expect_err("there is none");

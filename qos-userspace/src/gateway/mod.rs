@@ -1,8 +1,10 @@
 //! The kernel side as userspace sees it: programs, maps and schedulers, kept equal to the state.
 
 mod carry;
+pub mod chain;
 pub mod classifier;
 pub mod clsact;
+pub mod flowtable;
 pub mod kernel;
 pub mod link;
 mod maps;

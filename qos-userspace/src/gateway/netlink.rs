@@ -1,4 +1,4 @@
-//! Requests to the kernel's routing netlink: batches, dumps, and the kernel's own words when it
+//! Requests to the kernel's routing and netfilter netlink: batches, dumps, and the kernel's own words when it
 //! refuses. What the messages mean is not known here.
 
 use std::cell::{Cell, RefCell};
@@ -6,10 +6,11 @@ use std::io;
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkBuffer,
-    NetlinkHeader, NetlinkMessage, NetlinkPayload, NlasIterator, Parseable as _,
+    NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable, NlasIterator, Parseable as _,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use netlink_sys::{Socket, SocketAddr};
 
 /// Most requests that go into one send. The kernel works a send off without giving way to the
 /// packets of that CPU: 200 class changes in one cost them about 100 ms.
@@ -65,7 +66,7 @@ pub(crate) struct Answer {
     pub(crate) payloads: Vec<Vec<u8>>,
 }
 
-/// A routing socket of the network namespace of the thread that opened it.
+/// A routing or netfilter socket of the network namespace of the thread that opened it.
 pub(crate) struct RouteSocket {
     socket: Socket,
     sequence: Cell<u32>,
@@ -81,7 +82,16 @@ impl std::fmt::Debug for RouteSocket {
 
 impl RouteSocket {
     pub(crate) fn open() -> io::Result<Self> {
-        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        Self::open_of(NETLINK_ROUTE)
+    }
+
+    /// One that speaks to netfilter.
+    pub(crate) fn open_netfilter() -> io::Result<Self> {
+        Self::open_of(NETLINK_NETFILTER)
+    }
+
+    fn open_of(protocol: isize) -> io::Result<Self> {
+        let mut socket = Socket::new(protocol)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         // Errors come with the kernel's text and without the whole request.
@@ -141,9 +151,9 @@ impl RouteSocket {
     /// Asks for a list and hands the payload of each of its messages to `read`.
     ///
     /// `begin` is called before the first and again each time the list is taken anew.
-    pub(crate) fn dump<T>(
+    pub(crate) fn dump<M: NetlinkSerializable + Clone, T>(
         &self,
-        message: &RouteNetlinkMessage,
+        message: &M,
         begin: impl Fn() -> T,
         mut read: impl FnMut(&mut T, &[u8]) -> Result<(), NetlinkError>,
     ) -> Result<T, NetlinkError> {
@@ -267,7 +277,7 @@ pub(crate) fn malformed(error: impl std::fmt::Display) -> NetlinkError {
     NetlinkError::Malformed(error.to_string())
 }
 
-fn append(buffer: &mut Vec<u8>, message: RouteNetlinkMessage, flags: u16, sequence: u32) {
+fn append<M: NetlinkSerializable>(buffer: &mut Vec<u8>, message: M, flags: u16, sequence: u32) {
     let mut header = NetlinkHeader::default();
     header.flags = flags;
     header.sequence_number = sequence;

@@ -45,6 +45,7 @@ use super::link::{Framing, Link};
 use super::memory::{SharedArray, grace_period};
 use super::trace::Tracer;
 use super::{Role, TcHooks, XdpChoice};
+use crate::manager::report::Why;
 
 /// How long a program may take to leave its hook once nothing holds its link.
 const TAKEN_OFF: Duration = Duration::from_secs(1);
@@ -202,6 +203,8 @@ pub enum ObjectError {
         interface: String,
         /// What the kernel said.
         reason: String,
+        /// Its error number, where it gave one.
+        errno: Option<i32>,
     },
     /// A program could not be run on a packet.
     #[error("running {program}: {reason}")]
@@ -216,6 +219,14 @@ pub enum ObjectError {
 impl ObjectError {
     pub(super) fn map(map: &'static str, reason: MapError) -> Self {
         Self::Map { map, reason: Box::new(reason) }
+    }
+
+    /// The kernel's error number, where a program could not be attached.
+    const fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Attach { errno, .. } => *errno,
+            _ => None,
+        }
     }
 }
 
@@ -236,6 +247,8 @@ fn program_error(error: &ProgramError) -> String {
 pub struct Attachment {
     /// Where what comes in is judged.
     pub judge: Judge,
+    /// Why there.
+    pub why: Why,
     /// tcx; false: clsact and netlink.
     pub tcx: bool,
     /// Some of it was there before.
@@ -500,10 +513,7 @@ impl Object {
         if ours {
             return None;
         }
-        let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id);
-        // To look it up takes CAP_SYS_ADMIN.
-        let program = found.and_then(|program| program.name_as_str().map(str::to_owned));
-        Some((id, program.unwrap_or_else(|| "?".to_owned())))
+        Some((id, program_name(id).unwrap_or_else(|| "?".to_owned())))
     }
 
     /// Tells whether the maps were there before, with all that they hold.
@@ -560,14 +570,22 @@ impl Object {
         if !hooks.judges {
             self.remove_xdp(interface, &XdpHook::ALL)?;
             self.remove_ingress(interface)?;
-            return Ok(Attachment { judge: Judge::Egress, tcx, taken_over: egress_kept });
+            let judge = Judge::Egress;
+            return Ok(Attachment { judge, why: Why::Nat, tcx, taken_over: egress_kept });
         }
         let xdp = if interface.framing == Framing::Ethernet { hooks.xdp } else { XdpChoice::Off };
+        let foreign = self.foreign_xdp(interface);
+        let mut why = match &foreign {
+            _ if interface.framing != Framing::Ethernet => Why::NoEthernet,
+            _ if hooks.xdp != XdpChoice::Auto => Why::Configured,
+            Some((id, _)) => Why::Foreign { id: *id },
+            None => Why::Best,
+        };
         let tried: &[XdpHook] = match xdp {
             XdpChoice::Native => &[XdpHook::Native],
             XdpChoice::Generic => &[XdpHook::Generic],
             XdpChoice::Off => &[],
-            XdpChoice::Auto if self.foreign_xdp(interface).is_some() => &[],
+            XdpChoice::Auto if foreign.is_some() => &[],
             // Not in the stack: what tc ingress does there costs less (ADR 0012).
             XdpChoice::Auto => &[XdpHook::Native],
         };
@@ -579,16 +597,17 @@ impl Object {
             match self.attach_xdp(place, xdp_program(hooks.role), tried) {
                 Ok((hook, xdp_kept)) => {
                     let taken_over = egress_kept || ingress_kept || xdp_kept;
-                    return Ok(Attachment { judge: Judge::Xdp(hook), tcx, taken_over });
+                    return Ok(Attachment { judge: Judge::Xdp(hook), why, tcx, taken_over });
                 }
                 Err(error) if xdp == XdpChoice::Auto => {
+                    why = Why::Refused { errno: error.errno() };
                     tracing::info!(interface = interface.name, %error, "no native XDP: tc ingress judges");
                 }
                 Err(error) => return Err(error),
             }
         }
         let (_, ingress_kept) = self.attach_tc(place, hooks, Judge::Tc, TcAttachType::Ingress)?;
-        Ok(Attachment { judge: Judge::Tc, tcx, taken_over: egress_kept || ingress_kept })
+        Ok(Attachment { judge: Judge::Tc, why, tcx, taken_over: egress_kept || ingress_kept })
     }
 
     /// Takes our XDP programs off, which an earlier configuration attached.
@@ -946,13 +965,15 @@ impl Place<'_> {
         // The library's errors name the call; the kernel's word stands in their source.
         let mut text = reason.to_string();
         let mut source = reason.source();
+        let mut errno = None;
         while let Some(cause) = source {
+            errno = errno.or_else(|| cause.downcast_ref::<io::Error>()?.raw_os_error());
             if !text.contains(&cause.to_string()) {
                 text = format!("{text}: {cause}");
             }
             source = cause.source();
         }
-        ObjectError::Attach { program, interface: self.link.name.clone(), reason: text }
+        ObjectError::Attach { program, interface: self.link.name.clone(), reason: text, errno }
     }
 }
 
@@ -1168,14 +1189,35 @@ fn take_pinned(pin: &Path, index: u32) -> Result<Option<FdLink>, ObjectError> {
 /// Interface index that a pinned link is attached to; zero if it was detached, none if there is no
 /// such pin. The kernel tells in the descriptor's fdinfo.
 fn pinned_target(pin: &Path) -> io::Result<Option<u32>> {
-    let fd = match open_pin(pin) {
-        Ok(fd) => fd,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    match link_field(pin, "ifindex:") {
+        Ok(target) => Ok(Some(target.unwrap_or(0))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A number that the kernel tells of a pinned link; none: it does not tell that of this one.
+fn link_field(pin: &Path, name: &str) -> io::Result<Option<u32>> {
+    let fd = open_pin(pin)?;
     let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
-    let field = |line: &str| line.strip_prefix("ifindex:").and_then(|value| value.trim().parse().ok());
-    Ok(Some(text.lines().find_map(field).unwrap_or(0)))
+    Ok(text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok()))
+}
+
+/// Ids of the programs that links of ours, pinned below `bpffs_dir`, hold on an interface. What can't be
+/// read is left out.
+pub fn pinned_programs(bpffs_dir: &Path, index: u32) -> BTreeSet<u32> {
+    let prefix = format!("{index}_");
+    let is_theirs =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix));
+    let pins = links_of(&links_dir(bpffs_dir)).into_iter().filter(is_theirs);
+    pins.filter_map(|pin| link_field(&pin, "prog_id:").ok().flatten()).collect()
+}
+
+/// Name of a loaded program, as far as the kernel keeps it; none where there is no such program, or
+/// without CAP_SYS_ADMIN, which looking it up takes.
+pub fn program_name(id: u32) -> Option<String> {
+    let found = aya::programs::loaded_programs().flatten().find(|program| program.id() == id)?;
+    found.name_as_str().filter(|name| !name.is_empty()).map(str::to_owned)
 }
 
 /// `BPF_OBJ_GET` of bpf(2): aya's own opens a link, but does not lend its descriptor.

@@ -117,6 +117,8 @@ pub struct InterfaceStatus {
     pub framing: Option<String>,
     /// Where what comes in is judged: `xdp`, `tc` ingress, or `egress`, where it goes out; `none`.
     pub judged: String,
+    /// Why there; none where nothing is attached.
+    pub why: Option<Why>,
     /// How XDP is attached: `native` or `generic`; `unused` where something else judges; `none`.
     pub xdp: String,
     /// How the tc programs are attached: `tcx`, `clsact` or `none`.
@@ -125,6 +127,30 @@ pub struct InterfaceStatus {
     pub scheduler: String,
     /// Classes that the scheduler keeps for allocations and lines.
     pub classes: usize,
+}
+
+/// Why what comes in by an interface is judged where it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Why {
+    /// The driver runs XDP.
+    Best,
+    /// The configuration says so.
+    Configured,
+    /// The driver refused the program.
+    Refused {
+        /// The kernel's error number, where it gave one.
+        errno: Option<i32>,
+    },
+    /// Its packets begin with their IP header: XDP has no hook there.
+    NoEthernet,
+    /// Somebody else's XDP program has the hook.
+    Foreign {
+        /// Its number, as `bpftool prog` shows it.
+        id: u32,
+    },
+    /// Its packets have the addresses of NAT until they leave by the other side.
+    Nat,
 }
 
 /// Something that was not as it should be, and was repaired.

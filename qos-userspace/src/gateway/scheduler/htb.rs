@@ -91,6 +91,22 @@ struct State {
     filter: bool,
 }
 
+/// Whose queueing discipline is the root of an interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RootOwner {
+    /// The kernel's own default, of that kind.
+    Default(String),
+    /// Ours.
+    Ours,
+    /// Somebody else's.
+    Foreign {
+        /// Its kind.
+        kind: String,
+        /// Its handle as `tc` prints it.
+        handle: String,
+    },
+}
+
 /// What a look at the kernel found.
 struct Observed {
     root: Root,
@@ -135,6 +151,23 @@ impl Htb {
     #[must_use]
     pub fn changes_sent(&self) -> u64 {
         self.changes_sent
+    }
+
+    /// Looks whose root the interface has.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    pub fn root(&self) -> Result<RootOwner, SchedulerError> {
+        let qdiscs = self.qdiscs()?;
+        let root = qdiscs.into_iter().find(|qdisc| qdisc.parent == ROOT_PARENT);
+        Ok(match root {
+            None => RootOwner::Default("none".to_owned()),
+            Some(qdisc) if qdisc.handle == 0 => RootOwner::Default(qdisc.kind),
+            Some(qdisc) if self.is_ours(&qdisc) => RootOwner::Ours,
+            Some(qdisc) => {
+                RootOwner::Foreign { handle: format!("{:x}:", qdisc.handle >> 16), kind: qdisc.kind }
+            }
+        })
     }
 
     /// Classes that the kernel is believed to have.
@@ -522,7 +555,7 @@ impl Htb {
         let root = qdiscs.iter().find(|qdisc| qdisc.parent == ROOT_PARENT && qdisc.handle != 0);
         let root = match root {
             None => Root::Absent,
-            Some(qdisc) if qdisc.kind != "htb" || qdisc.handle != self.direct_class() => {
+            Some(qdisc) if !self.is_ours(qdisc) => {
                 return Err(SchedulerError::ForeignRoot {
                     interface: self.interface.clone(),
                     kind: qdisc.kind.clone(),
@@ -554,6 +587,10 @@ impl Htb {
             .collect();
         classes.sort_by_key(|class| class.id);
         Ok(Observed { root, classes, filter })
+    }
+
+    fn is_ours(&self, root: &Qdisc) -> bool {
+        root.kind == "htb" && root.handle == self.direct_class()
     }
 
     fn qdiscs(&self) -> Result<Vec<Qdisc>, SchedulerError> {
