@@ -170,8 +170,7 @@ fn run() -> Result<ExitCode> {
             privilege::check(&runner.command)
                 .context("`cargo xtask bench` makes network namespaces and loads programs into the kernel")?;
             workspace.set_up()?;
-            // What is measured runs in the kernel, and the kernel object is always optimized.
-            become_program(&workspace, "qos-bench", Profile::Dev, &runner.command, &args)?;
+            become_program(&workspace, "qos-bench", Profile::Release, &runner.command, &args)?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -241,23 +241,14 @@ impl<'a> Clsact<'a> {
 
     /// Kind of the queueing discipline that has the hooks.
     fn discipline(&self) -> Result<Option<String>, ClsactError> {
-        let index = self.link.index.cast_signed();
-        let message = RouteNetlinkMessage::GetQueueDiscipline(self.message(0, 0));
-        let found = self.socket.dump(
-            &message,
-            || None,
-            |kind, payload| {
-                let message = TcMessage::parse(payload).map_err(malformed)?;
-                if message.header.index == index && u32::from(message.header.handle) == HOOKS {
-                    *kind = message.attributes.into_iter().find_map(|attribute| match attribute {
-                        TcAttribute::Kind(kind) => Some(kind),
-                        _ => None,
-                    });
-                }
-                Ok(())
-            },
-        )?;
-        Ok(found)
+        let found = self.socket.qdiscs(self.link.index, |message| {
+            let kind = message.attributes.iter().find_map(|attribute| match attribute {
+                TcAttribute::Kind(kind) => Some(kind.clone()),
+                _ => None,
+            });
+            Ok((u32::from(message.header.handle), kind))
+        })?;
+        Ok(found.into_iter().find(|(handle, _)| *handle == HOOKS).and_then(|(_, kind)| kind))
     }
 
     fn message(&self, handle: u32, parent: u32) -> TcMessage {

@@ -737,8 +737,7 @@ impl Kernel {
     /// The settings with what follows from the trees and the allocations: the class of what is on no line,
     /// and whether there is an MTU to look at.
     fn with_defaults(&self, state: &State, mut settings: Settings) -> Settings {
-        settings.mtus =
-            u32::from(state.allocations.values().any(|allocation| allocation.level.mtu.is_some()));
+        settings.mtus = u32::from(state.has_mtu());
         for interface in &self.interfaces {
             if let (Some(scheduler), Some(tree)) = (&interface.scheduler, &interface.tree) {
                 settings.default_class[interface.egress() as usize] =

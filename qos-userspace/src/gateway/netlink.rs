@@ -1,5 +1,6 @@
 //! Requests to the kernel's routing and netfilter netlink: batches, dumps, and the kernel's own words when it
-//! refuses. What the messages mean is not known here.
+//! refuses. What the messages mean is not known here, only which interface those of traffic control are
+//! about.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -9,6 +10,7 @@ use netlink_packet_core::{
     NetlinkHeader, NetlinkMessage, NetlinkPayload, NetlinkSerializable, NlasIterator, Parseable as _,
 };
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::TcMessage;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{Socket, SocketAddr};
 
@@ -199,6 +201,21 @@ impl RouteSocket {
         Err(NetlinkError::Malformed(format!("it changed during each of {DUMP_ATTEMPTS} dumps")))
     }
 
+    /// What `read` makes of each queueing discipline of an interface.
+    pub(crate) fn qdiscs<T>(
+        &self,
+        index: u32,
+        read: impl Fn(&TcMessage) -> Result<T, NetlinkError>,
+    ) -> Result<Vec<T>, NetlinkError> {
+        let message = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
+        self.dump(&message, Vec::new, |list, payload| {
+            if let Some(message) = read_tc(index, payload)? {
+                list.push(read(&message)?);
+            }
+            Ok(())
+        })
+    }
+
     /// Receives one datagram and hands out its messages. All are handed out, whatever the first
     /// error is, so that none is left to be taken for the next request's.
     fn receive(
@@ -270,6 +287,17 @@ impl LinkEvents {
             }
             flags = libc::MSG_DONTWAIT;
         }
+    }
+}
+
+/// Reads a message of traffic control; none: it is about another interface. That is looked at first: a
+/// dump of qdiscs names those of all interfaces, kinds that can't be read among them.
+pub(crate) fn read_tc(index: u32, payload: &[u8]) -> Result<Option<TcMessage>, NetlinkError> {
+    let found = payload.get(4..).and_then(<[u8]>::first_chunk);
+    match found.map(|found| u32::from_ne_bytes(*found)) {
+        None => Err(malformed(format!("{} bytes, no interface among them", payload.len()))),
+        Some(found) if found != index => Ok(None),
+        Some(_) => TcMessage::parse(payload).map(Some).map_err(malformed),
     }
 }
 
@@ -351,6 +379,18 @@ mod tests {
         }
         let (header, _) = acknowledgement(0, 0, None);
         assert!(outcome(&header, &[1, 2]).is_err(), "too short");
+    }
+
+    #[test]
+    fn another_interfaces_messages_are_not_read() {
+        let mut payload = vec![0; 20];
+        payload[4..8].copy_from_slice(&7_u32.to_ne_bytes());
+        assert!(read_tc(7, &payload).expect("readable").is_some());
+        // An attribute that is longer than the message.
+        payload.extend([0xff, 0, 1, 0]);
+        assert!(read_tc(7, &payload).is_err());
+        assert_eq!(read_tc(8, &payload).expect("not looked at"), None);
+        assert!(read_tc(7, &payload[..6]).is_err(), "too short");
     }
 
     #[test]

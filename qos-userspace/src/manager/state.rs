@@ -177,6 +177,12 @@ impl State {
         BitsPerSecond(line.map_or(0, |line| line.load.get(direction).rate))
     }
 
+    /// Whether any allocation has a largest packet.
+    #[must_use]
+    pub fn has_mtu(&self) -> bool {
+        self.index.mtus > 0
+    }
+
     /// What of a line's speed is not promised. Zero where there is no such session.
     #[must_use]
     pub fn left_on_line(&self, session: &Name, direction: Direction) -> BitsPerSecond {
@@ -309,6 +315,8 @@ pub(super) struct Index {
     pub(super) prefix_lengths: BTreeMap<(bool, u8), usize>,
     pub(super) rules: RuleIndex,
     pub(super) expiries: BTreeSet<(Timestamp, AllocationId)>,
+    /// How many allocations have a largest packet.
+    mtus: usize,
 }
 
 /// What a line carries.
@@ -336,6 +344,7 @@ impl Index {
             prefix_lengths: BTreeMap::new(),
             rules: RuleIndex::default(),
             expiries: BTreeSet::new(),
+            mtus: 0,
         }
     }
 
@@ -419,6 +428,7 @@ impl Index {
             self.rules.add(rule);
         }
         self.expiries.extend(allocation.expires_at.map(|at| (at, allocation.id)));
+        self.mtus += usize::from(allocation.level.mtu.is_some());
         self.refresh_room(network, session);
     }
 
@@ -455,6 +465,7 @@ impl Index {
         if let Some(at) = allocation.expires_at {
             self.expiries.remove(&(at, allocation.id));
         }
+        self.mtus -= usize::from(allocation.level.mtu.is_some());
         self.refresh_room(network, session);
     }
 

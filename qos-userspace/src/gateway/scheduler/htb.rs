@@ -594,13 +594,8 @@ impl Htb {
     }
 
     fn qdiscs(&self) -> Result<Vec<Qdisc>, SchedulerError> {
-        let message = RouteNetlinkMessage::GetQueueDiscipline(message::all_qdiscs(self.index));
-        self.socket
-            .dump(&message, Vec::new, |list, payload| {
-                list.extend(message::read_qdisc(self.index, payload)?);
-                Ok(())
-            })
-            .map_err(|error| self.error("list qdiscs", error))
+        let found = self.socket.qdiscs(self.index, message::read_qdisc);
+        found.map_err(|error| self.error("list qdiscs", error))
     }
 
     /// The classes of some groups, the root's among them as group 0.

@@ -4,13 +4,20 @@
 //! What a grant takes at the kernel is qosd's own time from the decision, written to the store, to the
 //! end of all that is done in maps and trees (its log at `debug`). Packets are those of a paced flow on
 //! a line of its own, watched in turns with and without grants and revokes going on.
+//!
+//! The baseline is the kernel alone: the same classes and queues on the same interfaces, asked for by
+//! nothing but this program, and grants among them of one class and its queue.
 
+use std::collections::HashMap;
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use netlink_packet_core::{DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{TcAttribute, TcMessage, TcOption};
 use qos_tests::api::Client;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::netlink::Netlink;
@@ -30,6 +37,17 @@ const WINDOW: Duration = Duration::from_secs(3);
 /// In which it is counted how long no packet came.
 const BIN: Duration = Duration::from_micros(500);
 
+/// Parent of a root qdisc (`TC_H_ROOT`).
+const ROOT_PARENT: u32 = u32::MAX;
+/// Minor numbers of classes: lines begin at the first, groups of them and allocations at the others
+/// (docs/adr/0005 and 0011).
+const FIRST_LINE: u32 = 0x10;
+const FIRST_GROUP: u32 = 0x3000;
+const FIRST_LEAF: u32 = 0x4000;
+/// Grants of the baseline, so many and so far apart.
+const BARE_GRANTS: u16 = 400;
+const BARE_PAUSE: Duration = Duration::from_millis(4);
+
 /// Everything that one run measured. Times are in milliseconds.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
@@ -43,8 +61,12 @@ pub(crate) struct Report {
     lines_by_requests_at_the_kernel: f64,
     /// From the start of qosd, with all lines in its store and nothing in the kernel, to its answer.
     lines_at_start: f64,
+    /// The kernel alone, for what qosd had made then.
+    lines_alone: f64,
     /// All grants, at the kernel.
     grants: Spread,
+    /// The kernel alone: a class and its queue among those of all lines.
+    grants_alone: Spread,
     /// The last tenth of them.
     last_grants: Spread,
     /// The last tenth, from request to answer.
@@ -103,10 +125,7 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
 
     daemon.kill()?;
     let mut netlink = Netlink::open(&net.gateway)?;
-    for interface in [LAN, WAN] {
-        let index = netlink.link(interface)?.index;
-        netlink.delete_root(index)?;
-    }
+    let Alone { lines: lines_alone, grants: mut grants_alone } = alone(&mut netlink)?;
     let _ = fs::remove_dir_all(daemon.bpffs_dir());
     let lines_at_start = start(&mut daemon)?;
 
@@ -161,7 +180,9 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
         lines_by_requests,
         lines_by_requests_at_the_kernel,
         lines_at_start,
+        lines_alone,
         grants: spread(&mut grants),
+        grants_alone: spread(&mut grants_alone),
         last_grants: last_spread,
         last_answers: spread(&mut last_answers),
         changes: spread(&mut changes),
@@ -170,6 +191,108 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
         restart,
         restart_after_kill,
     })
+}
+
+/// What the kernel took by itself, in milliseconds.
+struct Alone {
+    lines: f64,
+    grants: Vec<f64>,
+}
+
+/// Makes all classes and queues of both interfaces anew, and some more, and removes everything.
+fn alone(netlink: &mut Netlink) -> Result<Alone> {
+    let indices = [netlink.link(LAN)?.index, netlink.link(WAN)?.index];
+    let qdiscs = netlink.qdiscs()?;
+    let mut requests = Vec::new();
+    for index in indices {
+        let kinds: HashMap<u32, (u32, &str)> = qdiscs
+            .iter()
+            .filter(|qdisc| qdisc.index == index.cast_signed())
+            .map(|qdisc| (qdisc.parent, (qdisc.handle, qdisc.kind.as_str())))
+            .collect();
+        let (root, _) = kinds.get(&ROOT_PARENT).context("qosd had made no root")?;
+        requests.push(queue(index, ROOT_PARENT, *root, "htb"));
+        // By number: parents come before children, and the root's classes before the groups'.
+        for found in netlink.classes(index)? {
+            requests.push(class(index, found.parent, found.handle));
+            if let Some((handle, kind)) = kinds.get(&found.handle) {
+                requests.push(queue(index, found.handle, *handle, kind));
+            }
+        }
+    }
+    indices.into_iter().try_for_each(|index| netlink.delete_root(index))?;
+
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+    let begin = Instant::now();
+    for request in requests {
+        netlink.request(request, flags)?;
+    }
+    let lines = milliseconds(begin.elapsed());
+
+    let classes = netlink.classes(indices[0])?;
+    let inner: Vec<u32> = classes
+        .iter()
+        .filter(|class| classes.binary_search_by_key(&(class.handle + 1), |rest| rest.handle).is_ok())
+        .map(|class| class.handle)
+        .filter(|handle| (FIRST_LINE..FIRST_GROUP).contains(&(handle & 0xffff)) && handle % 2 == 0)
+        .collect();
+    ensure!(!inner.is_empty(), "there are no lines among the classes");
+    let mut grants = Vec::new();
+    for number in 1..=BARE_GRANTS {
+        let line = inner[usize::from(number) * inner.len() / (usize::from(BARE_GRANTS) + 1)];
+        let minor = FIRST_LEAF + u32::from(number);
+        let leaf = line & 0xffff_0000 | minor;
+        thread::sleep(BARE_PAUSE);
+        let begin = Instant::now();
+        netlink.request(class(indices[0], line, leaf), flags)?;
+        netlink.request(queue(indices[0], leaf, minor << 16, "bfifo"), flags)?;
+        grants.push(milliseconds(begin.elapsed()));
+    }
+    indices.into_iter().try_for_each(|index| netlink.delete_root(index))?;
+    Ok(Alone { lines, grants })
+}
+
+/// A class as slow as HTB's smallest: its parameters cost nothing.
+fn class(index: u32, parent: u32, handle: u32) -> RouteNetlinkMessage {
+    // linux/pkt_sched.h: struct tc_htb_opt.
+    const PARMS: u16 = 1;
+    const RATE: u32 = 1_000;
+    let mut parameters = Vec::new();
+    for _ in ["rate", "ceil"] {
+        // struct tc_ratespec {cell_log, link layer, overhead, cell align, smallest packet, bytes/s}.
+        parameters.extend([0, 1, 0, 0, 0xff, 0xff, 0, 0]);
+        parameters.extend(RATE.to_ne_bytes());
+    }
+    for word in [100_000_u32, 100_000, 70_000, 0, 0] {
+        parameters.extend(word.to_ne_bytes());
+    }
+    let options = TcAttribute::Options(vec![TcOption::Other(DefaultNla::new(PARMS, parameters))]);
+    RouteNetlinkMessage::NewTrafficClass(message(index, parent, handle, "htb", options))
+}
+
+/// A qdisc that is as large as qosd's of that kind.
+fn queue(index: u32, parent: u32, handle: u32, kind: &str) -> RouteNetlinkMessage {
+    const HTB_INIT: u16 = 2;
+    const FQ_CODEL_FLOWS: u16 = 5;
+    let nested = |kind, words: &[u32]| {
+        let bytes = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        TcAttribute::Options(vec![TcOption::Other(DefaultNla::new(kind, bytes))])
+    };
+    let options = match kind {
+        "htb" => nested(HTB_INIT, &[3, 10, 2, 0, 0]),
+        "fq_codel" => nested(FQ_CODEL_FLOWS, &[128]),
+        _ => TcAttribute::Other(DefaultNla::new(2, 60_000_u32.to_ne_bytes().to_vec())),
+    };
+    RouteNetlinkMessage::NewQueueDiscipline(message(index, parent, handle, kind, options))
+}
+
+fn message(index: u32, parent: u32, handle: u32, kind: &str, options: TcAttribute) -> TcMessage {
+    let mut message = TcMessage::default();
+    message.header.index = index.cast_signed();
+    message.header.parent = parent.into();
+    message.header.handle = handle.into();
+    message.attributes = vec![TcAttribute::Kind(kind.to_owned()), options];
+    message
 }
 
 /// Starts qosd and returns how long it took to answer.
@@ -288,6 +411,7 @@ pub(crate) fn print(report: &Report) {
         ("by requests, one after the other", report.lines_by_requests),
         ("of that, at the kernel", report.lines_by_requests_at_the_kernel),
         ("qosd started with all lines, nothing in the kernel", report.lines_at_start),
+        ("the kernel alone, for the same classes", report.lines_alone),
         ("restarted with everything", report.restart),
         ("the same after kill -9", report.restart_after_kill),
     ] {
@@ -299,6 +423,7 @@ pub(crate) fn print(report: &Report) {
     table.set_header(["grants", "number", "median ms", "p99 ms", "max ms"]);
     for (what, spread) in [
         ("at the kernel, all", &report.grants),
+        ("the kernel alone, a class and its queue, no other grants", &report.grants_alone),
         ("at the kernel, the last tenth", &report.last_grants),
         ("answered, the last tenth", &report.last_answers),
         ("at the kernel, revokes and grants with all there", &report.changes),

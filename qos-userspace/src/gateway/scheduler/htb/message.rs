@@ -1,13 +1,13 @@
 //! How classes and queues are written to and read from routing netlink
 //! (`struct tc_htb_opt` and its neighbours in include/uapi/linux/pkt_sched.h).
 
-use netlink_packet_core::{DefaultNla, Nla as _, NlasIterator, Parseable as _};
+use netlink_packet_core::{DefaultNla, Nla as _, NlasIterator};
 use netlink_packet_route::tc::{
     TcAttribute, TcFilterBpfOption, TcHandle, TcHeader, TcMessage, TcOption, TcQdiscFqCodelOption, TcStats2,
 };
 
 use super::class::{Class, DEFAULT, Discipline, Id, Queue, ROOT, group_major};
-use crate::gateway::netlink::{ETH_P_ALL, NetlinkError, malformed};
+use crate::gateway::netlink::{ETH_P_ALL, NetlinkError, malformed, read_tc};
 use crate::gateway::scheduler::ClassStatistics;
 
 const TCA_OPTIONS: u16 = 2;
@@ -100,10 +100,6 @@ pub(super) fn all_classes(index: u32, group: u16) -> TcMessage {
     bare(index, 0, u32::from(group_major(group)) << 16, None)
 }
 
-pub(super) fn all_qdiscs(index: u32) -> TcMessage {
-    bare(index, 0, 0, None)
-}
-
 /// The queue of a class, to be made (`new`) or changed.
 pub(super) fn queue(index: u32, id: Id, queue: &Queue, new: bool) -> TcMessage {
     let mut message = queue_name(index, id, queue);
@@ -164,12 +160,12 @@ pub(super) fn all_filters(index: u32) -> TcMessage {
 /// Whether a message is about the filter of groups.
 pub(super) fn is_filter(index: u32, payload: &[u8]) -> Result<bool, NetlinkError> {
     let ours = |message: TcMessage| message.header.info >> 16 == u32::from(ROOT);
-    Ok(read(index, payload)?.is_some_and(ours))
+    Ok(read_tc(index, payload)?.is_some_and(ours))
 }
 
 /// Reads a class of ours out of a message; none: it is another interface's or kind's.
 pub(super) fn read_class(index: u32, payload: &[u8]) -> Result<Option<Found>, NetlinkError> {
-    let Some(message) = read(index, payload)? else { return Ok(None) };
+    let Some(message) = read_tc(index, payload)? else { return Ok(None) };
     let header = &message.header;
     let Some(id) = Id::of_handle(header.handle.into()) else { return Ok(None) };
     let mut class = Class {
@@ -200,9 +196,8 @@ pub(super) fn read_class(index: u32, payload: &[u8]) -> Result<Option<Found>, Ne
     Ok(htb.then_some(Found { class, statistics }))
 }
 
-/// Reads a qdisc out of a message; none: it is another interface's.
-pub(super) fn read_qdisc(index: u32, payload: &[u8]) -> Result<Option<Qdisc>, NetlinkError> {
-    let Some(message) = read(index, payload)? else { return Ok(None) };
+/// Reads a qdisc out of a message.
+pub(super) fn read_qdisc(message: &TcMessage) -> Result<Qdisc, NetlinkError> {
     let mut qdisc = Qdisc {
         parent: message.header.parent.into(),
         handle: message.header.handle.into(),
@@ -236,7 +231,7 @@ pub(super) fn read_qdisc(index: u32, payload: &[u8]) -> Result<Option<Qdisc>, Ne
             _ => {}
         }
     }
-    Ok(Some(qdisc))
+    Ok(qdisc)
 }
 
 fn bare(index: u32, handle: u32, parent: u32, kind: Option<&str>) -> TcMessage {
@@ -348,15 +343,6 @@ fn read_statistics(statistics: &mut ClassStatistics, parts: &[TcStats2]) -> Resu
         }
     }
     Ok(())
-}
-
-/// Reads a message of the interface. The index is looked at first: a dump of qdiscs names those of
-/// all interfaces, kinds that can't be read among them.
-fn read(index: u32, payload: &[u8]) -> Result<Option<TcMessage>, NetlinkError> {
-    if word(payload, 4)? != index {
-        return Ok(None);
-    }
-    TcMessage::parse(payload).map(Some).map_err(malformed)
 }
 
 /// The bytes of an attribute whose content the library does not know: it keeps them whole, wrapped
@@ -500,11 +486,14 @@ mod tests {
         let other = emitted(&class(INDEX + 1, &sample()));
         assert_eq!(read_class(INDEX, &other).expect("readable"), None, "another interface's");
         assert!(read_class(INDEX, &other[..6]).is_err(), "cut off");
-        let found = read_qdisc(INDEX, &emitted(&root(INDEX))).expect("readable").expect("ours");
+        let read_back = |message: &TcMessage| {
+            let message = read_tc(INDEX, &emitted(message)).expect("readable").expect("ours");
+            read_qdisc(&message).expect("readable")
+        };
+        let found = read_back(&root(INDEX));
         assert_eq!((found.kind.as_str(), found.default_class), ("htb", Some(2)));
         let group = Queue { handle: 0x5325, discipline: Discipline::Group };
-        let written = emitted(&queue(INDEX, Id::root(0x3001), &group, true));
-        let found = read_qdisc(INDEX, &written).expect("readable").expect("ours");
+        let found = read_back(&queue(INDEX, Id::root(0x3001), &group, true));
         assert_eq!(
             (found.handle, found.parent, found.discipline),
             (0x5325_0000, 0x5150_3001, Discipline::Group)

@@ -862,10 +862,9 @@ fn rate_of(receiver: &UdpSocket, after: Duration, time: Duration) -> f64 {
 fn raw_dump(link: &Link) -> Vec<String> {
     let socket = RouteSocket::open().expect("socket");
     let mut lines = Vec::new();
-    for message in [
-        Message::GetQueueDiscipline(message::all_qdiscs(link.index)),
-        Message::GetTrafficClass(message::all_qdiscs(link.index)),
-    ] {
+    let mut all = TcMessage::default();
+    all.header.index = link.index as i32;
+    for message in [Message::GetQueueDiscipline(all.clone()), Message::GetTrafficClass(all)] {
         let messages = socket.dump(&message, Vec::new, |list, payload| {
             list.push(without_counters(payload));
             Ok(())
