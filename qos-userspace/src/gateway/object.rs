@@ -338,8 +338,29 @@ pub struct Object {
     pinned: Vec<(PathBuf, MapData)>,
     /// The maps were there before.
     maps_taken_over: bool,
-    /// Folders of other versions' maps, which programs may still use.
-    others: BTreeSet<PathBuf>,
+    /// Other versions' maps, which programs may still use.
+    others: Vec<Other>,
+    /// What is carried over to; none where there are no others.
+    carried: Option<Carried>,
+}
+
+/// The maps of another version.
+#[derive(Debug)]
+struct Other {
+    folder: PathBuf,
+    /// None: they can't be read.
+    carried: Option<Carried>,
+}
+
+impl Other {
+    fn open(folder: PathBuf) -> Self {
+        let carried = Carried::open(&folder);
+        if let Err(reason) = &carried {
+            // It must not keep the next version from starting: limits begin with full bursts.
+            tracing::warn!(folder = %folder.display(), %reason, "clocks and counters are not carried over");
+        }
+        Self { folder, carried: carried.ok() }
+    }
 }
 
 impl Object {
@@ -400,8 +421,12 @@ impl Object {
         });
         let pinned = pinned.collect::<Result<_, ObjectError>>()?;
         let maps_dir = maps_dir.to_path_buf();
-        let object = Self { ebpf, maps_dir, links_dir, pinned, maps_taken_over, others };
-        object.carry(Carried::seed)?;
+        let others: Vec<_> = others.into_iter().map(Other::open).collect();
+        let carried = if others.is_empty() { None } else { Some(Carried::open(&maps_dir)) };
+        let carried =
+            carried.transpose().map_err(|reason| ObjectError::Carry { folder: maps_dir.clone(), reason })?;
+        let object = Self { ebpf, maps_dir, links_dir, pinned, maps_taken_over, others, carried };
+        object.carry(Carried::seed);
         object.remove_dead_links()?;
         Ok(object)
     }
@@ -415,14 +440,15 @@ impl Object {
         if self.others.is_empty() {
             return Ok(());
         }
-        grace_period().map_err(|reason| self.carry_error(reason))?;
-        self.carry(Carried::fold)?;
-        while let Some(folder) = self.others.pop_first() {
+        grace_period().map_err(|reason| ObjectError::Carry { folder: self.maps_dir.clone(), reason })?;
+        self.carry(Carried::fold);
+        while let Some(Other { folder, .. }) = self.others.pop() {
             tracing::info!(folder = %folder.display(), "another version's maps go: its programs are replaced");
             let retired = carry::retired(folder.parent().unwrap_or(&folder));
             fs::rename(&folder, &retired).map_err(|reason| pin_error("renaming", &folder, reason))?;
             remove_folder(&retired)?;
         }
+        self.carried = None;
         Ok(())
     }
 
@@ -436,25 +462,10 @@ impl Object {
     }
 
     /// Carries over from each other version to this one's maps.
-    fn carry(&self, how: impl Fn(&Carried, &Carried)) -> Result<(), ObjectError> {
-        if self.others.is_empty() {
-            return Ok(());
+    fn carry(&self, how: impl Fn(&Carried, &Carried)) {
+        if let Some(own) = &self.carried {
+            self.others.iter().filter_map(|other| other.carried.as_ref()).for_each(|other| how(own, other));
         }
-        let own = Carried::open(&self.maps_dir).map_err(|reason| self.carry_error(reason))?;
-        for folder in &self.others {
-            match Carried::open(folder) {
-                Ok(other) => how(&own, &other),
-                // It must not keep the next version from starting: limits begin with full bursts.
-                Err(reason) => {
-                    tracing::warn!(folder = %folder.display(), %reason, "clocks and counters are not carried over");
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn carry_error(&self, reason: io::Error) -> ObjectError {
-        ObjectError::Carry { folder: self.maps_dir.clone(), reason }
     }
 
     /// Pins again what somebody has unpinned, and returns the names of those maps. Programs and this
@@ -761,7 +772,7 @@ impl Object {
         for &hook in hooks {
             let pin = self.pin(place.link.index, hook.pin());
             if let Some(link) = take_pinned(&pin, place.link.index)? {
-                self.carry(Carried::set_clocks)?;
+                self.carry(Carried::set_clocks);
                 let link = XdpLink::try_from(link).map_err(|reason| place.error(program, &reason))?;
                 let xdp: &mut Xdp = self.program(program)?;
                 let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
@@ -809,7 +820,7 @@ impl Object {
     ) -> Result<(bool, bool), ObjectError> {
         let pin = self.pin(place.link.index, clsact::name(side));
         let old = take_pinned(&pin, place.link.index)?;
-        self.carry(Carried::set_clocks)?;
+        self.carry(Carried::set_clocks);
         if hooks == TcHooks::Clsact {
             let kept = self.attach_clsact(place, program, side)?;
             if old.is_some() {
