@@ -17,6 +17,10 @@ use crate::classify::Search;
 /// `BPF_F_MMAPABLE`, linux/bpf.h: userspace reads and writes the array in place.
 const MMAPABLE: usize = 1 << 10;
 
+/// Bits of an outcome's number.
+const OUTCOME_BITS: u32 = 15;
+const _: () = assert!(size_of::<Outcomes>() == (OUTCOME_BITS as usize + 1) * size_of::<u64>());
+
 const DIRECTIONS: usize = 2;
 const ALLOCATION_RECORDS: usize = ALLOCATION_SLOTS as usize * DIRECTIONS;
 const PROVIDER_RECORDS: usize = PROVIDER_SLOTS as usize * DIRECTIONS;
@@ -155,10 +159,14 @@ fn cpu() -> u32 {
 /// Counts what became of a packet.
 #[inline(always)]
 pub(crate) fn count(outcome: Outcome) {
+    let number = outcome as u32;
+    // SAFETY: it was written just now. Read back, it is not known to be small to the compiler, which
+    // would leave out the bound that the verifier asks for.
+    let number = unsafe { (&raw const number).read_volatile() } & OUTCOME_BITS;
     if let Some(counts) = OUTCOME_COUNTERS.get_ptr_mut(cpu()) {
-        // SAFETY: the map returned a pointer to this CPU's element, which has a place for every
-        // outcome and more, and bottom halves are off.
-        unsafe { *counts.cast::<u64>().add(outcome as usize) += 1 };
+        // SAFETY: the map returned a pointer to this CPU's element, which has a place for that number,
+        // and bottom halves are off.
+        unsafe { *counts.cast::<u64>().add(number as usize) += 1 };
     }
 }
 
