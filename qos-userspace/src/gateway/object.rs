@@ -6,7 +6,7 @@
 //! changes anything here holds [`lock_pins`].
 //!
 //! Where the maps there are another version's, it makes its own beside them. Programs of both run
-//! until every link has its new one ([`super::carry`] tells what goes over); then
+//! until every link has its new one (`gateway::carry` tells what goes over); then
 //! [`Object::retire_others`] removes the other maps. Whoever is killed before that leaves both, for the next
 //! start to go on from.
 //!
