@@ -13,7 +13,9 @@ use qos_common::abi::ABI_VERSION;
 use qos_tests::ask::Brief;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, pinned_links};
-use qos_tests::topology::Topology;
+use qos_tests::netlink::Netlink;
+use qos_tests::netns::Namespace;
+use qos_tests::topology::{HOST_LINK, LAN, Topology, WAN};
 use qos_tests::traffic::{Flow, Measured, RunningUdp, UdpFlow, charged_length};
 use qos_userspace::domain::{AllocationId, BitsPerSecond};
 
@@ -79,6 +81,29 @@ impl Load {
         Self { net, daemon, flows }
     }
 
+    /// Packets that devices have lost between the namespaces, because a CPU came too late to take them.
+    fn overrun(&self) -> u64 {
+        let (home, video) = (self.net.subscriber("home"), self.net.provider("video"));
+        let links = [
+            (&home.namespace, HOST_LINK),
+            (&video.namespace, HOST_LINK),
+            (&self.net.gateway, LAN),
+            (&self.net.gateway, WAN),
+        ];
+        let dropped = |(namespace, link): (&Namespace, &str)| {
+            Netlink::open(namespace).unwrap().link(link).unwrap().counters.tx_dropped
+        };
+        links.into_iter().map(dropped).sum()
+    }
+
+    fn is_all(&self, counted: u64, sent: u64, what: &str) {
+        let overrun = self.overrun();
+        assert!(
+            counted <= sent && sent - counted <= overrun,
+            "{what}: {counted} of {sent}, {overrun} overran"
+        );
+    }
+
     /// Does something while the flows are watched, and looks that none of them has noticed.
     fn undisturbed(mut self, what: impl FnOnce(&mut Daemon)) {
         let before = Kernel::read(&self.daemon, &self.net.gateway).unwrap();
@@ -94,7 +119,7 @@ impl Load {
             match watched.limit {
                 // At such rates any busy process lets packets overtake each other: the sender is moved to
                 // another CPU, whose backlog is shorter.
-                None => assert_eq!(measured.lost, 0, "{:?}", Brief(measured)),
+                None => assert!(measured.lost <= self.overrun(), "{:?}", Brief(measured)),
                 // A clock begun anew would let 25 ms through at once.
                 Some(limit) => {
                     let series = measured.series(Duration::from_millis(250));
@@ -113,10 +138,10 @@ impl Load {
             let counts = now.allocations[&watched.allocation];
             let counts = if watched.is_up { counts.up } else { counts.down };
             let counted = counts.passed.packets + counts.dropped.packets;
-            assert_eq!(counted, watched.flow.sent(), "what was counted of {:?}", watched.flow.source());
+            self.is_all(counted, watched.flow.sent(), "what was counted of a flow");
         }
         let marked = now.allocations[&self.flows[0].allocation].down.marked.packets;
-        assert_eq!(marked, self.flows[0].flow.sent(), "all of them are marked");
+        self.is_all(marked, self.flows[0].flow.sent(), "what was marked");
         let delta = |outcome: &str| now.outcomes[outcome] - outcomes[outcome];
         // A router or neighbour solicitation now and then is nobody's.
         assert!(delta("unclassified") <= 10, "unclassified: {}", delta("unclassified"));
@@ -125,7 +150,7 @@ impl Load {
         }
         let sent: u64 = self.flows.iter().map(|watched| watched.flow.sent()).sum();
         let judged = ["admitted", "over_maximum"].map(|outcome| now.outcomes[outcome]);
-        assert_eq!(judged.iter().sum::<u64>(), sent, "outcomes were carried over");
+        self.is_all(judged.iter().sum(), sent, "outcomes");
 
         let after = Kernel::read(&self.daemon, &self.net.gateway).unwrap();
         assert_eq!(before.without_programs(), after.without_programs());
