@@ -20,6 +20,7 @@ use std::ops::Range;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya::maps::{MapData, MapInfo};
@@ -147,7 +148,7 @@ macro_rules! counters {
 }
 
 /// Layouts of the maps that something is carried over from.
-pub(super) fn layouts() -> Vec<Layout> {
+pub(super) static LAYOUTS: LazyLock<Vec<Layout>> = LazyLock::new(|| {
     let packets = Outcome::ALL.into_iter().map(|outcome| Field {
         name: outcome_name(outcome),
         offset: offset_of!(Outcomes, packets) + outcome as usize * size_of::<u64>(),
@@ -169,6 +170,10 @@ pub(super) fn layouts() -> Vec<Layout> {
             Fragment { seen_ns: Not, allocation: Not, slot: Not, selector: Not }
         ),
     ]
+});
+
+fn layout_of(map: &str) -> Option<&'static Layout> {
+    LAYOUTS.iter().find(|layout| layout.map == map)
 }
 
 /// Owners, how many records of its own each has in the other two maps, clocks, and counters.
@@ -208,7 +213,7 @@ pub(super) fn folders(bpffs_dir: &Path) -> io::Result<BTreeSet<PathBuf>> {
 /// # Errors
 /// Where a link can't be made.
 pub(super) fn leave_layouts(folder: &Path) -> io::Result<Option<&'static str>> {
-    for layout in layouts() {
+    for layout in LAYOUTS.iter() {
         let path = folder.join(format!("{}{LAYOUT}", layout.map));
         match symlink(layout.to_string(), &path) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
@@ -233,7 +238,7 @@ pub(super) fn shared(
     map: &str,
     is_same_shape: impl Fn(&MapInfo) -> bool,
 ) -> Option<PathBuf> {
-    let layout = layouts().into_iter().find(|layout| layout.map == map && layout.is_shared())?.to_string();
+    let layout = layout_of(map).filter(|layout| layout.is_shared())?.to_string();
     let pins = others.iter().rev().filter(|folder| read_layout(folder, map).as_ref() == Some(&layout));
     pins.map(|folder| folder.join(map))
         .find(|pin| MapInfo::from_pin(pin).is_ok_and(|info| is_same_shape(&info)))
@@ -312,12 +317,9 @@ impl Carried {
     /// # Errors
     /// Where a map is not as its layout says.
     pub(super) fn open(folder: &Path) -> io::Result<Self> {
-        let layouts = layouts();
-        let owner_of = |map: &str| {
-            let layout = layouts.iter().find(|layout| layout.map == map);
-            let owner =
-                layout.and_then(|layout| layout.fields.iter().find(|field| field.fold == Fold::Owner));
-            owner.map_or("", |field| field.name)
+        let owner_of = |map| {
+            let mut fields = layout_of(map).into_iter().flat_map(|layout| &layout.fields);
+            fields.find(|field| field.fold == Fold::Owner).map_or("", |field| field.name)
         };
         let mut tables = [const { None }; TABLES.len()];
         for (table, (owners, each, clocks, counters)) in tables.iter_mut().zip(TABLES) {
@@ -468,8 +470,7 @@ impl Table {
 
 /// Names of the fields of a map that are carried over in these ways.
 fn fields(map: &str, folds: &[Fold]) -> Vec<&'static str> {
-    let layout = layouts().into_iter().find(|layout| layout.map == map);
-    let fields = layout.into_iter().flat_map(|layout| layout.fields);
+    let fields = layout_of(map).into_iter().flat_map(|layout| &layout.fields);
     fields.filter(|field| folds.contains(&field.fold)).map(|field| field.name).collect()
 }
 

@@ -10,25 +10,19 @@ use aya::Pod;
 use memmap2::{MmapOptions, MmapRaw};
 
 /// An array of `T`, shared with the kernel.
-///
-/// Elements are rounded up to 8 bytes, as the kernel lays array maps out.
 #[derive(Debug)]
 pub struct SharedArray<T> {
-    memory: MmapRaw,
-    length: u32,
+    memory: RawArray,
     element: PhantomData<T>,
 }
 
 impl<T: Pod> SharedArray<T> {
-    const STRIDE: usize = size_of::<T>().next_multiple_of(8);
-
     /// Maps the memory of an array map of `length` elements made with `BPF_F_MMAPABLE`.
     ///
     /// # Errors
     /// Those of mmap(2).
     pub fn of_map(fd: BorrowedFd<'_>, length: u32) -> std::io::Result<Self> {
-        let memory = MmapOptions::new().len(length as usize * Self::STRIDE).map_raw(fd.as_raw_fd())?;
-        Ok(Self { memory, length, element: PhantomData })
+        Ok(Self { memory: RawArray::of_map(fd, size_of::<T>() as u32, length)?, element: PhantomData })
     }
 
     /// Memory of the same shape that no kernel sees, all zero.
@@ -36,14 +30,15 @@ impl<T: Pod> SharedArray<T> {
     /// # Errors
     /// Those of mmap(2).
     pub fn private(length: u32) -> std::io::Result<Self> {
-        let memory = MmapOptions::new().len(length as usize * Self::STRIDE).map_anon()?.into();
-        Ok(Self { memory, length, element: PhantomData })
+        let stride = stride(size_of::<T>());
+        let memory = MmapOptions::new().len(length as usize * stride).map_anon()?.into();
+        Ok(Self { memory: RawArray { memory, stride, length }, element: PhantomData })
     }
 
     /// Number of elements.
     #[must_use]
     pub const fn length(&self) -> u32 {
-        self.length
+        self.memory.length()
     }
 
     /// Copy of the element `index`.
@@ -67,12 +62,15 @@ impl<T: Pod> SharedArray<T> {
         fence(Ordering::Release);
     }
 
+    /// Every element is aligned to 8 bytes.
     fn at(&self, index: u32) -> *mut T {
-        assert!(index < self.length, "element {index} of {}", self.length);
-        // SAFETY: the index is within the mapping, which is page-aligned, and the stride keeps
-        // every element aligned to 8 bytes.
-        unsafe { self.memory.as_mut_ptr().add(index as usize * Self::STRIDE).cast() }
+        self.memory.at(index, 0, size_of::<T>()).cast()
     }
+}
+
+/// Bytes from one value to the next: the kernel rounds them up to 8, as it lays array maps out.
+const fn stride(size: usize) -> usize {
+    size.next_multiple_of(8)
 }
 
 /// An array map of values that are known by the places of their fields alone.
@@ -89,7 +87,7 @@ impl RawArray {
     /// # Errors
     /// Those of mmap(2).
     pub fn of_map(fd: BorrowedFd<'_>, size: u32, length: u32) -> std::io::Result<Self> {
-        let stride = (size as usize).next_multiple_of(8);
+        let stride = stride(size as usize);
         let memory = MmapOptions::new().len(length as usize * stride).map_raw(fd.as_raw_fd())?;
         Ok(Self { memory, stride, length })
     }
