@@ -1,7 +1,7 @@
 //! What the kernel holds of qos, read past the daemon: maps by their pins, classes and programs by
 //! netlink and bpf(2). Two readings tell whether anything was touched.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Debug;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -54,7 +54,8 @@ pub struct Contents {
 pub struct Kernel {
     /// What the maps hold.
     pub maps: Contents,
-    /// Classes of both interfaces with their parameters.
+    /// Classes of both interfaces with their parameters, without those that lines had until they were
+    /// divided: they go when they are empty and nothing else is to be done.
     pub classes: Vec<TrafficControl>,
     /// Qdiscs of the namespace.
     pub qdiscs: Vec<TrafficControl>,
@@ -70,15 +71,19 @@ impl Kernel {
     pub fn read(daemon: &Daemon, gateway: &Namespace) -> Result<Self> {
         let mut netlink = Netlink::open(gateway)?;
         let mut classes = Vec::new();
+        let mut qdiscs = netlink.qdiscs()?;
         for name in [LAN, WAN] {
             let index = netlink.link(name)?.index;
             // fq_codel shows its flows as classes.
-            classes.extend(netlink.classes(index)?.into_iter().filter(|class| class.kind == "htb"));
+            let found = netlink.classes(index)?.into_iter().filter(|class| class.kind == "htb");
+            let (former, found) = without_former(found.collect());
+            qdiscs.retain(|qdisc| qdisc.index.cast_unsigned() != index || !former.contains(&qdisc.parent));
+            classes.extend(found);
         }
         Ok(Self {
             maps: Maps::of(daemon).contents()?,
             classes,
-            qdiscs: netlink.qdiscs()?,
+            qdiscs,
             links: pinned_links(daemon.bpffs_dir())?,
         })
     }
@@ -128,6 +133,17 @@ impl Kernel {
         }
         self
     }
+}
+
+/// Handles of classes of lines that have been divided since (docs/adr/0015), and the other classes.
+fn without_former(found: Vec<TrafficControl>) -> (Vec<u32>, Vec<TrafficControl>) {
+    let handles: BTreeSet<u32> = found.iter().map(|class| class.handle).collect();
+    let is_former = |handle: u32| {
+        let line = (handle & 0xffff).wrapping_sub(0x2000);
+        (1..=1_024).contains(&line) && handles.contains(&(handle & 0xffff_0000 | (0x10 + 2 * line)))
+    };
+    let (former, found): (Vec<_>, Vec<_>) = found.into_iter().partition(|class| is_former(class.handle));
+    (former.into_iter().map(|class| class.handle).collect(), found)
 }
 
 fn differ<K: Ord + Debug, V: PartialEq + Debug>(

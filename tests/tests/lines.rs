@@ -628,7 +628,7 @@ fn lines_in_groups_are_held_as_those_of_the_root() {
         (5_000, 5_001),
     );
     let explained = daemon.explain(Direction::Downstream, &to_one.build().unwrap()).unwrap().explanation;
-    assert_eq!(explained.class.as_deref(), Some("5325:15"), "the second of the first group");
+    assert_eq!(explained.class.as_deref(), Some("5325:2002"), "the second of the first group");
 
     let line = [
         Sender {
@@ -697,6 +697,8 @@ fn grants_and_revokes_lose_no_packet_of_the_lines_rest() {
                 let flows: [(&dyn Flow, BitsPerSecond); 2] = [(&rest, mbit(8.0)), (&claimed, mbit(4.0))];
                 qos_tests::traffic::measure(&flows.map(|(flow, _)| flow), WARM_UP, WINDOW).unwrap()
             });
+            // The first grant, which divides the line, is within the window.
+            std::thread::sleep(2 * WARM_UP);
             while !flows.is_finished() {
                 let flow = format!("down udp from {} to {}:5000", video.v4(0), line.v4(0));
                 let level = "--guaranteed-down 5mbit --max-down 6mbit";
@@ -710,6 +712,65 @@ fn grants_and_revokes_lose_no_packet_of_the_lines_rest() {
         assert!(grants.get() > 10, "{} grants", grants.get());
         assert_eq!((rest.lost, claimed.lost), (0, 0), "{name}");
     }
+}
+
+/// A line that is full when the first allocation comes: what waits goes out beside what comes then, once,
+/// and the class that it waited in goes when nothing else is to be done.
+#[test]
+fn a_full_line_is_divided_by_its_first_grant_at_the_price_of_one_queue() {
+    const SPEED: f64 = 20.0;
+    /// The longest that there is, at the speed of its line: fq_codel's limit.
+    const QUEUE: Duration = Duration::from_millis(50);
+    const BIN: Duration = Duration::from_millis(100);
+    let (net, daemon) = street(&Config::default());
+    let (one, video, other) = (net.subscriber("one"), net.provider("video"), net.provider("other"));
+    let mut netlink = Netlink::open(&net.gateway).unwrap();
+    let lan = netlink.link(LAN).unwrap().index;
+    let mut minors = || -> Vec<u32> {
+        let found = netlink.classes(lan).unwrap().into_iter().filter(|class| class.kind == "htb");
+        let mut minors: Vec<u32> = found.map(|class| class.handle & 0xffff).collect();
+        minors.sort_unstable();
+        minors
+    };
+    daemon.qos_line("session add one --address 192.0.2.10 --down 20mbit --up 20mbit").unwrap();
+    assert_eq!(minors(), [1, 2, 0x2001]);
+    for (queue, divides) in [("one class", false), ("divided", true)] {
+        let mut granted = None;
+        let flow = UdpFlow::new(to(other.v4(0), 0), to(one.v4(0), 5_001), mbit(1.5 * SPEED));
+        let flow = flow.start(&other.namespace, &one.namespace).unwrap();
+        let measured = std::thread::scope(|scope| {
+            let measured = scope.spawn(|| flow.measure(WARM_UP, WINDOW).unwrap());
+            std::thread::sleep(2 * WARM_UP);
+            if divides {
+                // On which nothing is sent: all of the line is left to its rest.
+                let flow = format!("down udp from {} to {}:5000", video.v4(0), one.v4(0));
+                let level = "--guaranteed-down 2mbit";
+                granted =
+                    Some(daemon.grant(&format!("--provider video --flow '{flow}' {level}")).unwrap().id);
+            }
+            measured.join().unwrap()
+        });
+        let bins: Vec<f64> = measured.series(BIN).iter().map(|rate| rate.0 as f64 / 1e6 / SPEED).collect();
+        let (least, most) = bins.iter().fold((f64::MAX, 0.0_f64), |(a, b), bin| (a.min(*bin), b.max(*bin)));
+        println!("{queue}: in {BIN:?} {least:.2} to {most:.2} of the line, {:?}", Brief(&measured));
+        let once = if divides { QUEUE } else { Duration::ZERO };
+        let limit = |time: Duration| 1.0 + TOLERANCE + once.as_secs_f64() / time.as_secs_f64();
+        assert!(measured.ratio_to(mbit(SPEED)) <= limit(WINDOW), "{queue}: {:?}", Brief(&measured));
+        // A bin's edge, and a machine that stops for a moment, are worth some packets.
+        assert!(most <= limit(BIN) + 0.1 && least >= 0.8, "{queue}: {least:.2} to {most:.2} in a bin");
+        if let Some(id) = granted {
+            let deadline = Instant::now() + Duration::from_secs(15);
+            while minors() != [1, 2, 0x12, 0x13, 0x4001] {
+                assert!(Instant::now() < deadline, "{:x?}", minors());
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            daemon.revoke(id).unwrap();
+        }
+    }
+    // It stays divided until it goes.
+    assert_eq!(minors(), [1, 2, 0x12, 0x13]);
+    daemon.qos_line("session remove one").unwrap();
+    assert_eq!(minors(), [1, 2]);
 }
 
 /// A packet whose headers announce more than there is can't be classified; it goes into its line's rest

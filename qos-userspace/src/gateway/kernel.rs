@@ -2,7 +2,7 @@
 //!
 //! What must stand in the maps and trees follows from the state alone, so that carrying out a change, taking over at start and repairing drift are one piece of code.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
@@ -163,6 +163,8 @@ pub struct Kernel {
     repairs: VecDeque<RepairReport>,
     taken_over: bool,
     allocations: u32,
+    /// Lines that are divided, upstream and downstream.
+    divided: Divided,
     /// Nobody else works with the pins.
     _lock: Flock<File>,
     /// None until somebody traces.
@@ -180,6 +182,9 @@ struct Interface {
     scheduler: Option<Htb>,
     tree: Option<Tree>,
 }
+
+/// Lines that have been divided for an allocation, by direction.
+type Divided = [BTreeSet<LineSlot>; 2];
 
 /// How a tree was before it was changed.
 #[derive(Debug)]
@@ -249,6 +254,7 @@ impl Kernel {
             interfaces: interfaces.collect(),
             repairs: VecDeque::new(),
             allocations: 0,
+            divided: Divided::default(),
             tracer: None,
             _lock: lock,
         };
@@ -513,6 +519,7 @@ impl Kernel {
     /// Brings the kernel from whatever it holds to what the state says. Maps before programs, rules
     /// last: a packet never meets a rule whose allocation is not there.
     fn establish(&mut self, state: &State) -> Result<(), GatewayError> {
+        self.find_divided(state)?;
         for number in 0..self.interfaces.len() {
             self.schedule(number, state)?;
         }
@@ -582,6 +589,24 @@ impl Kernel {
         Ok(self.maps.put_interfaces(&records)?)
     }
 
+    /// Finds out which lines are divided: those that an earlier instance has left so, and those that have
+    /// to be.
+    fn find_divided(&mut self, state: &State) -> Result<(), GatewayError> {
+        for interface in &self.interfaces {
+            if let Some(link) = interface.link.as_ref().filter(|_| !self.config.observe) {
+                let found = Htb::new(link, LeafQueue::Best)?.divided()?;
+                self.divided[interface.egress() as usize].extend(found);
+            }
+        }
+        let slots: BTreeSet<_> = state.sessions.values().map(|session| LineSlot(session.slot)).collect();
+        for direction in Direction::BOTH {
+            let divided = &mut self.divided[direction as usize];
+            divided.retain(|slot| slots.contains(slot));
+            divided.extend(state.allocations.values().filter_map(|of| dividing(state, of, direction)));
+        }
+        Ok(())
+    }
+
     /// Declares the tree of an interface to its scheduler. In observe mode there is none, and one
     /// that an enforcing instance left is removed.
     fn schedule(&mut self, number: usize, state: &State) -> Result<(), GatewayError> {
@@ -595,7 +620,7 @@ impl Kernel {
             interface.tree = None;
             return Ok(Htb::new(link, LeafQueue::Best)?.detach()?);
         }
-        let tree = tree(state, interface.egress(), interface.config.capacity, link.mtu);
+        let tree = tree(state, &self.divided, interface.egress(), interface.config.capacity, link.mtu);
         let scheduler = match &mut interface.scheduler {
             Some(scheduler) => scheduler,
             None => interface.scheduler.insert(Htb::new(link, LeafQueue::Best)?),
@@ -760,10 +785,16 @@ impl Kernel {
         let mut line = Line::default();
         for interface in &self.interfaces {
             if let Some(scheduler) = &interface.scheduler {
-                line.rest_class[interface.egress() as usize] = scheduler.rest_class(LineSlot(session.slot));
+                line.rest_class[interface.egress() as usize] =
+                    self.rest_class(scheduler, session, interface.egress());
             }
         }
         line
+    }
+
+    fn rest_class(&self, scheduler: &Htb, session: &Session, direction: Direction) -> u32 {
+        let slot = LineSlot(session.slot);
+        scheduler.rest_class(slot, self.divided[direction as usize].contains(&slot))
     }
 
     /// Records of an allocation, upstream and downstream.
@@ -827,7 +858,7 @@ impl Kernel {
             (None, _) => 0,
             (Some(scheduler), _) if allocation.has_class(direction) => scheduler
                 .leaf_class(AllocationSlot(allocation.slot), session.map(|session| LineSlot(session.slot))),
-            (Some(scheduler), Some(session)) => scheduler.rest_class(LineSlot(session.slot)),
+            (Some(scheduler), Some(session)) => self.rest_class(scheduler, session, direction),
             (Some(_), None) => 0,
         }
     }
@@ -909,7 +940,7 @@ impl Kernel {
         for number in 0..self.interfaces.len() {
             let interface = &mut self.interfaces[number];
             let mtu = interface.link.as_ref().map(|link| link.mtu);
-            let part = tree_part(state, interface.egress(), changes);
+            let part = tree_part(state, &self.divided, interface.egress(), changes);
             match (&mut interface.scheduler, &mut interface.tree, part) {
                 (None, ..) => before.push(Before::Nothing),
                 (Some(scheduler), Some(tree), Some(mut part)) if mtu == Some(tree.mtu) => {
@@ -954,6 +985,56 @@ impl Kernel {
         }
     }
 
+    /// Counts lines as divided that changes put the first class of an allocation on; returns these.
+    fn divide(&mut self, state: &State, changes: &[&Change]) -> Vec<(Direction, LineSlot)> {
+        let mut new = Vec::new();
+        for change in changes {
+            let Change::PutAllocation(allocation) = change else { continue };
+            for direction in Direction::BOTH {
+                new.extend(
+                    dividing(state, allocation, direction)
+                        .filter(|slot| self.divided[direction as usize].insert(*slot))
+                        .map(|slot| (direction, slot)),
+                );
+            }
+        }
+        new
+    }
+
+    /// Takes that back.
+    fn unite(&mut self, lines: &[(Direction, LineSlot)]) {
+        for (direction, slot) in lines {
+            self.divided[*direction as usize].remove(slot);
+        }
+    }
+
+    /// A line that takes the slot of one that has gone begins undivided.
+    fn forget_lines(&mut self, state: &State) {
+        let slots: BTreeSet<_> = state.sessions.values().map(|session| LineSlot(session.slot)).collect();
+        for divided in &mut self.divided {
+            divided.retain(|slot| slots.contains(slot));
+        }
+    }
+
+    /// Sends the rests of lines that have been divided, or are so no more, to their classes of now.
+    fn move_rests(&mut self, state: &State, lines: &[(Direction, LineSlot)]) -> Result<(), GatewayError> {
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let slots: BTreeSet<u16> = lines.iter().map(|(_, slot)| slot.0).collect();
+        for session in state.sessions.values().filter(|session| slots.contains(&session.slot)) {
+            let line = self.line(session);
+            for net in &session.addresses {
+                self.maps.change_line(line_key(*net), line)?;
+            }
+            let on_it = state.allocations.values().filter(|of| of.session.as_ref() == Some(&session.name));
+            for allocation in on_it {
+                self.maps.change_classes(allocation.slot, self.records(state, allocation));
+            }
+        }
+        Ok(())
+    }
+
     /// Carries out changes, the first `ends` of which end something. `done` tells afterwards how many
     /// of them reached the maps, `before` how the trees were that were changed.
     fn carry_out(
@@ -963,13 +1044,20 @@ impl Kernel {
         ends: usize,
         done: &mut usize,
         before: &mut Vec<Before>,
+        divided: &mut Vec<(Direction, LineSlot)>,
     ) -> Result<(), GatewayError> {
         // Packets leave a class before it goes, and find it before they come.
         for change in &changes[..ends] {
             *done += 1;
             self.apply_to_maps(state, change)?;
         }
-        self.schedule_all(state, changes, before)?;
+        let divides = self.divide(state, changes);
+        if let Err(error) = self.schedule_all(state, changes, before) {
+            self.unite(&divides);
+            return Err(error);
+        }
+        *divided = divides;
+        self.move_rests(state, divided)?;
         // The first class that there is takes the rest of the traffic behind it.
         let lines =
             changes.iter().any(|change| matches!(change, Change::PutSession(_) | Change::DeleteSession(_)));
@@ -1004,12 +1092,19 @@ impl Gateway for Kernel {
         let lines = if removes { Some(self.maps.lines()?) } else { None };
         let mut done = 0;
         let mut before = Vec::new();
-        let result = self.carry_out(state, &ordered, ends, &mut done, &mut before);
+        let mut divided = Vec::new();
+        let result = self.carry_out(state, &ordered, ends, &mut done, &mut before, &mut divided);
         if result.is_ok() {
             ordered[..ends].iter().for_each(|change| self.forget(change));
             self.allocations = state.allocations.len() as u32;
+            if removes {
+                self.forget_lines(state);
+            }
             return result;
         }
+        let was_divided = std::mem::take(&mut divided);
+        self.unite(&was_divided);
+        self.move_rests(state, &was_divided)?;
         for change in ordered[..done].iter().rev() {
             if let Err(error) = self.take_back(state, change) {
                 tracing::warn!(%error, "a change of the maps could not be taken back");
@@ -1103,9 +1198,9 @@ fn leave_alone(config: &GatewayConfig, link: &Link) -> Result<(), GatewayError> 
 }
 
 /// The tree of what is sent in one direction.
-fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> Tree {
+fn tree(state: &State, divided: &Divided, direction: Direction, link: BitsPerSecond, mtu: u32) -> Tree {
     let mut lines: Vec<_> =
-        state.sessions.values().map(|session| line_class(state, session, direction)).collect();
+        state.sessions.values().map(|session| line_class(state, divided, session, direction)).collect();
     lines.sort_unstable_by_key(|line| line.slot);
     let mut leaves: Vec<_> = state
         .allocations
@@ -1119,10 +1214,11 @@ fn tree(state: &State, direction: Direction, link: BitsPerSecond, mtu: u32) -> T
 
 /// What the tree of one direction has after `changes` where they concern it; none: that can't be told
 /// from them, since a removed session's slot is not known any more.
-fn tree_part(state: &State, direction: Direction, changes: &[&Change]) -> Option<Part> {
+fn tree_part(state: &State, divided: &Divided, direction: Direction, changes: &[&Change]) -> Option<Part> {
     let mut part = Part::default();
     let put_line = |part: &mut Part, session: &Session| {
-        part.lines.insert(LineSlot(session.slot), Some(line_class(state, session, direction)));
+        let line = line_class(state, divided, session, direction);
+        part.lines.insert(line.slot, Some(line));
     };
     for change in changes {
         match change {
@@ -1148,9 +1244,17 @@ fn tree_part(state: &State, direction: Direction, changes: &[&Change]) -> Option
     Some(part)
 }
 
-fn line_class(state: &State, session: &Session, direction: Direction) -> LineClass {
+/// The line that an allocation divides in a direction; none: it has no class there, or is on none.
+fn dividing(state: &State, allocation: &Allocation, direction: Direction) -> Option<LineSlot> {
+    let session = allocation.session.as_ref().filter(|_| allocation.has_class(direction))?;
+    state.sessions.get(session).map(|session| LineSlot(session.slot))
+}
+
+fn line_class(state: &State, divided: &Divided, session: &Session, direction: Direction) -> LineClass {
+    let slot = LineSlot(session.slot);
     LineClass {
-        slot: LineSlot(session.slot),
+        slot,
+        divided: divided[direction as usize].contains(&slot),
         rate: state.line_rate(&session.name, direction),
         rest: state.network.line_rest(session, direction),
         ceil: state.network.line_speed(session, direction),

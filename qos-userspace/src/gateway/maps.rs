@@ -2,6 +2,7 @@
 //! how it gets there so that no packet meets a half-written record.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
@@ -96,6 +97,18 @@ impl Maps {
         differed
     }
 
+    /// Gives records that are in use other classes: one word of each, seen at once.
+    pub(super) fn change_classes(&self, slot: u16, records: [Option<Allocation>; 2]) {
+        for (direction, wanted) in Direction::BOTH.into_iter().zip(records) {
+            let index = directed(u32::from(slot), direction);
+            let found = self.allocations.read(index);
+            if let Some(wanted) = wanted.filter(|wanted| wanted.id == found.id && wanted.class != found.class)
+            {
+                self.allocations.write(index, Allocation { class: wanted.class, ..found });
+            }
+        }
+    }
+
     /// Likewise for a provider.
     pub(super) fn put_provider(&self, slot: u16, wanted: Provider) -> bool {
         let index = u32::from(slot);
@@ -166,6 +179,16 @@ impl Maps {
 
     pub(super) fn put_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
         self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
+    }
+
+    /// Gives a line's prefix other classes, if it is there.
+    pub(super) fn change_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
+        // linux/bpf.h
+        const BPF_EXIST: u64 = 2;
+        match self.lines.insert(key, line, BPF_EXIST) {
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result.map_err(|reason| ObjectError::map("lines", reason)),
+        }
     }
 
     /// Removes a line's prefix, if it is there.

@@ -37,6 +37,10 @@ use crate::gateway::netlink::{Answer, BATCH, NetlinkError, Refusal, RouteSocket}
 /// After so long a class that is to go is deleted with what waits in it.
 const DRAIN: Duration = Duration::from_millis(250);
 
+/// Former classes of lines that one repair deletes: each may take a millisecond, in which no grant is
+/// carried out, and there may be thousands.
+const AT_LEISURE: usize = 50;
+
 /// How long one send may take: the packets of its CPU wait for it.
 const SEND: Duration = Duration::from_millis(2);
 
@@ -170,6 +174,18 @@ impl Htb {
         })
     }
 
+    /// Lines that the interface has divided; none where its root is not ours.
+    ///
+    /// # Errors
+    /// Where the kernel can't be asked.
+    pub fn divided(&self) -> Result<BTreeSet<LineSlot>, SchedulerError> {
+        match self.observe() {
+            Ok(observed) => Ok(observed.classes.iter().filter_map(Class::divided).collect()),
+            Err(SchedulerError::ForeignRoot { .. }) => Ok(BTreeSet::new()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Classes that the kernel is believed to have.
     #[must_use]
     pub fn class_count(&self) -> usize {
@@ -241,8 +257,8 @@ impl Scheduler for Htb {
         u32::from(ROOT) << 16
     }
 
-    fn rest_class(&self, line: LineSlot) -> u32 {
-        Id::rest(line).handle()
+    fn rest_class(&self, line: LineSlot, divided: bool) -> u32 {
+        if divided { Id::rest(line).handle() } else { Id::undivided(line).handle() }
     }
 
     fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32 {
@@ -254,7 +270,8 @@ impl Htb {
     /// Makes the kernel's tree equal to `tree`, or `only` a part of it.
     fn apply_only(&mut self, tree: &Tree, only: Option<&Part>) -> Result<(), SchedulerError> {
         if let Some(mut state) = self.state.take() {
-            let result = self.finish_draining(&mut state).and_then(|()| self.advance(tree, only, &mut state));
+            let result =
+                self.finish_draining(&mut state, false).and_then(|()| self.advance(tree, only, &mut state));
             let Err(error) = result else {
                 self.state = Some(state);
                 return Ok(());
@@ -374,7 +391,9 @@ impl Htb {
             let backlogs = self.backlogs(&unknown).map_err(failure)?;
             for class in leaving {
                 let until = state.draining.get(&class.id).copied();
-                let waits = backlogs.get(&class.id).is_some_and(|waiting| *waiting > 0);
+                // A line's traffic comes by its former class until the caller has told it of the other.
+                let waits = class.undivided().is_some()
+                    || backlogs.get(&class.id).is_some_and(|waiting| *waiting > 0);
                 if until.is_some() || waits {
                     draining.insert(class.id, until.unwrap_or_else(|| Instant::now() + DRAIN));
                     wanted.push(class.without_guarantee());
@@ -482,17 +501,21 @@ impl Htb {
         }
     }
 
-    /// Deletes the classes that are to go and are empty or overdue. One that can't be deleted is
-    /// tried again the next time.
-    fn finish_draining(&mut self, state: &mut State) -> Result<(), SchedulerError> {
-        if state.draining.is_empty() {
+    /// Deletes the classes that are to go and are empty or overdue, former ones of lines only at leisure and
+    /// some at a time. One that can't be deleted is tried again the next time.
+    fn finish_draining(&mut self, state: &mut State, leisure: bool) -> Result<(), SchedulerError> {
+        let draining = state.draining.iter().map(|(id, until)| (*id, *until));
+        let (mut former, mut due): (Vec<_>, Vec<_>) = draining.partition(|(id, _)| id.is_undivided());
+        former.truncate(if leisure { AT_LEISURE } else { 0 });
+        due.append(&mut former);
+        if due.is_empty() {
             return Ok(());
         }
-        let ids: Vec<Id> = state.draining.keys().copied().collect();
+        let ids: Vec<Id> = due.iter().map(|(id, _)| *id).collect();
         let backlogs = self.backlogs(&ids)?;
         let now = Instant::now();
         let mut gone: HashSet<Id> = HashSet::new();
-        for (id, until) in &state.draining {
+        for (id, until) in &due {
             match backlogs.get(id) {
                 None => {
                     gone.insert(*id);
@@ -633,7 +656,7 @@ impl Htb {
     }
 
     fn repair_state(&mut self, state: &mut State, drifts: &mut Vec<Drift>) -> Result<(), SchedulerError> {
-        self.finish_draining(state)?;
+        self.finish_draining(state, true)?;
         for _ in 0..REPAIR_PASSES {
             let observed = self.observe()?;
             let ours = observed.root == Root::Ours;
@@ -736,15 +759,18 @@ fn by_id(classes: impl IntoIterator<Item = Class>) -> BTreeMap<Id, Class> {
     classes.into_iter().map(|class| (class.id, class)).collect()
 }
 
-/// Classes of allocations in `from` that are no longer wanted while what they hang on is. One that is
-/// wanted in another group goes at once: it can't have its queue's number twice.
+/// Classes in `from` of allocations that are no longer wanted while what they hang on is, and of lines that
+/// are now divided. An allocation that is wanted in another group goes at once: it can't have its queue's
+/// number twice.
 fn leaving<'a>(from: &'a [Class], wanted: &[Class]) -> Vec<&'a Class> {
     let wants = |id| wanted.binary_search_by_key(&id, |class| class.id).is_ok();
     let elsewhere: HashSet<AllocationSlot> = wanted.iter().filter_map(Class::allocation).collect();
-    from.iter()
-        .filter(|class| class.is_leaf() && class.allocation().is_some_and(|slot| !elsewhere.contains(&slot)))
-        .filter(|class| class.parent().is_some_and(wants))
-        .collect()
+    let is_leaving = |class: &&Class| match (class.allocation(), class.undivided()) {
+        (Some(slot), _) => class.is_leaf() && !elsewhere.contains(&slot) && class.parent().is_some_and(wants),
+        (_, Some(line)) => wants(Id::rest(line)),
+        _ => false,
+    };
+    from.iter().filter(is_leaving).collect()
 }
 
 /// What was wrong, one text for each class.

@@ -73,7 +73,8 @@ fn exchange<T>(list: &mut Vec<T>, place: Result<usize, usize>, entry: &mut Optio
     }
 }
 
-/// A line: an inner class and a leaf for all its traffic that no allocation has a class for.
+/// A line: one class, or, where it is divided, an inner class and a leaf for all its traffic that no
+/// allocation has a class for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LineClass {
     /// Slot of the line.
@@ -88,6 +89,8 @@ pub struct LineClass {
     pub link_layer: LinkLayer,
     /// Bytes above the IP length that a packet takes on the line.
     pub overhead: i16,
+    /// Whether there may be allocations on it.
+    pub divided: bool,
 }
 
 /// An allocation's class.
@@ -238,8 +241,9 @@ pub trait Scheduler: Send {
     /// `skb->priority` of traffic that passes by all classes, while there is nothing to order.
     fn direct_class(&self) -> u32;
 
-    /// `skb->priority` of the rest of a line.
-    fn rest_class(&self, line: LineSlot) -> u32;
+    /// `skb->priority` of the rest of a line, divided or not. Behind an [`Scheduler::apply`] that divides it
+    /// both are there until [`Scheduler::repair`], which removes the former when it is empty.
+    fn rest_class(&self, line: LineSlot, divided: bool) -> u32;
 
     /// `skb->priority` of the class of an allocation on a line, or on none.
     fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32;

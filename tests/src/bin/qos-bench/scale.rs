@@ -6,9 +6,9 @@
 //! a line of its own, watched in turns with and without grants and revokes going on.
 //!
 //! The baseline is the kernel alone: the same classes and queues on the same interfaces, asked for by
-//! nothing but this program, and grants among them of one class and its queue.
+//! nothing but this program, and what the first grant on each of these lines makes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -39,14 +39,15 @@ const BIN: Duration = Duration::from_micros(500);
 
 /// Parent of a root qdisc (`TC_H_ROOT`).
 const ROOT_PARENT: u32 = u32::MAX;
-/// Minor numbers of classes: lines begin at the first, groups of them and allocations at the others
-/// (docs/adr/0005 and 0011).
+/// Minor numbers of classes (docs/adr/0005, 0011 and 0015): of divided lines, of the others, and of
+/// allocations.
 const FIRST_LINE: u32 = 0x10;
-const FIRST_GROUP: u32 = 0x3000;
+const FIRST_UNDIVIDED: u32 = 0x2000;
 const FIRST_LEAF: u32 = 0x4000;
-/// Grants of the baseline, so many and so far apart.
-const BARE_GRANTS: u16 = 400;
-const BARE_PAUSE: Duration = Duration::from_millis(4);
+/// Lines in the root, and in each group.
+const GROUP_LINES: u32 = 1_024;
+/// Between two grants of the baseline, which has neither requests nor a store.
+const BARE_PAUSE: Duration = Duration::from_micros(500);
 
 /// Everything that one run measured. Times are in milliseconds.
 #[derive(Debug, Serialize)]
@@ -65,10 +66,11 @@ pub(crate) struct Report {
     lines_alone: f64,
     /// All grants, at the kernel.
     grants: Spread,
-    /// The kernel alone: a class and its queue among those of all lines.
-    grants_alone: Spread,
     /// The last tenth of them.
     last_grants: Spread,
+    /// The kernel alone, for the three classes and two queues that each of them makes.
+    grants_alone: Spread,
+    last_grants_alone: Spread,
     /// The last tenth, from request to answer.
     last_answers: Spread,
     /// Grants and revokes while all allocations are there, at the kernel.
@@ -125,7 +127,7 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
 
     daemon.kill()?;
     let mut netlink = Netlink::open(&net.gateway)?;
-    let Alone { lines: lines_alone, grants: mut grants_alone } = alone(&mut netlink)?;
+    let Alone { lines: lines_alone, grants: mut grants_alone } = alone(&mut netlink, allocations)?;
     let _ = fs::remove_dir_all(daemon.bpffs_dir());
     let lines_at_start = start(&mut daemon)?;
 
@@ -139,11 +141,9 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
         answers.push(milliseconds(begin.elapsed()));
     }
     let mut grants = log.read(&daemon)?;
-    let last = allocations as usize / 10;
-    let mut last_grants = grants.split_off(grants.len().saturating_sub(last));
-    let mut last_answers = answers.split_off(answers.len().saturating_sub(last));
-    let last_spread = spread(&mut last_grants);
-    grants.append(&mut last_grants);
+    let last_tenth = |times: &[f64]| spread(&mut times[times.len() * 9 / 10..].to_vec());
+    let (last_grants, last_answers) = (last_tenth(&grants), last_tenth(&answers));
+    let last_grants_alone = last_tenth(&grants_alone);
 
     let (one, video) = (net.subscriber("watched"), net.provider("video"));
     let flow = UdpFlow::new((video.v4(0), 0), (one.v4(0), 5_000), PACE)
@@ -182,9 +182,10 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
         lines_at_start,
         lines_alone,
         grants: spread(&mut grants),
+        last_grants,
         grants_alone: spread(&mut grants_alone),
-        last_grants: last_spread,
-        last_answers: spread(&mut last_answers),
+        last_grants_alone,
+        last_answers,
         changes: spread(&mut changes),
         quiet,
         granting,
@@ -200,7 +201,7 @@ struct Alone {
 }
 
 /// Makes all classes and queues of both interfaces anew, and some more, and removes everything.
-fn alone(netlink: &mut Netlink) -> Result<Alone> {
+fn alone(netlink: &mut Netlink, allocations: u32) -> Result<Alone> {
     let indices = [netlink.link(LAN)?.index, netlink.link(WAN)?.index];
     let qdiscs = netlink.qdiscs()?;
     let mut requests = Vec::new();
@@ -229,27 +230,40 @@ fn alone(netlink: &mut Netlink) -> Result<Alone> {
     }
     let lines = milliseconds(begin.elapsed());
 
+    let is_line = |minor| (FIRST_UNDIVIDED + 1..=FIRST_UNDIVIDED + GROUP_LINES).contains(&minor);
     let classes = netlink.classes(indices[0])?;
-    let inner: Vec<u32> = classes
-        .iter()
-        .filter(|class| classes.binary_search_by_key(&(class.handle + 1), |rest| rest.handle).is_ok())
-        .map(|class| class.handle)
-        .filter(|handle| (FIRST_LINE..FIRST_GROUP).contains(&(handle & 0xffff)) && handle % 2 == 0)
-        .collect();
-    ensure!(!inner.is_empty(), "there are no lines among the classes");
+    let bare = classes.iter().filter(|class| is_line(class.handle & 0xffff));
+    // Numbers of queues that nobody has.
+    let taken: HashSet<u32> = qdiscs.iter().map(|qdisc| qdisc.handle >> 16).collect();
+    let mut free = (1..0xffff).filter(|major| !taken.contains(major) && !is_listed_with_the_root(*major));
+    let mut number = || free.next().map(|major| major << 16).context("no number is left for a queue");
     let mut grants = Vec::new();
-    for number in 1..=BARE_GRANTS {
-        let line = inner[usize::from(number) * inner.len() / (usize::from(BARE_GRANTS) + 1)];
-        let minor = FIRST_LEAF + u32::from(number);
-        let leaf = line & 0xffff_0000 | minor;
+    for (slot, line) in (1..=allocations).zip(bare) {
+        let major = line.handle & 0xffff_0000;
+        let inner = major | (FIRST_LINE + 2 * ((line.handle & 0xffff) - FIRST_UNDIVIDED));
+        let (rest, leaf) = (inner + 1, major | (FIRST_LEAF + slot));
+        let (rest_queue, leaf_queue) = (number()?, number()?);
         thread::sleep(BARE_PAUSE);
         let begin = Instant::now();
-        netlink.request(class(indices[0], line, leaf), flags)?;
-        netlink.request(queue(indices[0], leaf, minor << 16, "bfifo"), flags)?;
+        netlink.request(class(indices[0], line.parent, inner), flags)?;
+        netlink.request(class(indices[0], inner, rest), flags)?;
+        netlink.request(queue(indices[0], rest, rest_queue, "bfifo"), flags)?;
+        netlink.request(class(indices[0], inner, leaf), flags)?;
+        netlink.request(queue(indices[0], leaf, leaf_queue, "bfifo"), flags)?;
         grants.push(milliseconds(begin.elapsed()));
     }
+    ensure!(grants.len() == allocations as usize, "there are {} lines among the classes", grants.len());
     indices.into_iter().try_for_each(|index| netlink.delete_root(index))?;
     Ok(Alone { lines, grants })
+}
+
+/// Whether a qdisc of this major number makes the list longer that is walked for each class (docs/adr/0011;
+/// `hash_32` with 4 bits, include/linux/hash.h, of the handle).
+const fn is_listed_with_the_root(major: u32) -> bool {
+    const fn list(major: u32) -> u32 {
+        (major << 16).wrapping_mul(0x61c8_8647) >> 28
+    }
+    list(major) == list(0x5150)
 }
 
 /// A class as slow as HTB's smallest: its parameters cost nothing.
@@ -423,8 +437,9 @@ pub(crate) fn print(report: &Report) {
     table.set_header(["grants", "number", "median ms", "p99 ms", "max ms"]);
     for (what, spread) in [
         ("at the kernel, all", &report.grants),
-        ("the kernel alone, a class and its queue, no other grants", &report.grants_alone),
         ("at the kernel, the last tenth", &report.last_grants),
+        ("the kernel alone, for the same classes, all", &report.grants_alone),
+        ("the kernel alone, the last tenth", &report.last_grants_alone),
         ("answered, the last tenth", &report.last_answers),
         ("at the kernel, revokes and grants with all there", &report.changes),
     ] {

@@ -238,7 +238,7 @@ mod tests {
     fn tree() -> impl Strategy<Value = Tree> {
         // Two in the root, two in the first group, one in the second.
         let slots = prop::sample::select(vec![1_u16, 2, 1_025, 1_026, 2_049]);
-        let lines = prop::collection::btree_map(slots, (1..40_u64, 0..3_u8), 0..4);
+        let lines = prop::collection::btree_map(slots, (1..40_u64, 0..3_u8, any::<bool>()), 0..4);
         let leaves = prop::collection::btree_map(
             1..=12_u16,
             (0..5_u16, prop::option::of(1..5_u64), prop::option::of(5..50_u64), 0..8_u8),
@@ -246,18 +246,19 @@ mod tests {
         );
         (lines, leaves, 200..300_u64).prop_map(|(lines, leaves, link)| {
             let megabits = |n: u64| BitsPerSecond(n * 1_000_000);
-            let lines: Vec<LineClass> = lines
+            let mut lines: Vec<LineClass> = lines
                 .into_iter()
-                .map(|(slot, (spare, layer))| LineClass {
+                .map(|(slot, (spare, layer, divided))| LineClass {
                     slot: LineSlot(slot),
                     rate: SMALLEST_REST,
                     rest: SMALLEST_REST,
                     ceil: megabits(50 + spare),
                     link_layer: LinkLayer::from_raw(layer),
                     overhead: 14 + i16::from(layer),
+                    divided,
                 })
                 .collect();
-            let leaves = leaves
+            let leaves: Vec<Leaf> = leaves
                 .into_iter()
                 .map(|(slot, (line, guaranteed, maximum, priority))| Leaf {
                     slot: AllocationSlot(slot),
@@ -268,6 +269,9 @@ mod tests {
                     queue: None,
                 })
                 .collect();
+            for line in &mut lines {
+                line.divided |= leaves.iter().any(|leaf| leaf.line == Some(line.slot));
+            }
             Tree { link: megabits(link), rest: SMALLEST_REST, mtu: 1_500, lines, leaves }
         })
     }

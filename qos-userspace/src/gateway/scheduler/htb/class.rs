@@ -4,7 +4,8 @@
 //! 5150:         root qdisc, default 5150:2
 //! └ 5150:1      link: rate = ceil = capacity
 //!   ├ 5150:2    default: what is on no line
-//!   ├ inner     line n, 0x10 + 2n: rate = guarantees + rest's minimum, ceil = its speed
+//!   ├ leaf      line n, undivided, 0x2000 + n: rate = rest's minimum, ceil = its speed
+//!   ├ inner     line n, divided, 0x10 + 2n: rate = guarantees + rest's minimum, ceil = its speed
 //!   │ ├ leaf    its rest, 0x11 + 2n
 //!   │ └ leaf    allocation m, 0x4000 + m: rate = guaranteed, ceil = maximum
 //!   ├ leaf      allocation on no line
@@ -16,6 +17,9 @@
 //! lines (docs/adr/0011). The first of them are in the root; the n-th line of group g has the numbers
 //! of line n, under the group's major number. Where there are no more lines there are no groups.
 //!
+//! **Division.** A line is one class until the first of its allocations has one (docs/adr/0015). From then
+//! on it stays divided: what its rest had in the one class has moved, and would have to move back.
+//!
 //! **Priority.** HTB serves classes within their rate before those that borrow, and at either by one
 //! of 8 priorities, equal ones in turn. The rest takes the last for itself, so that all excess of
 //! allocations comes before it; that leaves 7 for 8 levels, and priorities 6 and 7 share one.
@@ -25,7 +29,9 @@
 //! header is what HTB adds; a line whose overhead is smaller is charged the difference too much. ATM
 //! cells HTB rounds itself. PTM it does not know: rates are scaled by 64/65.
 
+use std::collections::HashSet;
 use std::fmt;
+use std::sync::LazyLock;
 
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
 
@@ -38,6 +44,7 @@ pub(super) const ROOT: u16 = 0x5150;
 pub(super) const LINK: u16 = 1;
 pub(super) const DEFAULT: u16 = 2;
 const FIRST_LINE: u16 = 0x10;
+const FIRST_UNDIVIDED: u16 = 0x2000;
 /// Class of group 0, were there one.
 pub(super) const FIRST_GROUP: u16 = 0x3000;
 const FIRST_LEAF: u16 = 0x4000;
@@ -162,6 +169,20 @@ impl Class {
             .then(|| AllocationSlot(minor - FIRST_LEAF))
     }
 
+    /// The line that it is all of; none: it is something else.
+    pub(super) fn undivided(&self) -> Option<LineSlot> {
+        let Id { group, minor } = self.id;
+        self.id.is_undivided().then(|| LineSlot(group * GROUP_LINES + minor - FIRST_UNDIVIDED))
+    }
+
+    /// The divided line that it is the inner class of; none: it is something else.
+    pub(super) fn divided(&self) -> Option<LineSlot> {
+        let Id { group, minor } = self.id;
+        let number = minor.checked_sub(FIRST_LINE)? / 2;
+        let is_line = minor % 2 == 0 && (1..=GROUP_LINES).contains(&number);
+        is_line.then(|| LineSlot(group * GROUP_LINES + number))
+    }
+
     /// The class that it hangs on; none: it is the root's first.
     pub(super) fn parent(&self) -> Option<Id> {
         match self.id.group {
@@ -221,6 +242,15 @@ impl Id {
         Self { group, minor: minor + 1 }
     }
 
+    /// The class of a line that is not divided.
+    pub(super) const fn undivided(slot: LineSlot) -> Self {
+        Self { group: group(slot), minor: FIRST_UNDIVIDED + slot.0.wrapping_sub(1) % GROUP_LINES + 1 }
+    }
+
+    pub(super) fn is_undivided(self) -> bool {
+        (FIRST_UNDIVIDED + 1..=FIRST_UNDIVIDED + GROUP_LINES).contains(&self.minor)
+    }
+
     /// An allocation on a line, or on none.
     pub(super) fn leaf(slot: AllocationSlot, line: Option<LineSlot>) -> Self {
         Self { group: line.map_or(0, group), minor: FIRST_LEAF.wrapping_add(slot.0) }
@@ -259,12 +289,26 @@ pub(super) const fn group_major(group: u16) -> u16 {
 /// classes leave free.
 fn queue_handle(id: Id) -> u16 {
     let handle = match (id.group, id.minor) {
+        (group, minor @ FIRST_UNDIVIDED..FIRST_GROUP) => {
+            return UNDIVIDED_QUEUES[usize::from(group * GROUP_LINES + minor - FIRST_UNDIVIDED - 1)];
+        }
         (0, minor) | (_, minor @ FIRST_LEAF..) => minor,
         (group, DEFAULT) => FIRST_GROUP + group,
         (group, rest) => (group + 2) * GROUP_LINES + (rest - FIRST_LINE) / 2,
     };
     if qdisc_list(handle) == qdisc_list(ROOT) { handle ^ 0x8000 } else { handle }
 }
+
+/// Major numbers of the queues of undivided lines: those that all other queues leave free.
+static UNDIVIDED_QUEUES: LazyLock<Vec<u16>> = LazyLock::new(|| {
+    let rests = (1..=LAST_LINE_SLOT).map(|slot| Id::rest(LineSlot(slot)));
+    let defaults = (0..=LAST_GROUP).map(|group| Id { group, minor: DEFAULT });
+    let leaves = (1..=LAST_LEAF_SLOT).map(|slot| Id::leaf(AllocationSlot(slot), None));
+    let taken: HashSet<u16> = rests.chain(defaults).chain(leaves).map(queue_handle).collect();
+    // Zero is none, and the last one is that of ingress and clsact.
+    let free = (1..u16::MAX).filter(|handle| qdisc_list(*handle) != qdisc_list(ROOT));
+    free.filter(|handle| !taken.contains(handle)).take(usize::from(LAST_LINE_SLOT)).collect()
+});
 
 /// Which of the kernel's 16 lists has the qdiscs of a major number (`hash_32`, include/linux/hash.h).
 const fn qdisc_list(major: u16) -> u16 {
@@ -304,9 +348,13 @@ pub(super) fn classes(
             continue;
         }
         let framing = Framing::of(line, header, tree.mtu);
-        let inner = Id::line(line.slot);
-        classes.push(class(inner, LINK, LINE_LEVEL, *rate, line.ceil, framing));
-        classes.push(leaf(Id::rest(line.slot), inner.minor, line.rest, line.ceil, framing));
+        if line.divided {
+            let inner = Id::line(line.slot);
+            classes.push(class(inner, LINK, LINE_LEVEL, *rate, line.ceil, framing));
+            classes.push(leaf(Id::rest(line.slot), inner.minor, line.rest, line.ceil, framing));
+        } else {
+            classes.push(leaf(Id::undivided(line.slot), LINK, *rate, line.ceil, framing));
+        }
     }
     for (number, sum) in (0..).zip(groups).skip(1) {
         if sum.lines == 0 || !only.is_none_or(|part| part.lines.keys().any(|slot| group(*slot) == number)) {
@@ -348,7 +396,7 @@ pub(super) fn classes(
 
 /// Classes that there may be of a part of a tree, except of other allocations on its lines.
 pub(super) fn ids(part: &Part) -> impl Iterator<Item = Id> {
-    let lines = part.lines.keys().flat_map(|slot| [Id::line(*slot), Id::rest(*slot)]);
+    let lines = part.lines.keys().flat_map(|slot| [Id::undivided(*slot), Id::line(*slot), Id::rest(*slot)]);
     let groups = (1..=LAST_GROUP).filter(|number| part.lines.keys().any(|slot| group(*slot) == *number));
     let groups = groups.flat_map(|group| {
         [Id::root(FIRST_GROUP + group), Id { group, minor: LINK }, Id { group, minor: DEFAULT }]
@@ -567,10 +615,13 @@ fn check(tree: &Tree, lines: &LineIndex) -> Result<(), String> {
         if index > 0 && tree.leaves[index - 1].slot >= leaf.slot {
             return Err(format!("allocation slot {slot} is out of order or there twice"));
         }
-        if let Some(line) = leaf.line
-            && lines.place(line).is_none()
-        {
-            return Err(format!("allocation slot {slot}: there is no line slot {}", line.0));
+        if let Some(line) = leaf.line {
+            let Some(found) = lines.find(tree, line) else {
+                return Err(format!("allocation slot {slot}: there is no line slot {}", line.0));
+            };
+            if !found.divided {
+                return Err(format!("allocation slot {slot}: line slot {} is not divided", line.0));
+            }
         }
         if leaf.priority > 7 {
             return Err(format!("allocation slot {slot}: priority {} is above 7", leaf.priority));
@@ -608,6 +659,7 @@ mod tests {
             ceil: BitsPerSecond(20 * MEGABIT),
             link_layer: LinkLayer::Ethernet,
             overhead: ETHERNET_OVERHEAD,
+            divided: true,
         }
     }
 
@@ -661,6 +713,30 @@ mod tests {
     }
 
     #[test]
+    fn a_line_that_is_not_divided_is_one_class() {
+        let mut tree = tree();
+        tree.lines.extend([1_025, 10_240].map(|slot| LineClass { divided: false, ..line(slot) }));
+        tree.lines[1].divided = false;
+        tree.leaves.truncate(2);
+        let all = classes(&tree, 14, Kind::Fifo, None).expect("valid");
+        let found: Vec<_> = all
+            .iter()
+            .filter_map(|class| Some((class.undivided()?.0, class.id.to_string(), class.parent, class.level)))
+            .collect();
+        let expected = [(1_024, "5150:2400"), (1_025, "5325:2001"), (10_240, "61cd:2400")]
+            .map(|(slot, id)| (slot, id.to_owned(), 1, 0));
+        assert_eq!(found, expected);
+        let (line, class) =
+            (&tree.lines[1], all.iter().find(|class| class.undivided().is_some()).expect("is there"));
+        assert_eq!(
+            (class.rate * 8, class.ceil * 8, class.priority),
+            (line.rate.0, line.ceil.0, LAST_PRIORITY)
+        );
+        let divided: Vec<_> = all.iter().filter_map(Class::divided).collect();
+        assert_eq!(divided, [LineSlot(1)]);
+    }
+
+    #[test]
     fn lines_above_1024_are_in_groups() {
         let mut tree = tree();
         tree.lines.extend([line(1_025), line(2_048), line(2_049)]);
@@ -709,17 +785,20 @@ mod tests {
             .collect();
         tree.leaves.iter_mut().for_each(|leaf| leaf.guaranteed = None);
         let classes = classes(&tree, 14, Kind::Fifo, None).expect("valid");
+        // While a line is being divided both of its classes are there.
+        let undivided = (1..=LAST_LINE_SLOT).map(|slot| queue_handle(Id::undivided(LineSlot(slot))));
         let mut handles: Vec<u16> = classes
             .iter()
             .filter_map(|class| class.queue.as_ref())
             .map(|queue| queue.handle)
             .chain([ROOT])
+            .chain(undivided)
             .collect();
         let queues = handles.len();
         assert_eq!(
             queues,
-            1 + 1 + 2 * 9 + 10_240 + 16_383,
-            "root, default, groups and theirs, rests, leaves"
+            1 + 1 + 2 * 9 + 2 * 10_240 + 16_383,
+            "root, default, groups and theirs, rests, undivided lines, leaves"
         );
         handles.sort_unstable();
         handles.dedup();

@@ -616,7 +616,7 @@ fn guarantee_then_excess_then_rest_of(slot: u16) {
         let handles = [
             htb.leaf_class(AllocationSlot(1), Some(LineSlot(slot))),
             htb.leaf_class(AllocationSlot(2), Some(LineSlot(slot))),
-            htb.rest_class(LineSlot(slot)),
+            htb.rest_class(LineSlot(slot), true),
         ];
         let floods: Vec<_> = handles.into_iter().map(|class| flood(class, time)).collect();
         thread::sleep(Duration::from_millis(400));
@@ -643,6 +643,52 @@ fn guarantee_then_excess_then_rest_of(slot: u16) {
     });
 }
 
+#[test]
+#[ignore = "needs root"]
+fn a_line_that_is_divided_keeps_its_former_class_until_there_is_leisure() {
+    with_peer(|link, _| {
+        let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        let mut tree = small_tree();
+        tree.leaves = Vec::new();
+        tree.lines.iter_mut().for_each(|line| line.divided = false);
+        htb.apply(&tree).expect("applied");
+        assert_eq!(htb.class_count(), 4, "link, default and two lines");
+        let divided = LineClass { divided: true, ..line(1) };
+        let mut part = Part {
+            lines: [(LineSlot(1), Some(divided))].into(),
+            leaves: [(AllocationSlot(1), Some(leaf(1, Some(1), 0)))].into(),
+        };
+        part.exchange(&mut tree);
+        let wanted = Part {
+            lines: [(LineSlot(1), tree.lines.first().cloned())].into(),
+            leaves: [(AllocationSlot(1), tree.leaves.first().cloned())].into(),
+        };
+        htb.apply_part(&tree, &wanted).expect("divided");
+        let ids = |htb: &Htb| -> Vec<String> {
+            let found = htb.found_classes(BTreeSet::from([0])).expect("dump");
+            let mut ids: Vec<_> = found.iter().map(|found| found.class.id).collect();
+            ids.sort_unstable();
+            ids.iter().map(Id::to_string).collect()
+        };
+        let both = ["5150:1", "5150:2", "5150:12", "5150:13", "5150:2001", "5150:2002", "5150:4001"];
+        assert_eq!(ids(&htb), both);
+        // Not by what else is granted, nor by an instance that takes over.
+        htb.apply_part(&tree, &wanted).expect("again");
+        assert_eq!(ids(&htb), both);
+        let mut next = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        assert_eq!(next.divided().expect("asked"), BTreeSet::from([LineSlot(1)]));
+        next.apply(&tree).expect("taken over");
+        assert_eq!(ids(&next), both);
+        assert_eq!(next.repair().expect("repaired"), []);
+        assert_eq!(ids(&next), ["5150:1", "5150:2", "5150:12", "5150:13", "5150:2002", "5150:4001"]);
+        assert_eq!(next.repair().expect("repaired"), []);
+        // And back, as where a grant fails.
+        part.exchange(&mut tree);
+        next.apply(&tree).expect("taken back");
+        assert_eq!(ids(&next), ["5150:1", "5150:2", "5150:2001", "5150:2002"]);
+    });
+}
+
 // ---- trees ----
 
 fn line(slot: u16) -> LineClass {
@@ -653,6 +699,7 @@ fn line(slot: u16) -> LineClass {
         ceil: BitsPerSecond(20 * MEGABIT),
         link_layer: LinkLayer::Ethernet,
         overhead: ETHERNET_OVERHEAD,
+        divided: true,
     }
 }
 
