@@ -28,6 +28,8 @@ use qos_userspace::domain::{Allocation, AllocationId, Status};
 use serde_json::{Value, json};
 
 const WARM_UP: Duration = Duration::from_millis(1_000);
+/// In which a rate is taken: a machine that stops for 60 ms takes 2 % of it from a shaped flow.
+const WINDOW: Duration = Duration::from_secs(3);
 const INTERVAL: Duration = Duration::from_millis(500);
 
 fn mbit(mbit: u64) -> BitsPerSecond {
@@ -495,7 +497,7 @@ fn a_revoked_class_drains_and_others_lose_nothing() {
     assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped_packets, 0);
     // Free of its limit it runs at what is offered.
     slow_flow.set_rate(mbit(3));
-    let free = undisturbed(&slow_flow, WARM_UP, Duration::from_secs(1)).unwrap();
+    let free = undisturbed(&slow_flow, WARM_UP, WINDOW).unwrap();
     assert_eq!(free.lost, 0, "{:?}", Brief(&free));
     assert_eq!(daemon.status().unwrap().gateway.repairs, []);
 }
@@ -563,7 +565,7 @@ fn detach_leaves_the_namespace_as_it_was_found() {
                 .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit")
                 .unwrap();
         }
-        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
         assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
         assert_ne!(found(&net), before);
 
@@ -589,7 +591,7 @@ fn detach_leaves_the_namespace_as_it_was_found() {
         // What was granted comes back with the next start, and only then.
         daemon.restart().unwrap();
         assert!(!daemon.status().unwrap().gateway.taken_over);
-        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
         assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
         daemon.qos(["detach", "--yes"]).unwrap();
         daemon.wait(Duration::from_secs(5)).unwrap();
@@ -679,7 +681,7 @@ fn an_interface_that_leaves_the_configuration_is_left_alone() {
         } else {
             daemon.restart().unwrap();
             let flow = down(&net, 5_000, mbit(3), 1_000);
-            let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+            let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
             assert!(within(held.achieved, mbit(1), 0.06), "the others go on: {:?}", Brief(&held));
         }
         assert_eq!(on_extra(), bare, "dead: {dead}");
@@ -861,7 +863,7 @@ fn a_foreign_root_qdisc_is_told_and_left_alone_and_the_maximum_holds_without_it(
             error.contains("lan0: the root queueing discipline is tbf") && error.contains("not ours")
         })
     });
-    let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+    let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
     println!("under a foreign root: {:?}", Brief(&held));
     assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
 
@@ -881,7 +883,7 @@ fn an_interface_that_goes_and_comes_back_is_attached_again() {
         .grant("--provider video --flow 'up udp from 192.0.2.10 to 203.0.113.0/24:5000' --max-up 2mbit --guaranteed-up 1mbit")
         .unwrap();
     let flow = up(&net, 5_000, mbit(6), 1_000);
-    let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+    let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
     assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
     drop(flow);
     let grant_and_revoke = |daemon: &Daemon| {
@@ -937,7 +939,7 @@ fn an_interface_that_goes_and_comes_back_is_attached_again() {
         assert_eq!(now.maps, whole.maps);
         assert_eq!(now.links.len(), 6, "{:?}", now.links);
         let flow = up(&net, 5_000, mbit(6), 1_000);
-        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
         assert!(within(held.achieved, mbit(2), 0.06), "dead: {dead}: {:?}", Brief(&held));
         assert_eq!(list(&daemon, "list").iter().map(|found| found.id).collect::<Vec<_>>(), [kept.id]);
     }
@@ -962,7 +964,7 @@ fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
             "{log}"
         );
         assert!(!daemon.socket().exists());
-        let held = undisturbed(&flow, WARM_UP, Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
         assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
         let refused = daemon.qos_output(["status"]).unwrap();
         assert_eq!(refused.status.code(), Some(3));
@@ -985,7 +987,7 @@ fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
         assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
         let log = daemon.log_tail();
         assert!(log.contains("again: ending at once"), "{log}");
-        let held = undisturbed(&flow, Duration::from_millis(300), Duration::from_secs(1)).unwrap();
+        let held = undisturbed(&flow, Duration::from_millis(300), WINDOW).unwrap();
         assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
         daemon.restart().unwrap();
     }
