@@ -21,6 +21,8 @@ pub const ALLOCATION_SLOTS: u32 = 1 << 14;
 pub const PROVIDER_SLOTS: u32 = 1 << 10;
 /// Slots for applications, slot zero ("none") among them.
 pub const APPLICATION_SLOTS: u32 = 1 << 12;
+/// Slots for lines, slot zero ("none") among them.
+pub const LINE_SLOTS: u32 = 10_241;
 /// Rules the classifier takes.
 pub const MAX_RULES: u32 = 1 << 14;
 /// Room for rules: lists are copied when they change, and the old copy is kept for a while.
@@ -61,9 +63,12 @@ pub struct Settings {
     pub default_class: [u32; 2],
     /// Non-zero: an allocation has an MTU.
     pub mtus: u32,
+    /// Non-zero: upstream, the mark of what no allocation takes names its line. Addresses are rewritten
+    /// before it leaves.
+    pub marked_lines: u32,
 }
 
-const _: () = assert!(size_of::<Settings>() == 56);
+const _: () = assert!(size_of::<Settings>() == 60);
 
 /// The allocation has a level in this direction.
 pub const IN_USE: u32 = 1;
@@ -328,15 +333,25 @@ pub struct LineKey {
 
 const _: () = assert!(size_of::<LineKey>() == 24);
 
-/// A line, as egress knows it.
+/// The line that a subscriber's prefix is on.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Line {
-    /// Class of the line's rest, as `skb->priority`, upstream and downstream.
-    pub rest_class: [u32; 2],
+    /// Slot of the line.
+    pub slot: u32,
 }
 
-const _: () = assert!(size_of::<Line>() == 8);
+const _: () = assert!(size_of::<Line>() == 4);
+
+/// A line, as egress knows it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LineClasses {
+    /// Class of the line's rest, as `skb->priority`, upstream and downstream; zero: there is none.
+    pub rest: [u32; 2],
+}
+
+const _: () = assert!(size_of::<LineClasses>() == 8);
 
 /// Key of map `fragments`: what all fragments of a packet have in common.
 #[repr(C)]

@@ -1,9 +1,10 @@
 //! The part of `skb->mark` that carries a classification from ingress to egress.
 //!
 //! A configurable run of bits holds, from its lowest bit: two bits of generation (zero is "not
-//! classified"), one bit of direction, and the slot of the allocation. Bits outside the run belong
-//! to the operator's own rules and are never changed.
+//! classified"), one bit of direction, and the slot of the allocation, or of the line behind all slots of
+//! allocations. Bits outside the run belong to the operator's own rules and are never changed.
 
+use crate::abi::{ALLOCATION_SLOTS, LINE_SLOTS};
 use crate::classify::Direction;
 
 /// Bits of generation and direction below the slot.
@@ -11,6 +12,8 @@ const SLOT_SHIFT: u32 = 3;
 
 /// Fewest bits a layout may have: 32,768 slots.
 pub const MIN_BITS: u32 = 18;
+
+const _: () = assert!(ALLOCATION_SLOTS + LINE_SLOTS <= 1 << (MIN_BITS - SLOT_SHIFT));
 
 /// Where in `skb->mark` the classification stands, and which generation of the object wrote it.
 #[repr(C)]
@@ -28,8 +31,42 @@ const _: () = assert!(size_of::<MarkLayout>() == 12);
 pub struct Marked {
     /// The direction in which the packet was classified.
     pub direction: Direction,
-    /// The allocation's slot; zero where no allocation matched.
-    pub slot: u32,
+    /// What it belongs to.
+    pub owner: Owner,
+}
+
+/// What a packet belongs to: an allocation, a line, or nothing that is told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Owner(u32);
+
+impl Owner {
+    /// The allocation in `slot`; slot zero: no allocation takes the packet, and its line is not told.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_allocation(slot: u32) -> Self {
+        Self(slot)
+    }
+
+    /// No allocation, and the line in `slot`; slot zero: no line is told.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of_line(slot: u32) -> Self {
+        Self(if slot == 0 { 0 } else { ALLOCATION_SLOTS + slot })
+    }
+
+    /// The allocation's slot; zero: there is none.
+    #[inline(always)]
+    #[must_use]
+    pub const fn allocation(self) -> u32 {
+        if self.0 < ALLOCATION_SLOTS { self.0 } else { 0 }
+    }
+
+    /// The line's slot; zero: it is not told.
+    #[inline(always)]
+    #[must_use]
+    pub const fn line(self) -> u32 {
+        self.0.saturating_sub(ALLOCATION_SLOTS)
+    }
 }
 
 impl MarkLayout {
@@ -55,7 +92,7 @@ impl MarkLayout {
     #[inline(always)]
     #[must_use]
     pub const fn write(&self, mark: u32, marked: Marked) -> u32 {
-        let value = self.generation | (marked.direction as u32) << 2 | marked.slot << SLOT_SHIFT;
+        let value = self.generation | (marked.direction as u32) << 2 | marked.owner.0 << SLOT_SHIFT;
         (mark & !self.mask) | ((value << self.shift) & self.mask)
     }
 
@@ -67,7 +104,8 @@ impl MarkLayout {
         if value & 0b11 != self.generation || self.generation == 0 {
             return None;
         }
-        Some(Marked { direction: Direction::from_bit((value >> 2) & 1), slot: value >> SLOT_SHIFT })
+        let owner = Owner(value >> SLOT_SHIFT);
+        Some(Marked { direction: Direction::from_bit((value >> 2) & 1), owner })
     }
 }
 
@@ -92,19 +130,30 @@ mod tests {
     #[test]
     fn a_classification_survives_and_foreign_bits_stay() {
         let layout = MarkLayout::new(0x7fff_e000, 4).expect("18 bits");
-        for slot in [0, 1, layout.slots() - 1] {
+        let allocations = [0, 1, ALLOCATION_SLOTS - 1].map(Owner::of_allocation);
+        let lines = [1, LINE_SLOTS - 1].map(Owner::of_line);
+        for owner in allocations.into_iter().chain(lines) {
             for direction in [Direction::Upstream, Direction::Downstream] {
-                let mark = layout.write(0x8000_1abc, Marked { direction, slot });
-                assert_eq!(layout.read(mark), Some(Marked { direction, slot }));
+                let mark = layout.write(0x8000_1abc, Marked { direction, owner });
+                assert_eq!(layout.read(mark), Some(Marked { direction, owner }));
                 assert_eq!(mark & 0x8000_1fff, 0x8000_1abc);
             }
+        }
+        for (owner, allocation, line) in [
+            (Owner::of_allocation(0), 0, 0),
+            (Owner::of_allocation(ALLOCATION_SLOTS - 1), ALLOCATION_SLOTS - 1, 0),
+            (Owner::of_line(0), 0, 0),
+            (Owner::of_line(1), 0, 1),
+            (Owner::of_line(LINE_SLOTS - 1), 0, LINE_SLOTS - 1),
+        ] {
+            assert_eq!((owner.allocation(), owner.line()), (allocation, line));
         }
     }
 
     #[test]
     fn another_generation_and_no_classification_are_told_apart() {
         let (one, two) = (MarkLayout::new(0x7ffff, 1).expect("19"), MarkLayout::new(0x7ffff, 2).expect("19"));
-        let mark = one.write(0, Marked { direction: Direction::Upstream, slot: 7 });
+        let mark = one.write(0, Marked { direction: Direction::Upstream, owner: Owner::of_allocation(7) });
         assert_eq!(two.read(mark), None);
         assert_eq!(one.read(0), None);
         assert_eq!(one.read(0xfff8_0000), None);

@@ -3,8 +3,8 @@
 use aya::Pod;
 
 use crate::abi::{
-    Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Interface, Line, LineKey,
-    Outcomes, Provider, Question, Settings,
+    Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Interface, Line, LineClasses,
+    LineKey, Outcomes, Provider, Question, Settings,
 };
 use crate::classify::{IndexSlot, Rule, TableSet};
 
@@ -26,6 +26,7 @@ pod!(
     IndexSlot,
     Interface,
     Line,
+    LineClasses,
     LineKey,
     Outcomes,
     Provider,

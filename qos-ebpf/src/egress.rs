@@ -5,6 +5,7 @@
 use aya_ebpf::programs::TcContext;
 use qos_common::abi::{Allocation, IN_USE, JUDGED, LineKey, MARK_DSCP, Outcome, Settings, directed};
 use qos_common::classify::{Direction, Family, Key};
+use qos_common::mark::Owner;
 
 use crate::classify::Search;
 use crate::limit::count_marked;
@@ -24,39 +25,40 @@ pub(crate) fn run<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
     let (mark, came_in) = unsafe { ((*ctx.skb.skb).mark, (*ctx.skb.skb).ingress_ifindex) };
     let marked = settings.mark.read(mark);
     let here = marked.filter(|marked| marked.direction == direction);
-    let (outcome, slot) = match here {
-        Some(marked) => (Outcome::Admitted, marked.slot),
+    let (outcome, owner) = match here {
+        Some(marked) => (Outcome::Admitted, marked.owner),
         None => {
             // A mark of the other direction is not lost: from a subscriber to another. What was made on
             // the box came in by no interface.
             let lost = marked.is_none() && came_in != 0 && maps::interface(came_in).flags & JUDGED != 0;
             let (outcome, slot) = police(ctx, settings, direction, lost);
             maps::count(outcome);
-            (outcome, slot)
+            (outcome, Owner::of_allocation(slot))
         }
     };
     if matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate | Outcome::TooBig) {
         return outcome;
     }
+    let slot = owner.allocation();
     let allocation = match slot {
         0 => None,
         slot => maps::allocation(directed(slot, direction)).filter(|found| found.flags & IN_USE != 0),
     };
-    send(ctx, settings, allocation, slot, direction, here.is_none());
+    send(ctx, settings, allocation, owner, direction, here.is_none());
     if slot != 0 && allocation.is_none() {
         maps::count(Outcome::StaleMark);
     }
     outcome
 }
 
-/// Sets class and code point; observing, only counts what would be marked. `was_read`: what could
-/// be read of the headers is in this CPU's search.
+/// Sets class and code point; observing, only counts what would be marked. `allocation`: the owner's.
+/// `was_read`: what could be read of the headers is in this CPU's search.
 #[inline(always)]
 fn send(
     ctx: &TcContext,
     settings: &Settings,
     allocation: Option<&'static Allocation>,
-    slot: u32,
+    owner: Owner,
     direction: Direction,
     was_read: bool,
 ) {
@@ -64,7 +66,7 @@ fn send(
     let remark = allocation.filter(|allocation| allocation.flags & MARK_DSCP != 0);
     let mut class = match allocation {
         Some(allocation) => allocation.class,
-        None => 0,
+        None => maps::rest_class(owner.line(), direction),
     };
     let lines = !observes && settings.line_lengths_v4_used | settings.line_lengths_v6_used != 0;
     if remark.is_some() || class == 0 && lines {
@@ -75,10 +77,10 @@ fn send(
         // A packet that ends before its ports still has a line.
         if let Some(Search { packet, .. }) = maps::search().filter(|search| search.packet.ip_length != 0) {
             if class == 0 && lines {
-                class = line_class(settings, &packet.key, direction);
+                class = maps::rest_class(line_of(settings, &packet.key, direction), direction);
             }
             if let Some(allocation) = remark {
-                remark_packet(ctx, packet, allocation, slot, direction, observes);
+                remark_packet(ctx, packet, allocation, owner.allocation(), direction, observes);
             }
         }
     }
@@ -115,15 +117,15 @@ fn remark_packet(
 /// on, or where none is known the link's.
 #[inline(always)]
 pub(crate) fn rest_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
-    match line_class(settings, key, direction) {
+    match maps::rest_class(line_of(settings, key, direction), direction) {
         0 => settings.default_class[direction as usize],
         class => class,
     }
 }
 
-/// Class of the rest of the line that the packet's subscriber is on; zero where none is known.
+/// Slot of the line that the packet's subscriber is on; zero where none is known.
 #[inline(never)]
-fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
+pub(crate) fn line_of(settings: &Settings, key: &Key, direction: Direction) -> u32 {
     let subscriber = match direction {
         Direction::Upstream => key.source,
         Direction::Downstream => key.destination,
@@ -141,7 +143,7 @@ fn line_class(settings: &Settings, key: &Key, direction: Direction) -> u32 {
         let length = u32::from(lengths[i]);
         let key = LineKey { address: subscriber.prefix(length), length, family: key.family };
         if let Some(line) = maps::line(&key) {
-            return line.rest_class[direction as usize];
+            return line.slot;
         }
     }
     0

@@ -7,13 +7,14 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use qos_common::abi::{METADATA_MAGIC, Metadata, Outcome, Settings, TELL_SENDER, directed};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
-use qos_common::mark::Marked;
+use qos_common::mark::{Marked, Owner};
 
 use crate::classify::{Search, classify, now_ns};
+use crate::egress::line_of;
 use crate::limit::judge;
 use crate::maps;
 use crate::mtu::qos_mtu_frame;
-use crate::packet::{Bytes, parse};
+use crate::packet::{Bytes, Packet, parse};
 use crate::skb;
 use crate::tell::{TC_NEXT, lower_mss, tell_sender};
 
@@ -36,7 +37,7 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
     let slot = if search.limits_only == 0 { search.slot } else { 0 };
     if search.carries != 0 {
         let task = if settings.observe == 0 { search.task } else { 0 };
-        write_metadata(ctx, settings, answer(outcome, direction, slot), task);
+        write_metadata(ctx, settings, answer(settings, &search.packet, outcome, direction, slot), task);
     }
     outcome
 }
@@ -55,16 +56,28 @@ pub(crate) fn tc<const DIRECTION: u32>(ctx: &TcContext) -> Outcome {
     };
     let direction = Direction::from_bit(DIRECTION);
     let (outcome, slot) = skb::police(ctx, settings, direction, false);
-    write_mark(ctx, settings, answer(outcome, direction, slot));
+    // What could be read of the headers is in this CPU's search.
+    let Some(search) = maps::search() else {
+        return Outcome::MissingEntry;
+    };
+    write_mark(ctx, settings, answer(settings, &search.packet, outcome, direction, slot));
     outcome
 }
 
 /// What the mark is to say. Observing, a packet that would be dropped goes on, and is nothing that
 /// would be marked.
 #[inline(always)]
-fn answer(outcome: Outcome, direction: Direction, slot: u32) -> Marked {
+fn answer(settings: &Settings, packet: &Packet, outcome: Outcome, direction: Direction, slot: u32) -> Marked {
     let over = matches!(outcome, Outcome::OverMaximum | Outcome::OverAggregate | Outcome::TooBig);
-    Marked { direction, slot: if over { 0 } else { slot } }
+    let owner = if slot != 0 && !over {
+        Owner::of_allocation(slot)
+    } else if direction == Direction::Upstream && settings.marked_lines != 0 && packet.ip_length != 0 {
+        // A packet that ends before its ports still has a line.
+        Owner::of_line(line_of(settings, &packet.key, direction))
+    } else {
+        Owner::default()
+    };
+    Marked { direction, owner }
 }
 
 /// Classifies and charges the packet that was read. What egress is to classify again, for want of a
@@ -140,7 +153,7 @@ pub(crate) fn take_over(ctx: &TcContext) -> i32 {
     if metadata.task & TELL_SENDER != 0 {
         return tell_sender(ctx, metadata.task, false);
     }
-    lower_mss(ctx, metadata.task, marked.slot, marked.direction);
+    lower_mss(ctx, metadata.task, marked.owner.allocation(), marked.direction);
     TC_NEXT
 }
 

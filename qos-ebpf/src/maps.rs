@@ -7,10 +7,10 @@ use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
     ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
-    FragmentKey, Interface, Line, LineKey, MAX_FRAGMENTS, MAX_INTERFACES, MAX_LINE_PREFIXES, Outcome,
-    Outcomes, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
+    FragmentKey, Interface, LINE_SLOTS, Line, LineClasses, LineKey, MAX_FRAGMENTS, MAX_INTERFACES,
+    MAX_LINE_PREFIXES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
 };
-use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
+use qos_common::classify::{Direction, INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
 
 use crate::classify::Search;
 
@@ -56,6 +56,8 @@ static OUTCOME_COUNTERS: Array<Outcomes, 1, MMAPABLE> = Array::new();
 static INTERFACES: HashMap<u32, Interface, { MAX_INTERFACES as usize }> = HashMap::new();
 #[btf_map(name = "lines")]
 static LINES: HashMap<LineKey, Line, { MAX_LINE_PREFIXES as usize }> = HashMap::new();
+#[btf_map(name = "line_classes")]
+static LINE_CLASSES: Array<LineClasses, { LINE_SLOTS as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "fragments")]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment, { MAX_FRAGMENTS as usize }> = LruHashMap::new();
 /// One for packets, one for the program that explains: on kernels before 6.10 a test run may be
@@ -184,8 +186,17 @@ pub(crate) fn interface(index: u32) -> Interface {
 #[inline(always)]
 pub(crate) fn line(key: &LineKey) -> Option<Line> {
     // SAFETY: the value is copied at once; one that is deleted meanwhile is freed after a grace
-    // period, and one that is replaced is two words which both stay valid classes.
+    // period, and one that is replaced is one word.
     LINES.get_ptr(key).map(|pointer| unsafe { *pointer })
+}
+
+/// Class of the rest of a line; zero where there is none, and for slot zero.
+#[inline(always)]
+pub(crate) fn rest_class(line: u32, direction: Direction) -> u32 {
+    match LINE_CLASSES.get(line) {
+        Some(classes) if line != 0 => classes.rest[direction as usize],
+        _ => 0,
+    }
 }
 
 #[inline(always)]

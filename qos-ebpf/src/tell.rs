@@ -11,7 +11,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::TcContext;
 use qos_common::abi::{TASK_MTU, directed};
 use qos_common::classify::{Direction, Family};
-use qos_common::mark::Marked;
+use qos_common::mark::{Marked, Owner};
 use qos_common::mss;
 
 use crate::classify::LINK_ROOM;
@@ -111,7 +111,7 @@ pub(crate) fn tell_sender(ctx: &TcContext, task: u32, at_egress: bool) -> i32 {
     if let (Some(settings), Some(search)) = (maps::settings(), maps::search()) {
         let answered = Direction::from_bit(search.packet.key.direction ^ 1);
         // Judged already: it is not the subscriber's or provider's.
-        let marked = Marked { direction: answered, slot: 0 };
+        let marked = Marked { direction: answered, owner: Owner::default() };
         // SAFETY: `mark` is a field of this program's own context that it may write.
         unsafe { (*ctx.skb.skb).mark = settings.mark.write((*ctx.skb.skb).mark, marked) };
     }

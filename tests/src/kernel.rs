@@ -12,8 +12,8 @@ use aya::maps::{Array, HashMap, Map, MapData};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::{SchedClassifier, TcAttachType};
 use qos_common::abi::{
-    ABI_VERSION, ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Application, Clocks, Line, LineKey,
-    PROVIDER_SLOTS, Provider, Settings,
+    ABI_VERSION, ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Application, Clocks, LINE_SLOTS, Line,
+    LineClasses, LineKey, PROVIDER_SLOTS, Provider, Settings,
 };
 use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
 use qos_userspace::gateway::memory::SharedArray;
@@ -43,6 +43,8 @@ pub struct Contents {
     pub applications: BTreeMap<u32, Application>,
     /// Map `lines`, by the bytes of its keys.
     pub lines: BTreeMap<String, Line>,
+    /// Map `line_classes`, without its free slots.
+    pub line_classes: BTreeMap<u32, LineClasses>,
     /// Rules by index slot.
     pub rules: BTreeMap<u32, Vec<Rule>>,
     /// Tables that hold rules: set, best rank and prefix lengths.
@@ -102,6 +104,7 @@ impl Kernel {
         differ("provider", &self.maps.providers, &other.maps.providers, &mut differences);
         differ("application", &self.maps.applications, &other.maps.applications, &mut differences);
         differ("line", &self.maps.lines, &other.maps.lines, &mut differences);
+        differ("classes of line", &self.maps.line_classes, &other.maps.line_classes, &mut differences);
         differ("rules", &self.maps.rules, &other.maps.rules, &mut differences);
         differ("link", &self.links, &other.links, &mut differences);
         for (what, one, two) in
@@ -198,6 +201,7 @@ impl Maps {
             allocations: self.in_use("allocations", ALLOCATION_SLOTS * 2)?,
             providers: self.in_use("providers", PROVIDER_SLOTS)?,
             applications: self.in_use("applications", APPLICATION_SLOTS)?,
+            line_classes: self.in_use("line_classes", LINE_SLOTS)?,
             lines: lines
                 .iter()
                 .map(|entry| entry.map(|(key, line)| (format!("{key:?}"), line)).context("map lines"))

@@ -178,6 +178,16 @@ fn levels_are_held_up_from_subscribers_behind_masquerading() {
     let flow = TcpFlow::new(from, to(6_001)).start(&home.namespace, &video.namespace).unwrap();
     let held = flow.measure(WINDOW, WINDOW).unwrap();
     is_near(held.achieved.0 as f64, mbit(4), 0.03, "TCP shaped");
+    drop(flow);
+    // A twentieth is left free in the direction out of the line. What has no level is held to it, and so is
+    // what is policed at more than it and has no class of its own.
+    grant(&daemon, "up udp from 192.0.2.10 to 203.0.113.0/24:5003", "--max-up 25mbit --enforcement police");
+    for (port, what) in [(5_002, "rest"), (5_003, "policed without a guarantee")] {
+        let flow = UdpFlow::new(from, to(port), mbit(30)).start(&home.namespace, &video.namespace).unwrap();
+        let held = undisturbed(&flow, WINDOW / 2, WINDOW).unwrap();
+        println!("{what}: {:?}", Brief(&held));
+        is_near(held.achieved.0 as f64, mbit(19), 0.03, what);
+    }
 }
 
 #[test]

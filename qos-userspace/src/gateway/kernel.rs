@@ -13,7 +13,8 @@ use jiff::Timestamp;
 use nix::fcntl::Flock;
 use nix::time::{ClockId, clock_gettime};
 use qos_common::abi::{
-    self, JUDGED, LAYER3, Line, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question, Settings,
+    self, JUDGED, LAYER3, Line, LineClasses, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question,
+    Settings,
 };
 use qos_common::classify::{Address, Direction, Family, Rule, selector_of};
 use qos_common::clock::Meter;
@@ -707,7 +708,16 @@ impl Kernel {
         if self.maps.put_settings(&settings)? {
             wrong.push("map settings differed".to_owned());
         }
-        let lines = self.maps.put_lines(&self.all_lines(state))?;
+        // A line has its classes before a prefix leads to it.
+        let sessions: HashMap<u16, _> =
+            state.sessions.values().map(|session| (session.slot, session)).collect();
+        for slot in 1..abi::LINE_SLOTS as u16 {
+            let classes = sessions.get(&slot).map(|session| self.line_classes(session)).unwrap_or_default();
+            if self.maps.put_line_classes(slot, classes) {
+                wrong.push(format!("map line_classes[{slot}] differed"));
+            }
+        }
+        let lines = self.maps.put_lines(&all_lines(state))?;
         if lines > 0 {
             wrong.push(format!("map lines differed in {lines} entries"));
         }
@@ -748,6 +758,7 @@ impl Kernel {
                 abi: abi::ABI_VERSION,
                 observe: u32::from(self.config.observe),
                 mark: self.mark,
+                marked_lines: u32::from(self.config.nat && !self.config.observe),
                 ..Settings::default()
             },
         );
@@ -772,24 +783,16 @@ impl Kernel {
         settings
     }
 
-    fn all_lines(&self, state: &State) -> HashMap<LineKey, Line> {
-        state
-            .sessions
-            .values()
-            .flat_map(|session| session.addresses.iter().map(|net| (line_key(*net), self.line(session))))
-            .collect()
-    }
-
     /// Classes of a line's rest.
-    fn line(&self, session: &Session) -> Line {
-        let mut line = Line::default();
+    fn line_classes(&self, session: &Session) -> LineClasses {
+        let mut classes = LineClasses::default();
         for interface in &self.interfaces {
             if let Some(scheduler) = &interface.scheduler {
-                line.rest_class[interface.egress() as usize] =
+                classes.rest[interface.egress() as usize] =
                     self.rest_class(scheduler, session, interface.egress());
             }
         }
-        line
+        classes
     }
 
     fn rest_class(&self, scheduler: &Htb, session: &Session, direction: Direction) -> u32 {
@@ -875,9 +878,9 @@ impl Kernel {
                 self.maps.put_application(application.slot, record);
             }
             Change::PutSession(session) => {
-                let line = self.line(session);
+                self.maps.put_line_classes(session.slot, self.line_classes(session));
                 for net in &session.addresses {
-                    self.maps.put_line(line_key(*net), line)?;
+                    self.maps.put_line(line_key(*net), line(session))?;
                 }
             }
             Change::PutAllocation(allocation) => {
@@ -923,6 +926,7 @@ impl Kernel {
                 for net in &session.addresses {
                     self.maps.remove_line(&line_key(*net))?;
                 }
+                self.maps.put_line_classes(session.slot, LineClasses::default());
             }
             _ => {}
         }
@@ -1017,22 +1021,18 @@ impl Kernel {
     }
 
     /// Sends the rests of lines that have been divided, or are so no more, to their classes of now.
-    fn move_rests(&mut self, state: &State, lines: &[(Direction, LineSlot)]) -> Result<(), GatewayError> {
+    fn move_rests(&mut self, state: &State, lines: &[(Direction, LineSlot)]) {
         if lines.is_empty() {
-            return Ok(());
+            return;
         }
         let slots: BTreeSet<u16> = lines.iter().map(|(_, slot)| slot.0).collect();
         for session in state.sessions.values().filter(|session| slots.contains(&session.slot)) {
-            let line = self.line(session);
-            for net in &session.addresses {
-                self.maps.change_line(line_key(*net), line)?;
-            }
+            self.maps.put_line_classes(session.slot, self.line_classes(session));
             let on_it = state.allocations.values().filter(|of| of.session.as_ref() == Some(&session.name));
             for allocation in on_it {
                 self.maps.change_classes(allocation.slot, self.records(state, allocation));
             }
         }
-        Ok(())
     }
 
     /// Carries out changes, the first `ends` of which end something. `done` tells afterwards how many
@@ -1057,7 +1057,7 @@ impl Kernel {
             return Err(error);
         }
         *divided = divides;
-        self.move_rests(state, divided)?;
+        self.move_rests(state, divided);
         // The first class that there is takes the rest of the traffic behind it.
         let lines =
             changes.iter().any(|change| matches!(change, Change::PutSession(_) | Change::DeleteSession(_)));
@@ -1089,7 +1089,7 @@ impl Gateway for Kernel {
         let settings = self.maps.settings()?;
         // The change itself does not tell which lines a removed session had.
         let removes = changes.iter().any(|change| matches!(change, Change::DeleteSession(_)));
-        let lines = if removes { Some(self.maps.lines()?) } else { None };
+        let lines = if removes { Some((self.maps.lines()?, self.maps.line_classes())) } else { None };
         let mut done = 0;
         let mut before = Vec::new();
         let mut divided = Vec::new();
@@ -1104,13 +1104,14 @@ impl Gateway for Kernel {
         }
         let was_divided = std::mem::take(&mut divided);
         self.unite(&was_divided);
-        self.move_rests(state, &was_divided)?;
+        self.move_rests(state, &was_divided);
         for change in ordered[..done].iter().rev() {
             if let Err(error) = self.take_back(state, change) {
                 tracing::warn!(%error, "a change of the maps could not be taken back");
             }
         }
-        if let Some(lines) = lines {
+        if let Some((lines, classes)) = lines {
+            self.maps.put_all_line_classes(&classes);
             self.maps.put_lines(&lines)?;
         }
         self.maps.put_settings(&settings)?;
@@ -1343,6 +1344,15 @@ fn put_lengths(
         *place = *length;
     }
     Ok(distinct.len() as u32)
+}
+
+fn all_lines(state: &State) -> HashMap<LineKey, Line> {
+    let lines = state.sessions.values();
+    lines.flat_map(|session| session.addresses.iter().map(|net| (line_key(*net), line(session)))).collect()
+}
+
+fn line(session: &Session) -> Line {
+    Line { slot: u32::from(session.slot) }
 }
 
 fn line_key(net: IpNet) -> LineKey {

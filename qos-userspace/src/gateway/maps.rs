@@ -2,12 +2,11 @@
 //! how it gets there so that no packet meets a half-written record.
 
 use std::collections::BTreeMap;
-use std::io;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, Line, LineKey, OUTCOMES,
-    Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, LINE_SLOTS, Line,
+    LineClasses, LineKey, OUTCOMES, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
 
@@ -30,6 +29,7 @@ pub(super) struct Maps {
     outcomes: SharedArray<Outcomes>,
     interfaces: HashMap<MapData, u32, Interface>,
     lines: HashMap<MapData, LineKey, Line>,
+    line_classes: SharedArray<LineClasses>,
     question: SharedArray<Question>,
     answer: SharedArray<Answer>,
 }
@@ -54,6 +54,7 @@ impl Maps {
             outcomes: object.shared("outcomes")?,
             interfaces: object.take("interfaces")?,
             lines: object.take("lines")?,
+            line_classes: object.shared("line_classes")?,
             question: object.shared("question")?,
             answer: object.shared("answer")?,
         })
@@ -181,14 +182,23 @@ impl Maps {
         self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
     }
 
-    /// Gives a line's prefix other classes, if it is there.
-    pub(super) fn change_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
-        // linux/bpf.h
-        const BPF_EXIST: u64 = 2;
-        match self.lines.insert(key, line, BPF_EXIST) {
-            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result.map_err(|reason| ObjectError::map("lines", reason)),
+    /// Classes of all lines, by slot.
+    pub(super) fn line_classes(&self) -> Vec<LineClasses> {
+        (0..LINE_SLOTS).map(|slot| self.line_classes.read(slot)).collect()
+    }
+
+    /// Makes the map of lines' classes hold `wanted`, by slot. Tells how many entries differed.
+    pub(super) fn put_all_line_classes(&self, wanted: &[LineClasses]) -> usize {
+        (0..).zip(wanted).filter(|(slot, classes)| self.put_line_classes(*slot, **classes)).count()
+    }
+
+    /// Gives a line's slot its classes: each is one word, seen at once. Tells whether they differed.
+    pub(super) fn put_line_classes(&self, slot: u16, wanted: LineClasses) -> bool {
+        let differs = self.line_classes.read(u32::from(slot)) != wanted;
+        if differs {
+            self.line_classes.write(u32::from(slot), wanted);
         }
+        differs
     }
 
     /// Removes a line's prefix, if it is there.

@@ -10,7 +10,7 @@ use aya::{Ebpf, Pod};
 use qos_common::abi::{self, ALLOCATION_SLOTS, Allocation, Clocks, IN_USE, POLICE, Provider, directed};
 use qos_common::classify::Direction;
 use qos_common::clock::Meter;
-use qos_common::mark::{MarkLayout, Marked};
+use qos_common::mark::{MarkLayout, Marked, Owner};
 use qos_userspace::gateway::classifier::Classifier;
 use qos_userspace::gateway::memory::SharedArray;
 use qos_userspace::gateway::object::{Object, remove_pins};
@@ -212,7 +212,9 @@ impl Loaded {
             .into_iter()
             .map(|(rule, flow)| {
                 let slot = rule + 1;
-                let mark = self.mark.write(0, Marked { direction: Direction::Upstream, slot });
+                let mark = self
+                    .mark
+                    .write(0, Marked { direction: Direction::Upstream, owner: Owner::of_allocation(slot) });
                 let headers = world::headers(rule, flow, [2, 0, 0, 0, 0, 1]);
                 Step { headers, reserved: [0; 2], mark: if marked { mark } else { 0 } }
             })

@@ -33,6 +33,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::LazyLock;
 
+use qos_common::abi::LINE_SLOTS;
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
 
 use crate::domain::units::BitsPerSecond;
@@ -49,6 +50,7 @@ const FIRST_UNDIVIDED: u16 = 0x2000;
 pub(super) const FIRST_GROUP: u16 = 0x3000;
 const FIRST_LEAF: u16 = 0x4000;
 const LAST_LINE_SLOT: u16 = GROUP_LINES * (LAST_GROUP + 1);
+const _: () = assert!(LAST_LINE_SLOT as u32 + 1 == LINE_SLOTS);
 const LAST_LEAF_SLOT: u16 = 0x3fff;
 
 /// Lines of one group.
