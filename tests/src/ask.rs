@@ -204,6 +204,9 @@ impl fmt::Debug for Brief<'_> {
             "offered {}, achieved {}, sent {}, received {}, lost {}, reordered {}, overran {}",
             m.offered, m.achieved, m.sent, m.received, m.lost, m.reordered, m.receiver_dropped
         )?;
+        if let Some(first) = m.first_lost {
+            write!(f, ", number {first} is missing first")?;
+        }
         match &m.latency {
             Some(latency) => {
                 write!(f, ", p50 {:?}, p99 {:?}, max {:?}", latency.p50(), latency.p99(), latency.max())

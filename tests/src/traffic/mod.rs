@@ -50,6 +50,8 @@ pub struct Measured {
     pub received: u64,
     /// How many of those didn't arrive; for TCP, retransmissions.
     pub lost: u64,
+    /// Which UDP packet of the window is the first that is missing, from zero on.
+    pub first_lost: Option<u64>,
     /// UDP packets that arrived behind a later one.
     pub reordered: u64,
     /// UDP packets that reached the receiving host and overran its socket. They are not in `lost`.
@@ -186,6 +188,7 @@ mod tests {
             received: 0,
             lost: 0,
             reordered: 0,
+            first_lost: None,
             receiver_dropped: 0,
             latency: None,
             began: 1_000,

@@ -222,6 +222,7 @@ impl RunningTcp {
             received,
             lost,
             reordered: 0,
+            first_lost: None,
             receiver_dropped: 0,
             latency: None,
             began: before.at,

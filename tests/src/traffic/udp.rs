@@ -64,6 +64,8 @@ struct Shared {
     rate: AtomicU64,
     /// Sequence number of the next packet.
     sent: AtomicU64,
+    /// The same, but while packets are handed over to the kernel it counts them already.
+    begun: AtomicU64,
     /// Highest sequence number seen, plus one.
     seen: AtomicU64,
     recording: AtomicBool,
@@ -154,6 +156,7 @@ impl UdpFlow {
             stop: AtomicBool::new(false),
             rate: AtomicU64::new(self.rate.0),
             sent: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
             seen: AtomicU64::new(0),
             recording: AtomicBool::new(false),
             arrivals: Mutex::default(),
@@ -223,7 +226,8 @@ impl Flow for RunningUdp {
         self.shared.recording.store(true, Ordering::SeqCst);
         *self.window() = Window {
             began: now(),
-            first: self.shared.sent.load(Ordering::SeqCst),
+            // The first one that can't have arrived before it was recorded.
+            first: self.shared.begun.load(Ordering::SeqCst),
             drops: self.drops(),
             ..Window::default()
         };
@@ -273,8 +277,11 @@ impl RunningUdp {
         }
         sequences.sort_unstable();
         sequences.dedup();
-        let sent = window.behind - window.first;
+        let sent = window.behind.saturating_sub(window.first);
         let received = sequences.len() as u64;
+        let first_lost = (window.first..window.behind)
+            .zip(sequences.iter().copied().chain([u64::MAX]))
+            .find_map(|(sent, received)| (sent != received).then(|| sent - window.first));
         let count = within.len() as u64;
         Measured {
             window: time,
@@ -284,6 +291,7 @@ impl RunningUdp {
             sent,
             received,
             lost: (sent - received).saturating_sub(receiver_dropped),
+            first_lost,
             reordered,
             receiver_dropped,
             latency: Latency::new(
@@ -363,6 +371,7 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
             head[8..16].copy_from_slice(&stamp.to_be_bytes());
             head[16..].copy_from_slice(&flow.to_be_bytes());
         }
+        shared.begun.store(sequence + due as u64, Ordering::SeqCst);
         let taken = match send_batch(socket, &mut heads[..due], &mut padding) {
             Ok(taken) => taken,
             // An ICMP answer to an earlier packet, or a full queue: the path's doing, not a failure.
@@ -371,6 +380,7 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
         };
         sequence += taken as u64;
         shared.sent.store(sequence, Ordering::SeqCst);
+        shared.begun.store(sequence, Ordering::SeqCst);
         next += due as f64 * interval;
         last = wake.max(time - STALL);
     }
