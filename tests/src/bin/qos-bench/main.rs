@@ -57,7 +57,7 @@ enum What {
         /// Lines, each with a class in the tree of both interfaces.
         #[arg(long, default_value_t = 10_000)]
         lines: u32,
-        /// Shaped allocations downstream, one on each of the first lines.
+        /// Shaped allocations downstream, line after line, from the first again when all have one.
         #[arg(long, default_value_t = 8_000)]
         allocations: u32,
     },

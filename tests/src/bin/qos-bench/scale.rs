@@ -6,7 +6,7 @@
 //! a line of its own, watched in turns with and without grants and revokes going on.
 //!
 //! The baseline is the kernel alone: the same classes and queues on the same interfaces, asked for by
-//! nothing but this program, and what the first grant on each of these lines makes.
+//! nothing but this program, and what each of these grants makes.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -36,6 +36,9 @@ const ROUNDS: usize = 5;
 const WINDOW: Duration = Duration::from_secs(3);
 /// In which it is counted how long no packet came.
 const BIN: Duration = Duration::from_micros(500);
+
+/// Of 1 Mbit/s, on 20 Mbit/s, of which the line's rest has a part.
+const MOST_ON_A_LINE: u32 = 16;
 
 /// Parent of a root qdisc (`TC_H_ROOT`).
 const ROOT_PARENT: u32 = u32::MAX;
@@ -68,7 +71,8 @@ pub(crate) struct Report {
     grants: Spread,
     /// The last tenth of them.
     last_grants: Spread,
-    /// The kernel alone, for the three classes and two queues that each of them makes.
+    /// The kernel alone, for what each of them makes: three classes and two queues where it is the first on
+    /// its line, else one of each.
     grants_alone: Spread,
     last_grants_alone: Spread,
     /// The last tenth, from request to answer.
@@ -103,7 +107,11 @@ struct Stream {
 }
 
 pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
-    ensure!(allocations <= lines && allocations >= 10, "10 allocations at least, and a line for each");
+    ensure!(lines >= 2, "two lines at least: one of them is watched");
+    ensure!(
+        (10..=(lines - 1) * MOST_ON_A_LINE).contains(&allocations),
+        "10 allocations at least, and at most {MOST_ON_A_LINE} on each line but the one that is watched"
+    );
     let net = Topology::builder()
         .subscriber("watched", &["192.0.2.10"])
         .provider("video", &["203.0.113.10"])
@@ -135,9 +143,9 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
     log.read(&daemon)?;
     let mut answers = Vec::new();
     let mut ids = Vec::new();
-    for number in 1..=allocations {
+    for number in 0..allocations {
         let begin = Instant::now();
-        ids.push(grant(&mut client, number)?);
+        ids.push(grant(&mut client, number, lines)?);
         answers.push(milliseconds(begin.elapsed()));
     }
     let mut grants = log.read(&daemon)?;
@@ -156,7 +164,7 @@ pub(crate) fn measure(lines: u32, allocations: u32) -> Result<Report> {
         log.read(&daemon)?;
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
-            let change = || again(&mut client, &mut ids, round * allocations as usize / ROUNDS, &stop);
+            let change = || again(&mut client, &mut ids, round * allocations as usize / ROUNDS, lines, &stop);
             let changing = scope.spawn(change);
             let stream = watch(&flow);
             stop.store(true, Ordering::SeqCst);
@@ -232,27 +240,30 @@ fn alone(netlink: &mut Netlink, allocations: u32) -> Result<Alone> {
 
     let is_line = |minor| (FIRST_UNDIVIDED + 1..=FIRST_UNDIVIDED + GROUP_LINES).contains(&minor);
     let classes = netlink.classes(indices[0])?;
-    let bare = classes.iter().filter(|class| is_line(class.handle & 0xffff));
+    let bare: Vec<_> = classes.iter().filter(|class| is_line(class.handle & 0xffff)).skip(1).collect();
     // Numbers of queues that nobody has.
     let taken: HashSet<u32> = qdiscs.iter().map(|qdisc| qdisc.handle >> 16).collect();
     let mut free = (1..0xffff).filter(|major| !taken.contains(major) && !is_listed_with_the_root(*major));
     let mut number = || free.next().map(|major| major << 16).context("no number is left for a queue");
     let mut grants = Vec::new();
-    for (slot, line) in (1..=allocations).zip(bare) {
+    for (slot, (nth, line)) in (1..=allocations).zip(bare.iter().enumerate().cycle()) {
+        let first = slot as usize == nth + 1;
         let major = line.handle & 0xffff_0000;
         let inner = major | (FIRST_LINE + 2 * ((line.handle & 0xffff) - FIRST_UNDIVIDED));
         let (rest, leaf) = (inner + 1, major | (FIRST_LEAF + slot));
         let (rest_queue, leaf_queue) = (number()?, number()?);
         thread::sleep(BARE_PAUSE);
         let begin = Instant::now();
-        netlink.request(class(indices[0], line.parent, inner), flags)?;
-        netlink.request(class(indices[0], inner, rest), flags)?;
-        netlink.request(queue(indices[0], rest, rest_queue, "bfifo"), flags)?;
+        if first {
+            netlink.request(class(indices[0], line.parent, inner), flags)?;
+            netlink.request(class(indices[0], inner, rest), flags)?;
+            netlink.request(queue(indices[0], rest, rest_queue, "bfifo"), flags)?;
+        }
         netlink.request(class(indices[0], inner, leaf), flags)?;
         netlink.request(queue(indices[0], leaf, leaf_queue, "bfifo"), flags)?;
         grants.push(milliseconds(begin.elapsed()));
     }
-    ensure!(grants.len() == allocations as usize, "there are {} lines among the classes", grants.len());
+    ensure!(grants.len() == allocations as usize, "there is no line among the classes");
     indices.into_iter().try_for_each(|index| netlink.delete_root(index))?;
     Ok(Alone { lines, grants })
 }
@@ -353,14 +364,15 @@ fn post(client: &mut Client, path: &str, body: &serde_json::Value) -> Result<ser
     Ok(answer.body)
 }
 
-/// Grants the shaped allocation of a line; returns its number.
-fn grant(client: &mut Client, number: u32) -> Result<u64> {
+/// Grants shaped allocation `number`, from zero on, line after line; returns its id.
+fn grant(client: &mut Client, number: u32, lines: u32) -> Result<u64> {
+    let (turn, line) = (number / (lines - 1), 1 + number % (lines - 1));
     let answer = post(
         client,
         "/v1/allocations",
         &json!({
             "provider": "video",
-            "selectors": [format!("down udp from 203.0.113.10 to {}", address(number))],
+            "selectors": [format!("down udp from 203.0.113.10 to {}:{}", address(line), 5_000 + turn)],
             "level": {"guaranteed": {"down": "1mbit"}, "maximum": {"down": "5mbit"}, "enforcement": "shape"},
         }),
     )?;
@@ -368,7 +380,7 @@ fn grant(client: &mut Client, number: u32) -> Result<u64> {
 }
 
 /// Revokes and grants anew, line after line from `first` on.
-fn again(client: &mut Client, ids: &mut [u64], first: usize, stop: &AtomicBool) -> Result<()> {
+fn again(client: &mut Client, ids: &mut [u64], first: usize, lines: u32, stop: &AtomicBool) -> Result<()> {
     for number in (0..ids.len()).cycle().skip(first) {
         if stop.load(Ordering::SeqCst) {
             break;
@@ -376,7 +388,7 @@ fn again(client: &mut Client, ids: &mut [u64], first: usize, stop: &AtomicBool) 
         let path = format!("/v1/allocations/{}", ids[number]);
         let answer = client.ask("DELETE", &path, None)?;
         ensure!(answer.status == 200, "DELETE {path}: {} {}", answer.status, answer.body);
-        ids[number] = grant(client, number as u32 + 1)?;
+        ids[number] = grant(client, number as u32, lines)?;
     }
     Ok(())
 }
