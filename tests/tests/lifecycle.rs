@@ -102,9 +102,14 @@ fn store(daemon: &Daemon) -> BTreeMap<&'static str, Value> {
 #[test]
 fn an_expired_allocation_is_neither_held_nor_preferred_though_the_daemon_is_dead() {
     let (net, mut daemon) = gateway(mbit(10));
-    let held = down(&net, 5_000, mbit(3), 1_000);
-    let preferred = down(&net, 5_001, mbit(4), 1_000);
-    let flood = down(&net, 5_002, mbit(20), 1_000);
+    let (home, video) = (net.subscriber("home"), net.provider("video"));
+    // Once nothing is preferred they share one queue, by chance.
+    let start = |port, rate| {
+        let flow =
+            UdpFlow::new(to(video.v4(0), 0), to(home.v4(0), port), mbit(rate)).packet(1_000).scattered();
+        flow.start(&video.namespace, &home.namespace).unwrap()
+    };
+    let (held, preferred, flood) = (start(5_000, 3), start(5_001, 4), start(5_002, 20));
     let limit = daemon
         .grant("--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 1mbit --enforcement police --for 6s")
         .unwrap();

@@ -44,6 +44,7 @@ pub struct UdpFlow {
     rate: BitsPerSecond,
     ip_length: u32,
     dscp: u8,
+    scattered: bool,
 }
 
 /// A UDP flow that runs until dropped.
@@ -102,7 +103,7 @@ impl UdpFlow {
     /// A flow of 1,500-byte IP packets; source port 0 takes any free one.
     #[must_use]
     pub fn new(from: impl Into<SocketAddr>, to: impl Into<SocketAddr>, rate: BitsPerSecond) -> Self {
-        Self { from: from.into(), to: to.into(), rate, ip_length: 1_500, dscp: 0 }
+        Self { from: from.into(), to: to.into(), rate, ip_length: 1_500, dscp: 0, scattered: false }
     }
 
     /// Sets the IP length of the packets in bytes, at least 48 (IPv4) or 68 (IPv6). A longer one
@@ -117,6 +118,14 @@ impl UdpFlow {
     #[must_use]
     pub fn dscp(mut self, dscp: u8) -> Self {
         self.dscp = dscp;
+        self
+    }
+
+    /// Lets each burst leave up to its own length late, at random. Flows of even pace that share a full
+    /// queue fall into step: one finds room each time and another never.
+    #[must_use]
+    pub fn scattered(mut self) -> Self {
+        self.scattered = true;
         self
     }
 
@@ -171,7 +180,7 @@ impl UdpFlow {
         };
         let send = {
             let shared = Arc::clone(&shared);
-            move || shared.guard("sending", || send(&shared, &outgoing, flow, wire))
+            move || shared.guard("sending", || send(&shared, &outgoing, flow, wire, self.scattered))
         };
         let threads = vec![thread::spawn(receive), thread::spawn(send)];
         Ok(RunningUdp { shared, receiver: incoming, source, wire, window: Mutex::default(), threads })
@@ -333,7 +342,7 @@ impl Shared {
     }
 }
 
-fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io::Result<()> {
+fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength, scattered: bool) -> io::Result<()> {
     // The default slack of 50 µs would bunch packets up.
     // SAFETY: sets a number of this thread.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_u64) };
@@ -343,6 +352,8 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
     // Departure time of the next packet, and when the last burst should have left.
     let mut next = monotonic();
     let mut last = 0.0_f64;
+    // Part of its own length by which the next burst is late.
+    let mut late = 0.0;
     while !shared.stopped() {
         let rate = shared.rate.load(Ordering::Relaxed);
         if rate == 0 {
@@ -356,12 +367,14 @@ fn send(shared: &Shared, socket: &UdpSocket, flow: u32, wire: WireLength) -> io:
         let wake = (next + (burst - 1.0) * interval).max(last + burst * interval / CATCH_UP);
         // At most 50 ms at a time, so that a slow flow stops and changes its rate promptly.
         let time = monotonic();
-        if wake > time {
-            sleep_until(wake.min(time + 50e6));
-            if monotonic() < wake {
+        let leave = wake + late * burst * interval;
+        if leave > time {
+            sleep_until(leave.min(time + 50e6));
+            if monotonic() < leave {
                 continue;
             }
         }
+        late = if scattered { fastrand::f64() } else { 0.0 };
         let time = monotonic();
         next = next.max(time - FORGIVEN - burst * interval);
         let due = (((time - next) / interval) as usize + 1).min(burst as usize);
