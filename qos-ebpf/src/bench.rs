@@ -14,7 +14,8 @@
 mod packet;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
-use aya_ebpf::btf_maps::{Array, PerCpuArray, ProgramArray};
+use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
+use aya_ebpf::btf_maps::{Array, HashMap, LpmTrie, PerCpuArray, ProgramArray};
 use aya_ebpf::macros::{btf_map, classifier, xdp};
 use aya_ebpf::programs::{TcContext, XdpContext};
 
@@ -41,8 +42,18 @@ pub struct Head {
     bytes: [u8; HEAD],
 }
 
+/// What a classifier sees of an IPv4 packet, as it stands in the frame.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Flow {
+    source: u32,
+    destination: u32,
+    ports: u32,
+    protocol: u32,
+}
+
 #[btf_map(name = "steps")]
-static STEPS: Array<Step, 16_384, MMAPABLE> = Array::new();
+static STEPS: Array<Step, { 1 << 17 }, MMAPABLE> = Array::new();
 /// Number of packets in the list.
 #[btf_map(name = "length")]
 static LENGTH: Array<u32, 1> = Array::new();
@@ -57,6 +68,28 @@ static XDP_TARGETS: ProgramArray<1> = ProgramArray::new();
 static TC_TARGETS: ProgramArray<1> = ProgramArray::new();
 #[btf_map(name = "parsed")]
 static PARSED: PerCpuArray<Packet, 1> = PerCpuArray::new();
+
+/// The baselines of a look-up: the prefixes of destinations, and whole flows.
+#[btf_map(name = "prefixes")]
+static PREFIXES: LpmTrie<u32, u32, { 1 << 20 }> = LpmTrie::new();
+#[btf_map(name = "flows")]
+static FLOWS: HashMap<Flow, u32, { 1 << 17 }> = HashMap::new();
+/// What else a machine has in its caches: 8 MB, by lines, and where this CPU reads next.
+#[btf_map(name = "others")]
+static OTHERS: Array<Line, { 1 << OTHERS_BITS }, MMAPABLE> = Array::new();
+#[btf_map(name = "other")]
+static OTHER: PerCpuArray<u32, 1> = PerCpuArray::new();
+
+const OTHERS_BITS: u32 = 17;
+/// Lines read between two packets.
+const OTHERS_READ: u32 = 32;
+
+/// A line of the cache.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug)]
+pub struct Line {
+    words: [u64; 8],
+}
 
 #[inline(always)]
 fn next() -> Option<&'static Step> {
@@ -88,6 +121,64 @@ pub fn bench_xdp(ctx: XdpContext) -> u32 {
     // SAFETY: nothing here has a drop method.
     unsafe { XDP_TARGETS.tail_call(&ctx, 0) };
     XDP_PASS
+}
+
+/// The same as [`bench_xdp`] with caches that others use too.
+#[xdp(frags)]
+pub fn bench_cold(ctx: XdpContext) -> u32 {
+    pollute();
+    if let Some(step) = next() {
+        write(Bytes::new(ctx.data(), ctx.data_end()), step);
+    }
+    // SAFETY: nothing here has a drop method.
+    unsafe { XDP_TARGETS.tail_call(&ctx, 0) };
+    XDP_PASS
+}
+
+/// Reads lines at random places (Marsaglia's xorshift of 32 bits).
+#[inline(always)]
+fn pollute() {
+    let Some(state) = OTHER.get_ptr_mut(0) else { return };
+    // SAFETY: this CPU's own element, and bottom halves are off.
+    let mut number = unsafe { *state } | 1;
+    for _ in 0..OTHERS_READ {
+        number ^= number << 13;
+        number ^= number >> 17;
+        number ^= number << 5;
+        if let Some(line) = OTHERS.get_ptr(number >> (32 - OTHERS_BITS)) {
+            // SAFETY: the map returned a pointer to its live element.
+            unsafe { (&raw const (*line).words[0]).read_volatile() };
+        }
+    }
+    // SAFETY: as above.
+    unsafe { *state = number };
+}
+
+/// One look-up of the destination among prefixes.
+#[xdp(frags)]
+pub fn bench_lpm(ctx: XdpContext) -> u32 {
+    let destination = Bytes::new(ctx.data(), ctx.data_end()).read::<u32>(30);
+    match destination.and_then(|address| PREFIXES.get(&Prefix::new(32, address))) {
+        Some(_) => XDP_PASS,
+        None => XDP_DROP,
+    }
+}
+
+/// One look-up of the whole flow.
+#[xdp(frags)]
+pub fn bench_hash(ctx: XdpContext) -> u32 {
+    match flow(Bytes::new(ctx.data(), ctx.data_end())).and_then(|flow| FLOWS.get_ptr(flow)) {
+        Some(_) => XDP_PASS,
+        None => XDP_DROP,
+    }
+}
+
+#[inline(always)]
+fn flow(bytes: Bytes) -> Option<Flow> {
+    // Behind an Ethernet header: the protocol, both addresses, both ports.
+    let protocol = u32::from(bytes.read::<[u8; 2]>(23)?[0]);
+    let [source, destination, ports] = bytes.read::<[u32; 3]>(26)?;
+    Some(Flow { source, destination, ports, protocol })
 }
 
 /// Writes the same packet always, whatever its headers are, and goes on with the target: the stack

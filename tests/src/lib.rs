@@ -38,6 +38,7 @@ pub mod api;
 pub mod ask;
 pub mod boxes;
 pub mod capture;
+pub mod classbench;
 pub mod daemon;
 pub mod foreign;
 pub mod frames;

@@ -35,6 +35,13 @@ impl Random {
     pub fn choose<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len() as u64) as usize]
     }
+
+    /// Brings a list into random order.
+    pub fn shuffle<T>(&mut self, list: &mut [T]) {
+        for last in (1..list.len()).rev() {
+            list.swap(last, self.below(last as u64 + 1) as usize);
+        }
+    }
 }
 
 const PORTS: [u16; 6] = [0, 53, 80, 443, 5_000, 65_535];

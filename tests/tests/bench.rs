@@ -1,6 +1,9 @@
 //! The benchmark runs, and its figures are of what they say. Needs root.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of a test end it where something is not as it must be")]
+
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -40,4 +43,55 @@ fn boxes_are_measured_with_qos_and_without() {
         assert!(text.contains(figure["judged"].as_str().unwrap()), "{text}");
     }
     assert_eq!(report["skipped"], Value::Array(Vec::new()));
+}
+
+/// The report of one round of `qos-bench classify`.
+fn classify(arguments: &[&str]) -> Value {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("classify.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_qos-bench"))
+        .args(["classify", "--rounds", "1", "--json"])
+        .arg(&file)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("answers of"), "{text}");
+    serde_json::from_slice(&fs::read(&file).unwrap()).unwrap()
+}
+
+#[test]
+fn the_classifier_is_measured_and_every_answer_is_right() {
+    let report = classify(&["--count", "2000"]);
+    assert_eq!((&report["rules"], &report["mismatches"]), (&Value::from(2_000), &Value::from(0)), "{report}");
+    assert_eq!(report["compared"], 200_000);
+    for subject in ["empty", "lpm", "hash", "classify", "path"] {
+        for traffic in ["hot", "uniform", "flood", "cold"] {
+            assert!(report[format!("{subject}_{traffic}_ns")].as_f64().unwrap() > 0.0, "{report}");
+        }
+    }
+    for key in ["load_ms", "update_us_p50", "update_us_p99", "kernel_bytes"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
+    }
+    assert!(report["verified"]["qos_xdp_lan"].as_u64().unwrap() > 1_000, "{report}");
+}
+
+#[test]
+fn shared_rule_sets_are_classified_as_by_a_linear_search() {
+    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/classbench"));
+    if !folder.exists() {
+        qos_tests::skip::skip(
+            "shared_rule_sets_are_classified_as_by_a_linear_search",
+            "there are no shared rule sets",
+        );
+        return;
+    }
+    for set in ["acl1_1000", "ipc1_1000", "fw1_1000"] {
+        let [rules, trace] = ["rules", "trace"].map(|what| folder.join(format!("{set}.{what}.gz")));
+        let report = classify(&["--rules", rules.to_str().unwrap(), "--trace", trace.to_str().unwrap()]);
+        assert!(report["compared"].as_u64().unwrap() > 200_000, "{set}: {report}");
+        assert_eq!(report["mismatches"], 0, "{set}: {report}");
+    }
 }

@@ -1,11 +1,13 @@
 //! `cargo xtask bench datapath`: what the programs cost a packet, and what is left of forwarding.
 //! `cargo xtask bench boxes`: what each kind of box forwards, with qos and without.
+//! `cargo xtask bench classify`: what the classifier costs a packet, beside one look-up in the kernel's maps.
 //! `cargo xtask bench scale`: how long lines and grants take when there are many.
 //!
 //! Every figure stands beside its baseline of the same run: machines are noisy, ratios less so. Those
 //! of the data path and of boxes are medians over rounds that take turns.
 
 mod boxes;
+mod classify;
 mod forwarding;
 mod live;
 mod programs;
@@ -49,6 +51,25 @@ enum What {
         #[arg(long, value_enum)]
         only: Vec<Kind>,
     },
+    /// The classifier under a rule set: ns a packet beside one look-up in the kernel's own maps, every answer
+    /// compared with a linear search; how long rules take to come and go; memory.
+    Classify {
+        /// Rule set in ClassBench's format, plain or .gz; without one a set is made.
+        #[arg(long, value_name = "FILE")]
+        rules: Option<PathBuf>,
+        /// Packets whose answers are compared too, in ClassBench's format, plain or .gz.
+        #[arg(long, value_name = "FILE")]
+        trace: Option<PathBuf>,
+        /// Also writes the figures as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Rules of the set that is made.
+        #[arg(long, default_value_t = 10_000, conflicts_with = "rules")]
+        count: usize,
+        /// Rounds that the medians are taken over.
+        #[arg(long, default_value_t = 9)]
+        rounds: usize,
+    },
     /// The real qosd with many lines and many shaped allocations on one root.
     Scale {
         /// Also writes the figures as JSON.
@@ -81,6 +102,11 @@ fn main() -> Result<()> {
             let kinds = if only.is_empty() { Kind::value_variants() } else { &only };
             let report = boxes::measure(kinds, rounds)?;
             boxes::print(&report);
+            json.map_or(Ok(()), |path| write_json(&report, &path))
+        }
+        What::Classify { rules, trace, json, count, rounds } => {
+            let report = classify::measure(&classify::Options { rules, trace, count, rounds })?;
+            classify::print(&report);
             json.map_or(Ok(()), |path| write_json(&report, &path))
         }
         What::Scale { json, lines, allocations } => {

@@ -3,9 +3,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail};
-use aya::maps::{Array, ProgramArray};
-use aya::programs::{ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::maps::{Array, PerCpuArray, PerCpuValues, ProgramArray};
+use aya::programs::{ProgramFd, TestRun as _, TestRunOptions};
+use aya::util::nr_cpus;
 use aya::{Ebpf, Pod};
 use qos_common::abi::{self, ALLOCATION_SLOTS, Allocation, Clocks, IN_USE, POLICE, Provider, directed};
 use qos_common::classify::Direction;
@@ -23,6 +24,8 @@ use crate::world::{self, HEADERS};
 const HEAD: usize = 96;
 /// Packets of one measurement.
 const REPEAT: u32 = 200_000;
+/// Room for packets in the driving programs' list.
+const STEPS: u32 = 1 << 17;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("QOS_KERNEL_FOLDER"), "/qos-bench-kernel"));
 
@@ -68,20 +71,25 @@ impl Driver {
         let steps = match object.map("steps") {
             Some(aya::maps::Map::Array(map)) => {
                 use std::os::fd::AsFd as _;
-                SharedArray::of_map(map.fd().as_fd(), 16_384)?
+                SharedArray::of_map(map.fd().as_fd(), STEPS)?
             }
             _ => bail!("the benchmark's object has no map `steps`"),
         };
         Ok(Self { object, steps })
     }
 
-    /// Sets the list of packets.
+    /// Sets the list of packets, of which the next run takes the first.
     pub(crate) fn set_steps(&mut self, steps: &[Step]) -> Result<()> {
+        ensure!(!steps.is_empty() && steps.len() <= STEPS as usize, "{} packets", steps.len());
         for (step, position) in steps.iter().zip(0..) {
             self.steps.write(position, *step);
         }
         let mut length: Array<_, u32> = self.object.map_mut("length").context("map `length`")?.try_into()?;
         length.set(0, steps.len() as u32, 0)?;
+        let first = PerCpuValues::try_from(vec![0; nr_cpus().map_err(|(_, error)| error)?])?;
+        let mut cursor: PerCpuArray<_, u32> =
+            self.object.map_mut("cursor").context("map `cursor`")?.try_into()?;
+        cursor.set(0, first, 0)?;
         Ok(())
     }
 
@@ -112,19 +120,20 @@ impl Driver {
         })
     }
 
-    /// Mean time of one run in ns, over [`REPEAT`] of them.
-    fn run(&mut self, xdp: bool) -> Result<f64> {
+    /// Mean time in ns of a run of a driving program, over `repeat` of them, its target's included.
+    pub(crate) fn time(&mut self, program: &'static str, repeat: u32) -> Result<f64> {
         let frame = [0u8; 60];
-        let options = TestRunOptions { data_in: Some(&frame), repeat: REPEAT, ..TestRunOptions::default() };
-        let result = if xdp {
-            let program: &mut Xdp = self.object.program_mut("bench_xdp").context("bench_xdp")?.try_into()?;
-            program.test_run(options)?
-        } else {
-            let program: &mut SchedClassifier =
-                self.object.program_mut("bench_tc").context("bench_tc")?.try_into()?;
-            program.test_run(options)?
+        let options = TestRunOptions { data_in: Some(&frame), repeat, ..TestRunOptions::default() };
+        let result = match self.object.program_mut(program).context(program)? {
+            aya::programs::Program::Xdp(program) => program.test_run(options)?,
+            aya::programs::Program::SchedClassifier(program) => program.test_run(options)?,
+            _ => bail!("{program} is of no type that is measured"),
         };
         Ok(result.duration.as_nanos() as f64)
+    }
+
+    fn run(&mut self, xdp: bool) -> Result<f64> {
+        self.time(if xdp { "bench_xdp" } else { "bench_tc" }, REPEAT)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The rules and packets of the benchmark: many providers, many subscribers, one rule for each pair.
 
 use qos_common::classify::{Address, CHECK_PORTS, CHECK_PROTOCOL, Direction, Rule, rank};
+use qos_tests::classbench::Tuple;
 use qos_tests::random::Random;
 
 /// First UDP port of a rule, and how many it covers.
@@ -38,18 +39,30 @@ pub(crate) fn rule(number: u32) -> Rule {
     }
 }
 
-/// A packet of a flow that matches rule `number`: Ethernet to `mac`, IPv4, UDP, 60 bytes.
+/// A packet of a flow that matches rule `number`.
 pub(crate) fn headers(number: u32, flow: u32, mac: [u8; 6]) -> [u8; HEADERS] {
+    let packet = Tuple {
+        source: u32::from_be_bytes(subscriber(number)),
+        destination: u32::from_be_bytes(provider(number)),
+        source_port: 10_000 + (flow % 50_000) as u16,
+        destination_port: PORTS.0 + (flow % u32::from(PORTS.1)) as u16,
+        protocol: 17,
+    };
+    frame(mac, &packet)
+}
+
+/// Ethernet to `mac`, IPv4, and eight bytes as of UDP, of a frame of 60 bytes.
+pub(crate) fn frame(mac: [u8; 6], packet: &Tuple) -> [u8; HEADERS] {
     let mut bytes = [0; HEADERS];
     bytes[..6].copy_from_slice(&mac);
     bytes[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
     bytes[12..14].copy_from_slice(&[8, 0]);
     bytes[14..18].copy_from_slice(&[0x45, 0, 0, 46]);
-    bytes[22..24].copy_from_slice(&[64, 17]);
-    bytes[26..30].copy_from_slice(&subscriber(number));
-    bytes[30..34].copy_from_slice(&provider(number));
-    bytes[34..36].copy_from_slice(&(10_000 + (flow % 50_000) as u16).to_be_bytes());
-    bytes[36..38].copy_from_slice(&(PORTS.0 + (flow % u32::from(PORTS.1)) as u16).to_be_bytes());
+    bytes[22..24].copy_from_slice(&[64, packet.protocol]);
+    bytes[26..30].copy_from_slice(&packet.source.to_be_bytes());
+    bytes[30..34].copy_from_slice(&packet.destination.to_be_bytes());
+    bytes[34..36].copy_from_slice(&packet.source_port.to_be_bytes());
+    bytes[36..38].copy_from_slice(&packet.destination_port.to_be_bytes());
     bytes[38..40].copy_from_slice(&26u16.to_be_bytes());
     let sum: u32 =
         bytes[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
@@ -63,9 +76,6 @@ pub(crate) fn flows(rules: u32, flows: u32) -> Vec<(u32, u32)> {
     let mut list: Vec<_> = (0..flows)
         .map(|flow| ((u64::from(flow) * u64::from(rules) / u64::from(flows)) as u32, flow))
         .collect();
-    let mut random = Random::new(7);
-    for last in (1..list.len()).rev() {
-        list.swap(last, random.below(last as u64 + 1) as usize);
-    }
+    Random::new(7).shuffle(&mut list);
     list
 }

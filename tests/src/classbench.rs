@@ -1,0 +1,334 @@
+//! Rule sets and packet traces in the format of ClassBench (Taylor and Turner, IEEE/ACM ToN 15(3), 2007),
+//! sets of the same kind made from a seed, and packets that suit them.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Read};
+use std::net::Ipv4Addr;
+use std::path::Path;
+use std::thread;
+
+use anyhow::{Context as _, Result, ensure};
+use flate2::read::GzDecoder;
+use ipnet::{IpNet, Ipv4Net};
+use qos_common::classify::has_ports;
+use qos_userspace::domain::Direction;
+use qos_userspace::domain::selector::{Range16, Selector};
+
+use crate::random::Random;
+
+/// What a rule sees of an IPv4 packet. Ports are zero where the protocol has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tuple {
+    /// Source address.
+    pub source: u32,
+    /// Destination address.
+    pub destination: u32,
+    /// Source port.
+    pub source_port: u16,
+    /// Destination port.
+    pub destination_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+}
+
+impl Tuple {
+    fn new(source: u32, destination: u32, ports: [u16; 2], protocol: u8) -> Self {
+        let [source_port, destination_port] = if has_ports(protocol) { ports } else { [0; 2] };
+        Self { source, destination, source_port, destination_port, protocol }
+    }
+}
+
+/// A rule. Of those that match a packet the first of the set counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TupleRule {
+    /// Source prefix.
+    pub source: Ipv4Net,
+    /// Destination prefix.
+    pub destination: Ipv4Net,
+    /// First and last source port.
+    pub source_ports: [u16; 2],
+    /// First and last destination port.
+    pub destination_ports: [u16; 2],
+    /// IP protocol; none: any.
+    pub protocol: Option<u8>,
+}
+
+const ALL_PORTS: [u16; 2] = [0, u16::MAX];
+
+impl TupleRule {
+    /// Tells whether the rule matches. Written apart from the classifier's own comparison, which is
+    /// checked against it.
+    #[must_use]
+    pub fn matches(&self, packet: &Tuple) -> bool {
+        let names_ports = self.source_ports != ALL_PORTS || self.destination_ports != ALL_PORTS;
+        let within = |port: u16, [first, last]: [u16; 2]| first <= port && port <= last;
+        self.source.contains(&Ipv4Addr::from_bits(packet.source))
+            && self.destination.contains(&Ipv4Addr::from_bits(packet.destination))
+            && self.protocol.is_none_or(|protocol| protocol == packet.protocol)
+            && (!names_ports
+                || has_ports(packet.protocol)
+                    && within(packet.source_port, self.source_ports)
+                    && within(packet.destination_port, self.destination_ports))
+    }
+
+    /// The same as a selector of upstream packets.
+    ///
+    /// # Errors
+    /// Where no packet matches.
+    pub fn selector(&self) -> Result<Selector> {
+        let range = |[first, last]: [u16; 2]| -> Result<_> {
+            Ok(if [first, last] == ALL_PORTS { None } else { Some(Range16::new(first, last)?) })
+        };
+        let selector = Selector {
+            direction: Some(Direction::Upstream),
+            protocol: self.protocol,
+            source: Some(IpNet::V4(self.source)),
+            destination: Some(IpNet::V4(self.destination)),
+            source_ports: range(self.source_ports)?,
+            destination_ports: range(self.destination_ports)?,
+            ..Selector::default()
+        };
+        selector.check()?;
+        Ok(selector)
+    }
+
+    /// A packet that the rule matches, and perhaps an earlier one too.
+    fn packet(&self, random: &mut Random) -> Tuple {
+        let mut within =
+            |net: Ipv4Net| net.network().to_bits() | random.next() as u32 & net.hostmask().to_bits();
+        let (source, destination) = (within(self.source), within(self.destination));
+        let mut port = |[first, last]: [u16; 2]| first + random.below(u64::from(last - first) + 1) as u16;
+        let ports = [port(self.source_ports), port(self.destination_ports)];
+        // What is left open is mostly TCP.
+        let protocol = self.protocol.unwrap_or_else(|| random.choose(&[6, 6, 6, 17, 47]));
+        Tuple::new(source, destination, ports, protocol)
+    }
+}
+
+/// Reads a rule set, plain or as `.gz`: a rule a line,
+/// `@SOURCE/LENGTH DESTINATION/LENGTH FIRST : LAST FIRST : LAST PROTOCOL/MASK [FLAGS/MASK]`, ports of the
+/// source first. Flags are passed over, and so are rules that an earlier one is equal to: no packet would
+/// be theirs.
+///
+/// # Errors
+/// Where a line is not a rule.
+pub fn read_rules(path: &Path) -> Result<Vec<TupleRule>> {
+    let mut rules = read_lines(path, |line| {
+        let words: Vec<&str> = line.trim_start_matches('@').split_whitespace().collect();
+        let word = |at: usize| words.get(at).copied().context("it ends too early");
+        let net = |at| -> Result<Ipv4Net> {
+            let net: Ipv4Net = word(at)?.parse().with_context(|| format!("no prefix: {}", words[at]))?;
+            Ok(net.trunc())
+        };
+        let ports = |at| -> Result<[u16; 2]> {
+            ensure!(word(at + 1)? == ":", "no range of ports at word {at}");
+            Ok([word(at)?.parse()?, word(at + 2)?.parse()?])
+        };
+        let (protocol, mask) = word(8)?.split_once('/').context("no protocol and mask")?;
+        let hexadecimal = |text: &str| -> Result<u8> {
+            let digits = text.strip_prefix("0x").with_context(|| format!("no protocol: {text}"))?;
+            Ok(u8::from_str_radix(digits, 16)?)
+        };
+        let rule = TupleRule {
+            source: net(0)?,
+            destination: net(1)?,
+            source_ports: ports(2)?,
+            destination_ports: ports(5)?,
+            protocol: match hexadecimal(mask)? {
+                0 => None,
+                0xff => Some(hexadecimal(protocol)?),
+                other => anyhow::bail!("a protocol mask of {other:#x}"),
+            },
+        };
+        for [first, last] in [rule.source_ports, rule.destination_ports] {
+            ensure!(first <= last, "ports {first} to {last}");
+        }
+        Ok(rule)
+    })?;
+    let mut seen = HashSet::new();
+    rules.retain(|rule| seen.insert(*rule));
+    Ok(rules)
+}
+
+/// Reads a trace, plain or as `.gz`: a packet a line, source, destination, source port, destination port
+/// and protocol as numbers; what follows is passed over.
+///
+/// # Errors
+/// Where a line is not a packet.
+pub fn read_trace(path: &Path) -> Result<Vec<Tuple>> {
+    read_lines(path, |line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let number = |at: usize| -> Result<u32> { Ok(words.get(at).context("it ends too early")?.parse()?) };
+        let port = |at| -> Result<u16> { Ok(u16::try_from(number(at)?)?) };
+        Ok(Tuple::new(number(0)?, number(1)?, [port(2)?, port(3)?], u8::try_from(number(4)?)?))
+    })
+}
+
+fn read_lines<T>(path: &Path, parse: impl Fn(&str) -> Result<T>) -> Result<Vec<T>> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let reader: Box<dyn Read> = match path.extension() {
+        Some(extension) if extension == "gz" => Box::new(GzDecoder::new(file)),
+        _ => Box::new(file),
+    };
+    let mut found = Vec::new();
+    for (line, number) in BufReader::new(reader).lines().zip(1..) {
+        let line = line.with_context(|| format!("reading {}", path.display()))?;
+        if !line.trim().is_empty() {
+            found.push(parse(&line).with_context(|| format!("{}, line {number}", path.display()))?);
+        }
+    }
+    ensure!(!found.is_empty(), "{} is empty", path.display());
+    Ok(found)
+}
+
+/// A set of `count` distinct rules that look like an access network's: hosts and small networks of
+/// subscribers (10.0.0.0/8) towards hosts and networks of providers, one in fifty with a short prefix on one
+/// side or both; services by port, a tenth of them ranges. Precise rules come first, as people write them.
+#[must_use]
+pub fn generate(count: usize, seed: u64) -> Vec<TupleRule> {
+    let mut random = Random::new(seed);
+    let mut rules = HashSet::new();
+    let mut ordered = Vec::with_capacity(count);
+    while ordered.len() < count {
+        let rule = any_rule(&mut random);
+        if rules.insert(rule) {
+            ordered.push(rule);
+        }
+    }
+    ordered.sort_by_key(|rule| 64 - rule.source.prefix_len() - rule.destination.prefix_len());
+    ordered
+}
+
+fn any_rule(random: &mut Random) -> TupleRule {
+    const SERVICES: [u16; 12] = [22, 25, 53, 80, 110, 123, 443, 993, 1_935, 3_478, 5_060, 8_080];
+    let is_wild = random.once_in(50);
+    let (near, far) = match (is_wild, random.below(3)) {
+        (false, _) => (random.choose(&[32, 32, 32, 32, 30, 29, 24]), random.choose(&[32, 32, 28, 24, 22])),
+        (true, 0) => (random.choose(&[0, 8, 12]), random.choose(&[24, 32])),
+        (true, 1) => (random.choose(&[24, 32]), random.choose(&[0, 4, 8])),
+        (true, _) => (random.choose(&[8, 16]), random.choose(&[0, 8, 16])),
+    };
+    let source = net(0x0a00_0000 | random.next() as u32 & 0x00ff_ffff, near);
+    // Providers are few, so that their networks meet.
+    let provider = Random::new(random.below(2_000)).next() as u32;
+    let destination = net(provider ^ (random.next() as u32 & 0xff), far);
+    let (destination_ports, protocol) = match random.below(10) {
+        0 => (ALL_PORTS, None),
+        1 => (ALL_PORTS, Some(random.choose(&[1, 47, 50]))),
+        2 => ([1_024, u16::MAX], Some(17)),
+        _ => ([random.choose(&SERVICES); 2], Some(random.choose(&[6, 6, 17]))),
+    };
+    TupleRule { source, destination, source_ports: ALL_PORTS, destination_ports, protocol }
+}
+
+fn net(address: u32, length: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::from_bits(address), length).trunc()
+}
+
+/// `count` packets spread evenly over the rules, each of a flow of its own, in an order that no prefetcher
+/// guesses.
+#[must_use]
+pub fn uniform(rules: &[TupleRule], count: usize, seed: u64) -> Vec<Tuple> {
+    let mut random = Random::new(seed);
+    let mut packets: Vec<_> =
+        (0..count).map(|flow| rules[flow * rules.len() / count].packet(&mut random)).collect();
+    random.shuffle(&mut packets);
+    packets
+}
+
+/// `count` packets of random addresses, ports and protocol.
+#[must_use]
+pub fn flood(count: usize, seed: u64) -> Vec<Tuple> {
+    let mut random = Random::new(seed);
+    let mut packet = || {
+        let (addresses, rest) = (random.next(), random.next());
+        let protocol = random.choose(&[6, 17, 1]);
+        Tuple::new((addresses >> 32) as u32, addresses as u32, [rest as u16, (rest >> 16) as u16], protocol)
+    };
+    (0..count).map(|_| packet()).collect()
+}
+
+/// The first rule that matches each packet, by linear search on all CPUs.
+#[must_use]
+pub fn first_matches(rules: &[TupleRule], packets: &[Tuple]) -> Vec<Option<usize>> {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let share = packets.len().div_ceil(threads).max(1);
+    let find = |packet: &Tuple| rules.iter().position(|rule| rule.matches(packet));
+    thread::scope(|scope| {
+        let workers: Vec<_> = packets
+            .chunks(share)
+            .map(|packets| scope.spawn(move || packets.iter().map(find).collect::<Vec<_>>()))
+            .collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a search does not panic")).collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use flate2::Compression;
+    use flate2::write::GzEncoder;
+
+    use super::*;
+
+    const RULES: &str = "@192.0.2.0/24\t198.51.100.7/32\t0 : 65535\t53 : 53\t0x11/0xFF\t0x0000/0x0000\t\n\
+                         @0.0.0.0/0 198.51.100.7/32 0 : 65535 1024 : 65535 0x00/0x00\n\
+                         \n\
+                         @192.0.2.0/24\t198.51.100.7/32\t0 : 65535\t53 : 53\t0x11/0xFF\t0x1000/0x1000\n";
+
+    fn file(name: &str, bytes: &[u8]) -> (tempfile::TempDir, std::path::PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        (folder, path)
+    }
+
+    #[test]
+    fn sets_and_traces_are_read_plain_and_compressed() {
+        let mut compressed = GzEncoder::new(Vec::new(), Compression::default());
+        compressed.write_all(RULES.as_bytes()).unwrap();
+        let (_plain, plain) = file("set.rules", RULES.as_bytes());
+        let (_packed, packed) = file("set.rules.gz", &compressed.finish().unwrap());
+        let rules = read_rules(&plain).unwrap();
+        assert_eq!(read_rules(&packed).unwrap(), rules);
+        let selectors: Vec<_> = rules.iter().map(|rule| rule.selector().unwrap().to_string()).collect();
+        assert_eq!(
+            selectors,
+            ["up udp from 192.0.2.0/24 to 198.51.100.7:53", "up from 0.0.0.0/0 to 198.51.100.7:1024-65535"]
+        );
+        // 192.0.2.9 to 198.51.100.7 by UDP to 53, TCP to 1024, ICMP, and UDP from elsewhere to 53.
+        let (_trace, trace) = file(
+            "set.trace",
+            b"3221225993\t3325256711\t40000\t53\t17\t0\t1\n3221225993 3325256711 1 1024 6\n\
+              3221225993 3325256711 9 1024 1\n1 3325256711 1 53 17\n",
+        );
+        let packets = read_trace(&trace).unwrap();
+        assert_eq!(first_matches(&rules, &packets), [Some(0), Some(1), None, None]);
+    }
+
+    #[test]
+    fn a_line_that_is_no_rule_is_named() {
+        for (line, reason) in [
+            ("@192.0.2.0/24 198.51.100.7/32 0 : 65535 53 : 53", "ends too early"),
+            ("@192.0.2.0/33 198.51.100.7/32 0 : 65535 53 : 53 0x11/0xFF", "no prefix: 192.0.2.0/33"),
+            ("@192.0.2.0/24 198.51.100.7/32 0 : 65535 53 : 52 0x11/0xFF", "ports 53 to 52"),
+            ("@192.0.2.0/24 198.51.100.7/32 0 : 65535 53 : 53 0x11/0xF0", "a protocol mask of 0xf0"),
+        ] {
+            let (_folder, path) = file("set.rules", format!("{RULES}{line}\n").as_bytes());
+            let error = format!("{:#}", read_rules(&path).unwrap_err());
+            assert!(error.contains("set.rules, line 5: ") && error.contains(reason), "{error}");
+        }
+        let (_folder, empty) = file("set.rules", b"");
+        assert!(read_rules(&empty).unwrap_err().to_string().contains("is empty"));
+    }
+
+    #[test]
+    fn packets_of_a_rule_match_it() {
+        let rules = generate(500, 9);
+        assert_eq!(rules, generate(500, 9));
+        let found = first_matches(&rules, &uniform(&rules, 2_000, 1));
+        assert!(found.iter().all(Option::is_some));
+    }
+}
