@@ -12,6 +12,7 @@
 
 #[expect(dead_code, reason = "the benchmark parses and nothing else")]
 mod packet;
+mod required;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::btf_maps::lpm_trie::Key as Prefix;
@@ -114,24 +115,24 @@ fn write(bytes: Bytes, step: &Step) {
 /// Writes the next packet and goes on with the target; without one the packet goes to the stack.
 #[xdp(frags)]
 pub fn bench_xdp(ctx: XdpContext) -> u32 {
-    if let Some(step) = next() {
-        write(Bytes::new(ctx.data(), ctx.data_end()), step);
-    }
-    // It returns only where there is no target.
-    // SAFETY: nothing here has a drop method.
-    unsafe { XDP_TARGETS.tail_call(&ctx, 0) };
-    XDP_PASS
+    go_on(&ctx)
 }
 
 /// The same as [`bench_xdp`] with caches that others use too.
 #[xdp(frags)]
 pub fn bench_cold(ctx: XdpContext) -> u32 {
     pollute();
+    go_on(&ctx)
+}
+
+#[inline(always)]
+fn go_on(ctx: &XdpContext) -> u32 {
     if let Some(step) = next() {
         write(Bytes::new(ctx.data(), ctx.data_end()), step);
     }
+    // It returns only where there is no target.
     // SAFETY: nothing here has a drop method.
-    unsafe { XDP_TARGETS.tail_call(&ctx, 0) };
+    unsafe { XDP_TARGETS.tail_call(ctx, 0) };
     XDP_PASS
 }
 
@@ -244,13 +245,3 @@ pub fn bench_drop(ctx: XdpContext) -> u32 {
         _ => XDP_DROP,
     }
 }
-
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

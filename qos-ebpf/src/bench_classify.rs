@@ -17,6 +17,7 @@ mod limit;
 mod maps;
 mod mtu;
 mod packet;
+mod required;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS};
 use aya_ebpf::btf_maps::Array;
@@ -94,13 +95,3 @@ fn look_up(bytes: Bytes) -> Option<&'static mut Search> {
     classify::<false>(search);
     Some(search)
 }
-
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -30,6 +30,7 @@ mod maps;
 mod mark;
 mod mtu;
 mod packet;
+mod required;
 mod skb;
 mod tell;
 mod trace;
@@ -171,15 +172,3 @@ fn drops(outcome: Outcome) -> bool {
 fn observes() -> bool {
     maps::settings().is_some_and(|settings| settings.observe != 0)
 }
-
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
-    loop {}
-}
-
-// The object declares the licence that lets it call GPL-only helpers; the crate's own licence
-// allows that.
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
