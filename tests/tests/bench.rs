@@ -79,6 +79,17 @@ fn the_classifier_is_measured_and_every_answer_is_right() {
 }
 
 #[test]
+fn nothing_to_measure_is_refused() {
+    for arguments in [["classify", "--rounds"], ["classify", "--count"], ["datapath", "--rounds"]] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_qos-bench"));
+        let output = command.args(arguments).arg("0").stdin(Stdio::null()).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {error}");
+        assert!(error.contains(arguments[1]) && error.contains("0 is not in 1.."), "{arguments:?}: {error}");
+    }
+}
+
+#[test]
 fn shared_rule_sets_are_classified_as_by_a_linear_search() {
     let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../shared/classbench"));
     if !folder.exists() {

@@ -21,29 +21,24 @@ use aya::maps::{HashMap as BpfHashMap, LpmTrie, MapData};
 use aya::programs::ProgramFd;
 use aya::{Ebpf, EbpfLoader, Pod};
 use ipnet::{IpNet, Ipv4Net};
-use jiff::Timestamp;
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS};
 use qos_tests::classbench::{self, Tuple, TupleRule};
 use qos_tests::random::Random;
-use qos_tests::topology::{LAN, Topology, WAN};
-use qos_userspace::domain::{BitsPerSecond, Directed, Enforcement, LinkLayer, ProviderKind};
+use qos_tests::topology::Topology;
+use qos_userspace::domain::{BitsPerSecond, Directed, LinkLayer};
+use qos_userspace::gateway::Kernel;
 use qos_userspace::gateway::memory::SharedArray;
 use qos_userspace::gateway::object::remove_pins;
-use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role, TcHooks, XdpChoice};
-use qos_userspace::manager::capacity::SMALLEST_REST;
-use qos_userspace::manager::{
-    self, Change, Gateway as _, GrantRequest, LevelRequest, LineSide, Network, NewProvider, NewSession, State,
-};
+use qos_userspace::manager::{Change, Command, Gateway as _, NewSession, State};
 use serde::Serialize;
 
-use crate::median;
 use crate::programs::{Driver, Step};
 use crate::world;
+use crate::{gateway, median};
 
 static CLASSIFIER: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("QOS_KERNEL_FOLDER"), "/qos-bench-classify"));
 
-const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
 const PROVIDERS: u32 = 64;
 const LINES: u32 = 1_000;
 /// Flows of the uniform and the flood traffic, and of the hot.
@@ -209,67 +204,23 @@ impl Gateway {
             .provider("video", &["203.0.113.10"])
             .build()?;
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}", std::process::id()));
-        let state = State::new(Network {
-            link: Directed { up: CAPACITY, down: CAPACITY },
-            line_side: LineSide::Lan,
-            soft_share: 0.95,
-            line_rest: SMALLEST_REST,
-            link_rest: SMALLEST_REST,
-            mtu: 1_500,
-            require_session: false,
-        });
-        let mut gateway = Self { net, pins, kernel: None, state };
+        let mut state = gateway::state();
         for number in 0..PROVIDERS {
-            gateway.decide(&manager::Command::AddProvider(NewProvider {
-                name: provider(number).parse()?,
-                kind: ProviderKind::Application,
-                networks: vec!["0.0.0.0/0".parse()?],
-                aggregate: Directed { up: Some(CAPACITY), down: None },
-            }))?;
+            gateway::add_provider(&mut state, &provider(number), "0.0.0.0/0".parse()?)?;
         }
         for number in 0..LINES {
             let address = IpNet::new(std::net::Ipv4Addr::from(0x6440_0000 + number).into(), 32)?;
-            gateway.decide(&manager::Command::AddSession(session(number, address)?))?;
+            gateway::decide(&mut state, &Command::AddSession(session(number, address)?))?;
         }
-        let interface = |name: &str, role| InterfaceConfig {
-            name: name.to_owned(),
-            role,
-            capacity: CAPACITY,
-            xdp: XdpChoice::Auto,
-        };
-        let config = GatewayConfig {
-            interfaces: vec![interface(LAN, Role::Lan), interface(WAN, Role::Wan)],
-            bpffs_dir: gateway.pins.clone(),
-            observe: false,
-            mark_mask: 0xffff_e000,
-            tc_hooks: TcHooks::Auto,
-            nat: false,
-        };
-        gateway.kernel = Some(gateway.net.gateway.run(|| Kernel::start(&config, &gateway.state))?);
-        Ok(gateway)
-    }
-
-    /// What follows from a command; the state has it already.
-    fn decide(&mut self, command: &manager::Command) -> Result<Vec<Change>> {
-        let decision = manager::decide(&self.state, command, Timestamp::now())?;
-        decision.changes.iter().for_each(|change| self.state.apply(change));
-        Ok(decision.changes)
+        let config = gateway::config(pins.clone(), false);
+        let mut started = Self { net, pins, kernel: None, state };
+        started.kernel = Some(started.net.gateway.run(|| Kernel::start(&config, &started.state))?);
+        Ok(started)
     }
 
     fn grant(&mut self, provider: &str, rules: &[TupleRule], precedence: u16) -> Result<Vec<Change>> {
-        self.decide(&manager::Command::Grant(Box::new(GrantRequest {
-            provider: provider.parse()?,
-            application: None,
-            selectors: rules.iter().map(TupleRule::selector).collect::<Result<_>>()?,
-            profile: None,
-            level: LevelRequest {
-                maximum: Directed { up: Some(CAPACITY), down: None },
-                enforcement: Some(Enforcement::Police),
-                ..LevelRequest::default()
-            },
-            precedence,
-            duration: None,
-        })))
+        let selectors = rules.iter().map(TupleRule::selector).collect::<Result<_>>()?;
+        gateway::grant(&mut self.state, provider, selectors, precedence)
     }
 
     fn apply(&mut self, changes: &[Change]) -> Result<()> {
@@ -346,7 +297,7 @@ impl Gateway {
             times.push(begin.elapsed().as_secs_f64() * 1e6);
             let found = classifier.answers(driver, &packet)?;
             ensure!(found == [Answer { slot, selector: 0 }], "{rule:?} is not obeyed: {found:?}");
-            let ended = self.decide(&manager::Command::Revoke { id })?;
+            let ended = gateway::decide(&mut self.state, &Command::Revoke { id })?;
             let begin = Instant::now();
             self.apply(&ended)?;
             times.push(begin.elapsed().as_secs_f64() * 1e6);

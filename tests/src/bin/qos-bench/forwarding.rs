@@ -9,17 +9,16 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use jiff::Timestamp;
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
+use qos_userspace::domain::Direction;
 use qos_userspace::domain::selector::{Range16, Selector};
-use qos_userspace::domain::{BitsPerSecond, Directed, Direction, Enforcement, ProviderKind};
+use qos_userspace::gateway::Kernel;
 use qos_userspace::gateway::object::remove_pins;
-use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Kernel, Role, TcHooks, XdpChoice};
-use qos_userspace::manager::capacity::SMALLEST_REST;
-use qos_userspace::manager::{self, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State};
+use qos_userspace::manager::State;
 use serde::Serialize;
 
+use crate::gateway;
 use crate::live::Path;
 use crate::median;
 use crate::programs::{Driver, Step};
@@ -30,7 +29,6 @@ const RULES: u32 = 1_000;
 const FLOWS: u32 = 1_000;
 /// Time of one round of one gateway.
 const ROUND: Duration = Duration::from_millis(300);
-const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
 
 /// What one gateway forwards.
 #[derive(Debug, Serialize)]
@@ -146,20 +144,7 @@ impl Gateway {
         let mut gateway = Self::plain(name)?;
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}-{observe}", std::process::id()));
         gateway.pins = Some(pins.clone());
-        let interface = |name: &str, role| InterfaceConfig {
-            name: name.to_owned(),
-            role,
-            capacity: CAPACITY,
-            xdp: XdpChoice::Auto,
-        };
-        let config = GatewayConfig {
-            interfaces: vec![interface("lan0", Role::Lan), interface("wan0", Role::Wan)],
-            bpffs_dir: pins,
-            observe,
-            mark_mask: 0xffff_e000,
-            tc_hooks: TcHooks::Auto,
-            nat: false,
-        };
+        let config = gateway::config(pins, observe);
         let state = state()?;
         let kernel = gateway.namespace.run(|| Kernel::start(&config, &state))?;
         gateway.driver.set_target(kernel.object().program_fd("qos_xdp_lan")?, true)?;
@@ -223,28 +208,8 @@ impl Gateway {
 
 /// One provider for all, and an allocation for each rule of [`world`].
 fn state() -> Result<State> {
-    let mut state = State::new(Network {
-        link: Directed { up: CAPACITY, down: CAPACITY },
-        line_side: LineSide::Lan,
-        soft_share: 0.95,
-        line_rest: SMALLEST_REST,
-        link_rest: SMALLEST_REST,
-        mtu: 1_500,
-        require_session: false,
-    });
-    let mut carry_out = |command: manager::Command| -> Result<()> {
-        let decision = manager::decide(&state, &command, Timestamp::now())?;
-        for change in &decision.changes {
-            state.apply(change);
-        }
-        Ok(())
-    };
-    carry_out(manager::Command::AddProvider(NewProvider {
-        name: "bench".parse()?,
-        kind: ProviderKind::Application,
-        networks: vec!["203.0.113.0/24".parse()?],
-        aggregate: Directed { up: Some(CAPACITY), down: None },
-    }))?;
+    let mut state = gateway::state();
+    gateway::add_provider(&mut state, "bench", "203.0.113.0/24".parse()?)?;
     for number in 0..RULES {
         let [source, destination] = [world::subscriber(number), world::provider(number)]
             .map(|octets| ipnet::IpNet::from(std::net::IpAddr::from(octets)));
@@ -256,19 +221,7 @@ fn state() -> Result<State> {
             destination_ports: Some(Range16::new(world::PORTS.0, world::PORTS.0 + world::PORTS.1 - 1)?),
             ..Selector::default()
         };
-        carry_out(manager::Command::Grant(Box::new(GrantRequest {
-            provider: "bench".parse()?,
-            application: None,
-            selectors: vec![selector],
-            profile: None,
-            level: LevelRequest {
-                maximum: Directed { up: Some(CAPACITY), down: None },
-                enforcement: Some(Enforcement::Police),
-                ..LevelRequest::default()
-            },
-            precedence: 0,
-            duration: None,
-        })))?;
+        gateway::grant(&mut state, "bench", vec![selector], 0)?;
     }
     Ok(state)
 }

@@ -9,6 +9,7 @@
 mod boxes;
 mod classify;
 mod forwarding;
+mod gateway;
 mod live;
 mod programs;
 mod scale;
@@ -17,6 +18,7 @@ mod world;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, Subcommand, ValueEnum as _};
 use qos_tests::boxes::Kind;
 use serde::Serialize;
@@ -36,7 +38,7 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
         /// Rounds that the medians are taken over.
-        #[arg(long, default_value_t = 9)]
+        #[arg(long, default_value_t = 9, value_parser = at_least_one())]
         rounds: usize,
     },
     /// Each kind of gateway box: packets a second forwarded without qos, and with it.
@@ -45,7 +47,7 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
         /// Rounds that the medians are taken over.
-        #[arg(long, default_value_t = 21)]
+        #[arg(long, default_value_t = 21, value_parser = at_least_one())]
         rounds: usize,
         /// Only this kind; may be said more than once.
         #[arg(long, value_enum)]
@@ -64,10 +66,10 @@ enum What {
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
         /// Rules of the set that is made.
-        #[arg(long, default_value_t = 10_000, conflicts_with = "rules")]
+        #[arg(long, default_value_t = 10_000, conflicts_with = "rules", value_parser = at_least_one())]
         count: usize,
         /// Rounds that the medians are taken over.
-        #[arg(long, default_value_t = 9)]
+        #[arg(long, default_value_t = 9, value_parser = at_least_one())]
         rounds: usize,
     },
     /// The real qosd with many lines and many shaped allocations on one root.
@@ -82,6 +84,10 @@ enum What {
         #[arg(long, default_value_t = 8_000)]
         allocations: u32,
     },
+}
+
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
 }
 
 /// Everything that one run measured.

@@ -27,7 +27,8 @@ use qos_userspace::domain::units::BitsPerSecond;
 use serde::Serialize;
 use serde_json::json;
 
-const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
+use crate::gateway::CAPACITY;
+
 /// Of the flow that is watched: packets of 200 bytes, four a millisecond.
 const PACE: BitsPerSecond = BitsPerSecond(4 * 1_000 * 214 * 8);
 const PACKET: u32 = 200;
