@@ -612,13 +612,15 @@ fn guarantee_then_excess_then_rest_of(slot: u16) {
         ];
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
-        let time = Duration::from_millis(2_400);
+        // A machine that stops a sender for 30 ms takes half a percent of it.
+        let window = Duration::from_millis(5_600);
         let handles = [
             htb.leaf_class(AllocationSlot(1), Some(LineSlot(slot))),
             htb.leaf_class(AllocationSlot(2), Some(LineSlot(slot))),
             htb.rest_class(LineSlot(slot), true),
         ];
-        let floods: Vec<_> = handles.into_iter().map(|class| flood(class, time)).collect();
+        let floods: Vec<_> =
+            handles.into_iter().map(|class| flood(class, window + Duration::from_millis(600))).collect();
         thread::sleep(Duration::from_millis(400));
         let sent = || {
             let classes = htb.found_classes(BTreeSet::from([0, 1])).expect("dump");
@@ -628,7 +630,7 @@ fn guarantee_then_excess_then_rest_of(slot: u16) {
             })
         };
         let (start, before) = (Instant::now(), sent());
-        thread::sleep(Duration::from_millis(1_800));
+        thread::sleep(window);
         let (after, took) = (sent(), start.elapsed().as_secs_f64());
         let rates: Vec<f64> =
             before.iter().zip(after).map(|(before, after)| (after - before) * 8e-6 / took).collect();
