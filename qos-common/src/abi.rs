@@ -13,7 +13,7 @@ use crate::clock::Meter;
 use crate::mark::MarkLayout;
 
 /// Version of the maps' layout. Pinned maps of another version are not reused as they are.
-pub const ABI_VERSION: u32 = 2 + cfg!(feature = "next") as u32;
+pub const ABI_VERSION: u32 = 3 + cfg!(feature = "next") as u32;
 
 /// Slots for allocations, slot zero ("none") among them.
 pub const ALLOCATION_SLOTS: u32 = 1 << 14;
@@ -24,9 +24,12 @@ pub const APPLICATION_SLOTS: u32 = 1 << 12;
 /// Slots for lines, slot zero ("none") among them.
 pub const LINE_SLOTS: u32 = 10_241;
 /// Rules the classifier takes.
-pub const MAX_RULES: u32 = 1 << 14;
-/// Room for rules: lists are copied when they change, and the old copy is kept for a while.
-pub const RULE_ROOM: u32 = 4 * MAX_RULES;
+pub const MAX_RULES: u32 = 1 << 17;
+/// Room for the rules of one half: lists are copied when they change, the old copy is kept for a while,
+/// and a rule may stand in several lists.
+pub const RULE_ROOM: u32 = MAX_RULES / 4 * 5;
+/// Room for the slots of one half.
+pub const SLOT_ROOM: u32 = 4 * MAX_RULES;
 /// Subscriber prefixes of lines.
 pub const MAX_LINE_PREFIXES: u32 = 1 << 15;
 /// Interfaces of a gateway.
@@ -447,15 +450,15 @@ pub struct Answer {
     pub class: u32,
     /// Tables that were looked into.
     pub tables: u32,
+    /// Forks that were followed.
+    pub forks: u32,
     /// Rules that were compared.
     pub rules: u32,
     /// Rules that matched and whose allocation has expired.
     pub expired: u32,
-    /// Not used, zero.
-    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<Answer>() == 112);
+const _: () = assert!(size_of::<Answer>() == 120);
 
 /// "QOS1": tells our metadata from what another XDP program may have written.
 pub const METADATA_MAGIC: u32 = 0x514f_5331;

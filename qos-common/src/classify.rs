@@ -1,9 +1,10 @@
 //! The classifier's rules: what a packet is to a rule, when a rule matches, and where it is kept.
 //!
-//! Every rule stands in one *table*, named by the prefix lengths of its look-up key, and there in
-//! the list of one *slot*, chosen by a hash of direction, family and the masked addresses. Slots
-//! are shared by all tables and by colliding keys; a rule is compared in full, so sharing costs
-//! time and never a wrong answer. Lists are sorted, best rule first.
+//! Rules of one direction and family stand in a few [`Table`]s. A table leads a packet to one [`Slot`]: by a
+//! hash of the packet's addresses, as many of their first bits as the table says, or, in a table that looks
+//! at none of them, at its root. A slot is empty, a *list* of rules, best first, or a *fork*: some bits of
+//! one of the packet's fields choose among further slots. Keys that collide share a slot, and a rule is
+//! compared in full, so sharing costs time and never a wrong answer.
 
 /// Direction of traffic, as seen from the subscriber.
 #[repr(u32)]
@@ -114,20 +115,14 @@ pub const NO_TRANSPORT: u32 = 1;
 /// The ports are not known, the protocol is: a later fragment whose first one was not seen.
 pub const NO_PORTS: u32 = 2;
 
-/// What the classifier sees of a packet.
+/// What the classifier sees of a packet: eight words, of which forks choose bits.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Key {
     /// Source address.
     pub source: Address,
     /// Destination address.
     pub destination: Address,
-    /// Upstream or downstream, as [`Direction`].
-    pub direction: u32,
-    /// As [`Family`].
-    pub family: u32,
-    /// [`NO_TRANSPORT`], [`NO_PORTS`] or zero.
-    pub unknown: u32,
     /// Source port in host order; zero for protocols without ports.
     pub source_port: u16,
     /// Destination port in host order; zero for protocols without ports.
@@ -138,11 +133,27 @@ pub struct Key {
     pub protocol: u8,
     /// Differentiated services code point.
     pub dscp: u8,
+    /// Upstream or downstream, as [`Direction`].
+    pub direction: u32,
+    /// As [`Family`].
+    pub family: u32,
+    /// [`NO_TRANSPORT`], [`NO_PORTS`] or zero.
+    pub unknown: u32,
     /// Not used, zero.
-    pub reserved: u32,
+    pub reserved: [u32; 3],
 }
 
-const _: () = assert!(size_of::<Key>() == 56);
+const _: () = assert!(size_of::<Key>() == 64 && align_of::<Key>() == 8);
+
+impl Key {
+    /// One of the key's eight words; numbers above that count from the first again.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(&self, number: u32) -> u64 {
+        // SAFETY: a key is eight aligned words without padding, and the number is below that.
+        unsafe { *(&raw const *self).cast::<u64>().add((number & 7) as usize) }
+    }
+}
 
 /// The rule names a protocol.
 pub const CHECK_PROTOCOL: u8 = 1;
@@ -258,45 +269,70 @@ const fn within(value: u16, range: [u16; 2]) -> bool {
 
 /// Tables of one direction and family.
 pub const MAX_TABLES: usize = 16;
+/// Forks that a packet follows one behind the other in one table.
+pub const MAX_FORKS: u32 = 8;
 
-/// A table: the prefix lengths of its keys, and the best rank of any rule in it.
+/// A table: how its slots are found, and the best rank of any rule in it. One cache line.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {
     /// Lowest rank in the table; [`Table::EMPTY`]'s where it holds no rule.
     pub best: u64,
+    /// The only slot of a table that looks at no address; [`Slot::EMPTY`]: addresses are hashed.
+    pub root: Slot,
     /// The bits of a source address that are in the key.
     pub source_mask: Address,
     /// The bits of a destination address that are in the key.
     pub destination_mask: Address,
+    /// Makes the table's keys others than those of the same addresses in another table.
+    pub salt: u64,
     /// Source prefix bits in the key.
     pub source_length: u32,
     /// Destination prefix bits in the key.
     pub destination_length: u32,
 }
 
-const _: () = assert!(size_of::<Table>() == 48);
+const _: () = assert!(size_of::<Table>() == 64);
 
 impl Table {
     /// A place that holds no table.
-    pub const EMPTY: Self = Self::new(u64::MAX, 0, 0);
+    pub const EMPTY: Self = Self::hashed(0, 0, 0);
 
-    /// A table whose keys are prefixes of these lengths, at most 128, and whose best rule has this
-    /// rank.
+    /// A table without rules whose keys are prefixes of these lengths, at most 128.
     #[must_use]
-    pub const fn new(best: u64, source_length: u32, destination_length: u32) -> Self {
+    pub const fn hashed(source_length: u32, destination_length: u32, salt: u64) -> Self {
         let ones = Address { high: u64::MAX, low: u64::MAX };
         Self {
-            best,
+            best: u64::MAX,
+            root: Slot::EMPTY,
             source_mask: ones.prefix(source_length),
             destination_mask: ones.prefix(destination_length),
+            salt,
             source_length,
             destination_length,
         }
     }
+
+    /// The hash of a packet's or rule's addresses in this table.
+    #[inline(always)]
+    #[must_use]
+    pub const fn hash(&self, family: u32, source: Address, destination: Address) -> u64 {
+        const A: u64 = 0x9e37_79b9_7f4a_7c15;
+        const B: u64 = 0xc2b2_ae3d_27d4_eb4f;
+        let (source, destination) =
+            (source.masked(self.source_mask), destination.masked(self.destination_mask));
+        // Both IPv4 addresses are in the upper halves: nothing is lost by joining them.
+        let mut hash = (source.high ^ destination.high.rotate_left(32) ^ self.salt).wrapping_mul(A);
+        if family != Family::V4 as u32 {
+            hash = (hash ^ hash >> 32 ^ destination.high).wrapping_mul(B);
+            hash = (hash ^ hash >> 32 ^ source.low).wrapping_mul(A);
+            hash = hash ^ hash >> 32 ^ destination.low;
+        }
+        (hash ^ hash >> 32).wrapping_mul(B)
+    }
 }
 
-/// All tables of one direction and family, the value of map `tables` at [`table_set`].
+/// All tables of one direction and family, a value of map `tables`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSet {
@@ -304,11 +340,28 @@ pub struct TableSet {
     pub tables: [Table; MAX_TABLES],
     /// Places in use, from the first.
     pub used: u32,
+    /// First of the slots that hashes choose among.
+    pub base: u32,
+    /// How far a hash is shifted to the right to be one of them; below 64.
+    pub shift: u32,
     /// Not used, zero.
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<TableSet>() == 48 * MAX_TABLES + 8);
+const _: () = assert!(size_of::<TableSet>() == 64 * MAX_TABLES + 16);
+
+impl TableSet {
+    /// A set without tables.
+    pub const EMPTY: Self =
+        Self { tables: [Table::EMPTY; MAX_TABLES], used: 0, base: 0, shift: 63, reserved: 0 };
+
+    /// Where the slot for a hash stands.
+    #[inline(always)]
+    #[must_use]
+    pub const fn position(&self, hash: u64) -> u32 {
+        self.base.wrapping_add((hash >> (self.shift & 63)) as u32)
+    }
+}
 
 /// Number of table sets: one for each direction and family.
 pub const TABLE_SETS: u32 = 4;
@@ -320,40 +373,157 @@ pub const fn table_set(direction: u32, family: u32) -> u32 {
     (direction & 1) << 1 | (family & 1)
 }
 
-/// Number of slots in the index over all tables, a power of two.
-pub const INDEX_SLOTS: u32 = 1 << 16;
+/// Rules are laid out twice: packets look through one half while the other is prepared.
+pub const HALVES: u32 = 2;
 
-/// A slot of the index: where the list of its rules begins, and how many they are.
+/// Where the table sets of a half begin; all but the lowest bit of `half` is left aside.
+#[inline(always)]
+#[must_use]
+pub const fn half_sets(half: u64) -> u32 {
+    (half as u32 & 1) * TABLE_SETS
+}
+
+/// What packets are led to: nothing, a list of rules, or a fork. One aligned word, replaced at once.
 ///
-/// One aligned 64-bit word, replaced at once.
+/// A list has its start in the lowest 32 bits and the number of its rules in the next 15. A fork has the
+/// first of its children in the lowest 32 bits, then 6 bits of shift, 4 of width and 3 that number the
+/// key's word. The upper 16 bits are the tag.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct IndexSlot(u64);
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Slot(u64);
 
-const _: () = assert!(size_of::<IndexSlot>() == 8);
+const _: () = assert!(size_of::<Slot>() == 8);
 
-impl IndexSlot {
+/// Tag of a slot with keys that differ in theirs.
+pub const ANY_TAG: u16 = u16::MAX;
+/// Longest list of rules.
+pub const MAX_LIST: u32 = (1 << 15) - 1;
+
+impl Slot {
     /// A slot with no rule.
     pub const EMPTY: Self = Self(0);
 
-    /// A list of `count` rules from `start` on.
+    const SHIFT: u32 = 32;
+    const WIDTH: u32 = 38;
+    const WORD: u32 = 42;
+    const UNKNOWN: u64 = 1 << 45;
+    const FORK: u64 = 1 << 47;
+    const TAG: u32 = 48;
+
+    /// A list of `count` rules from `start` on, at most [`MAX_LIST`].
     #[must_use]
-    pub const fn new(start: u32, count: u32) -> Self {
-        Self((count as u64) << 32 | start as u64)
+    pub const fn list(start: u32, count: u32) -> Self {
+        Self((ANY_TAG as u64) << Self::TAG | (count as u64) << 32 | start as u64)
     }
 
-    /// Index of the first rule.
+    /// A fork: `width` bits (1 to 8) of the key's word, from bit `shift` on, choose among the slots from
+    /// `base` on. With `unknown` there is one more behind them, for packets of which not all is known.
+    #[must_use]
+    pub const fn fork(base: u32, word: u32, shift: u32, width: u32, unknown: bool) -> Self {
+        Self(
+            (ANY_TAG as u64) << Self::TAG
+                | Self::FORK
+                | if unknown { Self::UNKNOWN } else { 0 }
+                | (word as u64) << Self::WORD
+                | (width as u64) << Self::WIDTH
+                | (shift as u64) << Self::SHIFT
+                | base as u64,
+        )
+    }
+
+    /// The tag of a hash: never [`ANY_TAG`].
+    #[must_use]
+    pub const fn tag_of(hash: u64) -> u16 {
+        hash as u16 & (u16::MAX >> 1)
+    }
+
+    /// The same slot for keys of this tag only.
+    #[must_use]
+    pub const fn with_tag(self, tag: u16) -> Self {
+        if self.is_empty() { self } else { Self(self.0 << 16 >> 16 | (tag as u64) << Self::TAG) }
+    }
+
+    /// The slot's tag.
+    #[inline(always)]
+    #[must_use]
+    pub const fn tag(self) -> u16 {
+        (self.0 >> Self::TAG) as u16
+    }
+
+    /// Tells whether a key of this hash may have rules here.
+    #[inline(always)]
+    #[must_use]
+    pub const fn admits(self, hash: u64) -> bool {
+        !self.is_empty() && (self.tag() == Self::tag_of(hash) || self.tag() == ANY_TAG)
+    }
+
+    /// Tells whether there is no rule.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Tells whether it is a fork.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_fork(self) -> bool {
+        self.0 & Self::FORK != 0
+    }
+
+    /// Index of a list's first rule, or of a fork's first child.
     #[inline(always)]
     #[must_use]
     pub const fn start(self) -> u32 {
         self.0 as u32
     }
 
-    /// Number of rules.
+    /// Number of rules of a list.
     #[inline(always)]
     #[must_use]
     pub const fn count(self) -> u32 {
-        (self.0 >> 32) as u32
+        (self.0 >> 32) as u32 & MAX_LIST
+    }
+
+    /// Of a fork: the number of the key's word.
+    #[inline(always)]
+    #[must_use]
+    pub const fn word(self) -> u32 {
+        (self.0 >> Self::WORD) as u32 & 7
+    }
+
+    /// Of a fork: the lowest bit that chooses.
+    #[inline(always)]
+    #[must_use]
+    pub const fn shift(self) -> u32 {
+        (self.0 >> Self::SHIFT) as u32 & 63
+    }
+
+    /// Of a fork: the number of bits that choose.
+    #[inline(always)]
+    #[must_use]
+    pub const fn width(self) -> u32 {
+        (self.0 >> Self::WIDTH) as u32 & 15
+    }
+
+    /// Of a fork: there is a child for packets of which not all is known.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has_unknown(self) -> bool {
+        self.0 & Self::UNKNOWN != 0
+    }
+
+    /// Of a fork: where the slot for a packet stands.
+    #[inline(always)]
+    #[must_use]
+    pub const fn child(self, key: &Key) -> u32 {
+        let choices = 1u32 << self.width();
+        let chosen = if self.has_unknown() && key.unknown != 0 {
+            choices
+        } else {
+            (key.word(self.word()) >> self.shift()) as u32 & (choices - 1)
+        };
+        self.start().wrapping_add(chosen)
     }
 
     /// The slot as it stands in memory.
@@ -361,46 +531,12 @@ impl IndexSlot {
     pub const fn raw(self) -> u64 {
         self.0
     }
-}
 
-/// Slot of the index for a key of a table: `source` and `destination` are already cleared behind
-/// the table's prefix lengths.
-///
-/// Multiplies and folds: five multiplications, no table, no loop.
-#[inline(always)]
-#[must_use]
-pub const fn index_slot(set: u32, source: Address, destination: Address, lengths: u32) -> u32 {
-    const A: u64 = 0x9e37_79b9_7f4a_7c15;
-    const B: u64 = 0xc2b2_ae3d_27d4_eb4f;
-    let mut hash = (source.high ^ A).wrapping_mul(B) ^ (destination.high ^ B).wrapping_mul(A).rotate_left(31);
-    hash = hash.wrapping_add(
-        (source.low.rotate_left(17) ^ destination.low).wrapping_mul(B) ^ destination.low.wrapping_mul(A),
-    );
-    hash = (hash ^ hash >> 29 ^ (lengths as u64) << 2 ^ set as u64).wrapping_mul(A);
-    (hash >> 48) as u32 & (INDEX_SLOTS - 1)
-}
-
-/// Slot of the index for `key` in `table`.
-#[inline(always)]
-#[must_use]
-pub const fn slot_of_key(key: &Key, table: &Table) -> u32 {
-    slot_of(table_set(key.direction, key.family), key.source, key.destination, table)
-}
-
-/// Slot of the index in which `rule` is found through `table`, whose lengths are at most its own.
-#[must_use]
-pub const fn slot_of_rule(rule: &Rule, table: &Table) -> u32 {
-    slot_of(table_set(rule.direction as u32, rule.family as u32), rule.source, rule.destination, table)
-}
-
-#[inline(always)]
-const fn slot_of(set: u32, source: Address, destination: Address, table: &Table) -> u32 {
-    index_slot(
-        set,
-        source.masked(table.source_mask),
-        destination.masked(table.destination_mask),
-        table.source_length << 8 | table.destination_length,
-    )
+    /// The slot that stands in memory as this.
+    #[must_use]
+    pub const fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
 }
 
 #[cfg(test)]
@@ -429,7 +565,7 @@ mod tests {
             length: 1_500,
             protocol: 6,
             dscp: 0,
-            reserved: 0,
+            reserved: [0; 3],
         }
     }
 
@@ -526,14 +662,46 @@ mod tests {
                 destination: Address::v6(destination.to_be_bytes()).prefix(u32::from(lengths.1)),
                 source_length: lengths.0, destination_length: lengths.1, family: 1, ..open_rule()
             };
-            let table =
-                Table::new(0, u32::from(cut.0.min(lengths.0)), u32::from(cut.1.min(lengths.1)));
+            let table = Table::hashed(u32::from(cut.0.min(lengths.0)), u32::from(cut.1.min(lengths.1)), 7);
             let key = Key {
                 source: Address::v6(source.to_be_bytes()), destination: Address::v6(destination.to_be_bytes()),
                 family: 1, ..packet()
             };
             prop_assert!(rule.matches(&key));
-            prop_assert_eq!(slot_of_rule(&rule, &table), slot_of_key(&key, &table));
+            prop_assert_eq!(
+                table.hash(1, rule.source, rule.destination),
+                table.hash(1, key.source, key.destination)
+            );
         }
+    }
+    #[test]
+    fn words_of_a_key_have_its_fields_where_forks_look() {
+        let key = Key { dscp: 46, ..packet() };
+        assert_eq!(key.word(0), key.source.high);
+        assert_eq!(key.word(3), key.destination.low);
+        let service = key.word(4);
+        assert_eq!((service & 0xffff, service >> 16 & 0xffff), (40_000, 443));
+        assert_eq!((service >> 32 & 0xffff, service >> 48 & 0xff, service >> 56), (1_500, 6, 46));
+        let fork = Slot::fork(100, 4, 16, 8, true);
+        assert_eq!(fork.child(&key), 100 + (443 & 0xff));
+        assert_eq!(fork.child(&Key { unknown: NO_PORTS, ..key }), 100 + 256);
+        assert_eq!(Slot::fork(9, 2, 56, 8, false).child(&Key { unknown: NO_PORTS, ..key }), 9 + 198);
+    }
+
+    #[test]
+    fn a_slot_says_what_was_put_into_it() {
+        let list = Slot::list(u32::MAX, MAX_LIST);
+        assert_eq!(
+            (list.start(), list.count(), list.is_fork(), list.tag()),
+            (u32::MAX, MAX_LIST, false, ANY_TAG)
+        );
+        let fork = Slot::fork(u32::MAX, 7, 63, 8, true).with_tag(5);
+        assert!(fork.is_fork() && fork.has_unknown());
+        assert_eq!(
+            (fork.start(), fork.word(), fork.shift(), fork.width(), fork.tag()),
+            (u32::MAX, 7, 63, 8, 5)
+        );
+        assert!(fork.admits(5) && fork.admits(0xffff_8005) && !fork.admits(6));
+        assert!(Slot::EMPTY.with_tag(5).is_empty() && !Slot::EMPTY.admits(0));
     }
 }

@@ -6,7 +6,7 @@ use crate::abi::{
     Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Interface, Line, LineClasses,
     LineKey, Outcomes, Provider, Question, Settings,
 };
-use crate::classify::{IndexSlot, Rule, TableSet};
+use crate::classify::{Rule, Slot, TableSet};
 
 macro_rules! pod {
     ($($name:ty),+ $(,)?) => {$(
@@ -23,7 +23,7 @@ pod!(
     Counters,
     Fragment,
     FragmentKey,
-    IndexSlot,
+    Slot,
     Interface,
     Line,
     LineClasses,

@@ -1,15 +1,15 @@
 //! The classifier: from a key to the allocation it belongs to.
 //!
-//! Up to sixteen tables are looked into, each by one hash and one index slot; a table that can't
-//! hold a better rule than the one found is passed over. See `qos_common::classify` for the
-//! structure. A list of any length is scanned to its end, so that the answer is always right.
+//! Up to sixteen tables are looked into; one that can't hold a better rule than the one found is passed
+//! over. See `qos_common::classify` for the structure. A list of any length is scanned to its end, so that
+//! the answer is always right.
 
 use core::ffi::{c_long, c_void};
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_loop;
 use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
-use qos_common::classify::{Direction, Key, selector_of, slot_of_key, table_set};
+use qos_common::classify::{Direction, Key, MAX_FORKS, Slot, Table, TableSet, selector_of, table_set};
 
 use crate::maps;
 use crate::mtu::mtu_of;
@@ -30,6 +30,8 @@ pub(crate) struct Search {
     pub(crate) slot: u32,
     /// Tables looked into.
     pub(crate) tables: u32,
+    /// Forks followed.
+    pub(crate) forks: u32,
     /// First rule of the list that is scanned. Here, so that what is cleared for each packet is not
     /// one run, of which LLVM makes a call.
     start: u32,
@@ -59,6 +61,7 @@ impl Search {
         self.now_ns = 0;
         self.slot = 0;
         self.tables = 0;
+        self.forks = 0;
         self.rules = 0;
         self.expired = 0;
         self.limits_only = 0;
@@ -165,14 +168,37 @@ fn look_up(search: &mut Search) {
         if table.best >= search.rank {
             continue;
         }
-        let list = maps::index_slot(slot_of_key(&search.packet.key, table));
-        search.tables += 1;
+        let list = list(search, set, table);
         search.start = list.start();
         // Most lists have one rule.
         if list.count() != 0 && !compare(search, 0) && list.count() != 1 {
             scan(list.count(), search);
         }
     }
+}
+
+/// The list of the table that the packet is led to.
+#[inline(always)]
+fn list(search: &mut Search, set: &TableSet, table: &Table) -> Slot {
+    search.tables += 1;
+    let key = &search.packet.key;
+    // SAFETY: it is a live, aligned word, which userspace replaces by one store.
+    let mut slot = unsafe { (&raw const table.root).read_volatile() };
+    if slot.is_empty() {
+        let hash = table.hash(key.family, key.source, key.destination);
+        slot = maps::slot(set.position(hash));
+        if !slot.admits(hash) {
+            return Slot::EMPTY;
+        }
+    }
+    for _ in 0..MAX_FORKS {
+        if !slot.is_fork() {
+            return slot;
+        }
+        search.forks += 1;
+        slot = maps::slot(slot.child(&search.packet.key));
+    }
+    if slot.is_fork() { Slot::EMPTY } else { slot }
 }
 
 /// Compares the rules 1 to `count` − 1 of the list. The kernel's own loop: one of this program would

@@ -39,6 +39,7 @@ pub(crate) fn run(ctx: &XdpContext) {
     answer.rank = search.rank;
     answer.slot = search.slot;
     answer.tables = search.tables;
+    answer.forks = search.forks;
     answer.rules = search.rules;
     answer.expired = search.expired;
     answer.allocation = 0;

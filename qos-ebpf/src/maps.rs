@@ -8,9 +8,9 @@ use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
     ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
     FragmentKey, Interface, LINE_SLOTS, Line, LineClasses, LineKey, MAX_FRAGMENTS, MAX_INTERFACES,
-    MAX_LINE_PREFIXES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, Settings,
+    MAX_LINE_PREFIXES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, SLOT_ROOM, Settings,
 };
-use qos_common::classify::{Direction, INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
+use qos_common::classify::{Direction, HALVES, Rule, Slot, TABLE_SETS, TableSet, half_sets};
 
 use crate::classify::Search;
 
@@ -27,12 +27,16 @@ const PROVIDER_RECORDS: usize = PROVIDER_SLOTS as usize * DIRECTIONS;
 
 #[btf_map(name = "settings")]
 static SETTINGS: Array<Settings, 1> = Array::new();
+/// In its lowest bit the half of the rules that packets look through; counts the changes of it.
+#[btf_map(name = "rule_half")]
+static RULE_HALF: Array<u64, 1, MMAPABLE> = Array::new();
+/// The next three hold one half of the rules behind the other.
 #[btf_map(name = "tables")]
-static TABLES: Array<TableSet, { TABLE_SETS as usize }, MMAPABLE> = Array::new();
-#[btf_map(name = "rule_index")]
-static RULE_INDEX: Array<IndexSlot, { INDEX_SLOTS as usize }, MMAPABLE> = Array::new();
+static TABLES: Array<TableSet, { (HALVES * TABLE_SETS) as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "rule_slots")]
+static RULE_SLOTS: Array<Slot, { (HALVES * SLOT_ROOM) as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "rules")]
-static RULES: Array<Rule, { RULE_ROOM as usize }, MMAPABLE> = Array::new();
+static RULES: Array<Rule, { (HALVES * RULE_ROOM) as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "allocations")]
 static ALLOCATIONS: Array<Allocation, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "clocks")]
@@ -99,19 +103,23 @@ pub(crate) fn trace_clock() -> Option<&'static mut u64> {
     TRACE_CLOCK.get_ptr_mut(0).map(|clock| unsafe { &mut *clock })
 }
 
+/// The tables of a direction and family that packets look through now.
 #[inline(always)]
 pub(crate) fn tables(set: u32) -> Option<&'static TableSet> {
-    TABLES.get(set)
+    let half = RULE_HALF.get_ptr(0)?;
+    // SAFETY: the map returned a pointer to its live, aligned element. Userspace replaces it by one store.
+    let half = unsafe { half.read_volatile() };
+    TABLES.get(half_sets(half) + set)
 }
 
-/// The index slot, read at once.
+/// A slot, read at once.
 #[inline(always)]
-pub(crate) fn index_slot(slot: u32) -> IndexSlot {
-    match RULE_INDEX.get_ptr(slot) {
+pub(crate) fn slot(position: u32) -> Slot {
+    match RULE_SLOTS.get_ptr(position) {
         // SAFETY: the map returned a pointer to a live, aligned element. Userspace replaces it by
-        // one aligned 64-bit store, so a volatile load sees the old or the new list.
+        // one aligned 64-bit store, so a volatile load sees the old or the new one.
         Some(pointer) => unsafe { pointer.read_volatile() },
-        None => IndexSlot::EMPTY,
+        None => Slot::EMPTY,
     }
 }
 

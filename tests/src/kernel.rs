@@ -15,7 +15,8 @@ use qos_common::abi::{
     ABI_VERSION, ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Application, Clocks, LINE_SLOTS, Line,
     LineClasses, LineKey, PROVIDER_SLOTS, Provider, Settings,
 };
-use qos_common::classify::{INDEX_SLOTS, IndexSlot, Rule, TABLE_SETS, TableSet};
+use qos_common::classify::Rule;
+use qos_userspace::gateway::classifier::{self, rules_in};
 use qos_userspace::gateway::memory::SharedArray;
 
 use crate::daemon::Daemon;
@@ -30,7 +31,7 @@ pub struct Maps {
 }
 
 /// What decides on packets. Clocks and counters, which packets change, are not in it, nor is where
-/// in memory a list of rules stands.
+/// in memory rules stand.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Contents {
     /// Map `settings`.
@@ -45,10 +46,8 @@ pub struct Contents {
     pub lines: BTreeMap<String, Line>,
     /// Map `line_classes`, without its free slots.
     pub line_classes: BTreeMap<u32, LineClasses>,
-    /// Rules by index slot.
-    pub rules: BTreeMap<u32, Vec<Rule>>,
-    /// Tables that hold rules: set, best rank and prefix lengths.
-    pub tables: Vec<(u32, u64, u32, u32)>,
+    /// Rules that packets can be led to, by direction, family and rank.
+    pub rules: BTreeMap<(u8, u8, u64), Rule>,
 }
 
 /// The kernel's whole view of a gateway.
@@ -97,15 +96,12 @@ impl Kernel {
         if self.maps.settings != other.maps.settings {
             differences.push(format!("settings: {:?}, {:?}", self.maps.settings, other.maps.settings));
         }
-        if self.maps.tables != other.maps.tables {
-            differences.push(format!("tables: {:x?}, {:x?}", self.maps.tables, other.maps.tables));
-        }
         differ("allocation", &self.maps.allocations, &other.maps.allocations, &mut differences);
         differ("provider", &self.maps.providers, &other.maps.providers, &mut differences);
         differ("application", &self.maps.applications, &other.maps.applications, &mut differences);
         differ("line", &self.maps.lines, &other.maps.lines, &mut differences);
         differ("classes of line", &self.maps.line_classes, &other.maps.line_classes, &mut differences);
-        differ("rules", &self.maps.rules, &other.maps.rules, &mut differences);
+        differ("rule", &self.maps.rules, &other.maps.rules, &mut differences);
         differ("link", &self.links, &other.links, &mut differences);
         for (what, one, two) in
             [("class", &self.classes, &other.classes), ("qdisc", &self.qdiscs, &other.qdiscs)]
@@ -116,16 +112,6 @@ impl Kernel {
             differ(what, &named(one), &named(two), &mut differences);
         }
         differences
-    }
-
-    /// Without the places of rules, which depend on the order in which they came.
-    #[must_use]
-    pub fn without_places(mut self) -> Self {
-        let mut rules: Vec<Rule> = self.maps.rules.into_values().flatten().collect();
-        rules.sort_by_key(|rule| (rule.rank, rule.direction, rule.family));
-        self.maps.rules = BTreeMap::from([(0, rules)]);
-        self.maps.tables.clear();
-        self
     }
 
     /// Without the numbers of programs, which change when a new daemon takes over.
@@ -147,6 +133,10 @@ fn without_former(found: Vec<TrafficControl>) -> (Vec<u32>, Vec<TrafficControl>)
     };
     let (former, found): (Vec<_>, Vec<_>) = found.into_iter().partition(|class| is_former(class.handle));
     (former.into_iter().map(|class| class.handle).collect(), found)
+}
+
+const fn rule_name(rule: &Rule) -> (u8, u8, u64) {
+    (rule.direction, rule.family, rule.rank)
 }
 
 fn differ<K: Ord + Debug, V: PartialEq + Debug>(
@@ -177,21 +167,12 @@ impl Maps {
     /// # Errors
     /// When a map isn't pinned.
     pub fn contents(&self) -> Result<Contents> {
-        let index: SharedArray<IndexSlot> = self.shared("rule_index")?;
-        let memory: SharedArray<Rule> = self.shared("rules")?;
-        let tables: SharedArray<TableSet> = self.shared("tables")?;
-        let rules = (0..INDEX_SLOTS)
-            .map(|slot| (slot, index.read(slot)))
-            .filter(|(_, list)| list.count() > 0)
-            .map(|(slot, list)| {
-                (slot, (list.start()..list.start() + list.count()).map(|at| memory.read(at)).collect())
-            })
-            .collect();
-        let tables = (0..TABLE_SETS)
-            .flat_map(|set| tables.read(set).tables.map(|table| (set, table)))
-            .filter(|(_, table)| table.best != u64::MAX)
-            .map(|(set, table)| (set, table.best, table.source_length, table.destination_length))
-            .collect();
+        let rules = classifier::Maps {
+            half: self.shared("rule_half")?,
+            tables: self.shared("tables")?,
+            slots: self.shared("rule_slots")?,
+            rules: self.shared("rules")?,
+        };
         let settings: Array<MapData, Settings> =
             Array::try_from(Map::Array(self.open("settings")?)).context("map settings")?;
         let lines: HashMap<MapData, LineKey, Line> =
@@ -206,8 +187,7 @@ impl Maps {
                 .iter()
                 .map(|entry| entry.map(|(key, line)| (format!("{key:?}"), line)).context("map lines"))
                 .collect::<Result<_>>()?,
-            rules,
-            tables,
+            rules: rules_in(&rules).into_iter().map(|rule| (rule_name(&rule), rule)).collect(),
         })
     }
 

@@ -86,7 +86,7 @@ fn ipv4(frame: &[u8], at: usize, direction: u32) -> Read {
         length: length.min(65_535) as u16,
         protocol: header[9],
         dscp: header[1] >> 2,
-        reserved: 0,
+        reserved: [0; 3],
     };
     ports(frame, at + header_length, fragment, &mut key)?;
     Ok((key, fragment))
@@ -111,7 +111,7 @@ fn ipv6(frame: &[u8], at: usize, direction: u32) -> Read {
         length: length.min(65_535) as u16,
         protocol: header[6],
         dscp: (word(header, 0)? >> 6) as u8 & 63,
-        reserved: 0,
+        reserved: [0; 3],
     };
     let mut fragment = Fragment::Whole;
     let mut next = at + 40;

@@ -479,7 +479,7 @@ fn full_maps_are_told_and_nothing_is_half_done() {
     register(&daemon);
     let mut client = Client::connect(&daemon.socket()).unwrap();
 
-    // Rules: 16,384, in four allocations on as many addresses, and the first of them on as many ports.
+    // Rules: 131,072, in 32 allocations on as many addresses, and the first of them on as many ports.
     let many = |allocation: usize, count: usize| {
         let selectors: Vec<_> = (0..count)
             .map(|number| match allocation {
@@ -489,7 +489,7 @@ fn full_maps_are_told_and_nothing_is_half_done() {
             .collect();
         json!({"provider": "video", "selectors": selectors, "level": {"maximum": {"down": "1mbit"}, "enforcement": "police"}})
     };
-    for allocation in 0..4 {
+    for allocation in 0..32 {
         let began = Instant::now();
         let answer = client.ask("POST", "/v1/allocations", Some(&many(allocation, 4_096))).unwrap();
         assert_eq!(answer.status, 201, "{}", answer.error("message"));
@@ -497,26 +497,30 @@ fn full_maps_are_told_and_nothing_is_half_done() {
     }
     let before = Before::of(&daemon, &net.gateway);
     let status = daemon.status().unwrap();
-    assert_eq!(status.gateway.rules, (16_384, 16_384));
+    assert_eq!(status.gateway.rules, (131_072, 131_072));
     println!("a packet is compared with {} rules at most", status.gateway.worst_case_comparisons);
     for count in [1, 4_096] {
-        let answer = client.ask("POST", "/v1/allocations", Some(&many(9, count))).unwrap();
+        let answer = client.ask("POST", "/v1/allocations", Some(&many(40, count))).unwrap();
         assert_eq!(
             (answer.status, answer.error("code"), answer.error("field")),
             (409, "insufficient_slots", "selectors")
         );
         assert_eq!(answer.error("value"), count.to_string());
-        assert!(answer.error("message").contains("16384 of 16384 are in use"), "{}", answer.error("message"));
+        assert!(
+            answer.error("message").contains("131072 of 131072 are in use"),
+            "{}",
+            answer.error("message")
+        );
         before.stands(&daemon, &net.gateway, "too many rules");
     }
-    // Each of the four ends is still held, and a revoke makes room for exactly as many.
+    // Each end is still held, and a revoke makes room for exactly as many.
     let flow = video_to_home(&net, 14_095, 5);
     achieves(&flow, 1);
     drop(flow);
     daemon.qos(["revoke", "1"]).unwrap();
-    let answer = client.ask("POST", "/v1/allocations", Some(&many(9, 4_096))).unwrap();
+    let answer = client.ask("POST", "/v1/allocations", Some(&many(40, 4_096))).unwrap();
     assert_eq!(answer.status, 201, "{}", answer.error("message"));
-    for id in 2..=5 {
+    for id in 2..=33 {
         daemon.qos(["revoke", &id.to_string()]).unwrap();
     }
     assert_eq!(daemon.status().unwrap().gateway.rules.0, 0);

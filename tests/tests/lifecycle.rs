@@ -439,7 +439,7 @@ fn two_hundred_allocations_come_back_with_their_numbers_and_slots() {
         // Ends are computed from the wall clock: the same within its jitter.
         let without_ends = |mut kernel: Kernel| {
             kernel.maps.allocations.values_mut().for_each(|record| record.expires_ns = 0);
-            kernel.without_programs().without_places()
+            kernel.without_programs()
         };
         for (slot, record) in &kernel.maps.allocations {
             let moved = record.expires_ns.abs_diff(after.maps.allocations[slot].expires_ns);
@@ -764,12 +764,12 @@ const BREAKS: &[Break] = &[
         },
     },
     Break {
-        name: "the rule index is cleared",
-        told: "pointed to the wrong rules",
+        name: "the tables of rules are cleared",
+        told: "differed from the rules in force",
         act: |_, daemon, _| {
-            let map = Maps::of(daemon).shared("rule_index").unwrap();
+            let map = Maps::of(daemon).shared("tables").unwrap();
             for index in 0..map.length() {
-                map.write(index, qos_common::classify::IndexSlot::EMPTY);
+                map.write(index, qos_common::classify::TableSet::EMPTY);
             }
         },
     },

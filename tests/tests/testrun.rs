@@ -38,11 +38,7 @@ impl Bench {
         settings
             .set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)
             .expect("sets");
-        let classifier = Classifier::new(
-            object.shared("tables").expect("tables"),
-            object.shared("rule_index").expect("index"),
-            object.shared("rules").expect("rules"),
-        );
+        let classifier = Classifier::new(object.rule_maps().expect("maps of rules")).expect("membarrier");
         Self {
             allocations: object.shared("allocations").expect("allocations"),
             counters: object.shared("counters").expect("counters"),

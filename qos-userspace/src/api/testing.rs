@@ -157,6 +157,7 @@ impl Gateway for Recorder {
             length: Some(28),
             fragment: false,
             tables: 1,
+            forks: 0,
             rules: 2,
             expired: 0,
         })
@@ -181,7 +182,7 @@ impl Gateway for Recorder {
                 scheduler: "htb".to_owned(),
                 classes: 2,
             }],
-            rules: (1, 16_384),
+            rules: (1, 131_072),
             worst_case_comparisons: 1,
             allocations: (1, 16_383),
             repairs: self.record().repaired.clone(),

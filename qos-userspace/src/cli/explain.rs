@@ -144,8 +144,8 @@ fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
         (
             "looked at",
             Some(format!(
-                "{} tables, {} rules; {} more had matched and are expired",
-                explanation.tables, explanation.rules, explanation.expired
+                "{} tables, {} forks, {} rules; {} more had matched and are expired",
+                explanation.tables, explanation.forks, explanation.rules, explanation.expired
             )),
         ),
     ])

@@ -237,11 +237,11 @@ impl Kernel {
             return Err(error.into());
         }
         let maps = Maps::new(&mut object)?;
-        let memory = (object.shared("tables")?, object.shared("rule_index")?, object.shared("rules")?);
+        let memory = object.rule_maps()?;
         let classifier = if object.maps_taken_over() {
-            Classifier::take_over(memory.0, memory.1, memory.2, &all_rules(state))?
+            Classifier::take_over(memory, &all_rules(state))?
         } else {
-            Classifier::new(memory.0, memory.1, memory.2)
+            Classifier::new(memory)?
         };
         let interfaces =
             config.interfaces.iter().zip(links).map(|(config, link)| Interface::new(config.clone(), link));
@@ -1436,6 +1436,7 @@ fn explanation(direction: Direction, answer: &abi::Answer) -> Explanation {
         length: key.map(|key| key.length),
         fragment: key.is_some_and(|key| key.unknown != 0),
         tables: answer.tables,
+        forks: answer.forks,
         rules: answer.rules,
         expired: answer.expired,
     }

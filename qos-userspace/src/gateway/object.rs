@@ -553,6 +553,19 @@ impl Object {
             .map_err(|reason| ObjectError::Memory { map, reason })
     }
 
+    /// The maps that hold rules.
+    ///
+    /// # Errors
+    /// As [`Object::shared`].
+    pub fn rule_maps(&self) -> Result<super::classifier::Maps, ObjectError> {
+        Ok(super::classifier::Maps {
+            half: self.shared("rule_half")?,
+            tables: self.shared("tables")?,
+            slots: self.shared("rule_slots")?,
+            rules: self.shared("rules")?,
+        })
+    }
+
     /// Takes a map out of the object, as one of aya's types.
     ///
     /// # Errors

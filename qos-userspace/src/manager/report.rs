@@ -220,6 +220,8 @@ pub struct Explanation {
     pub fragment: bool,
     /// Tables that were looked into.
     pub tables: u32,
+    /// Forks followed in them.
+    pub forks: u32,
     /// Rules that were compared.
     pub rules: u32,
     /// Rules that matched and were passed over, their allocation having expired.

@@ -171,8 +171,7 @@ impl Loaded {
         let mark = MarkLayout::new(0xffff_e000, 0).context("19 bits")?;
         let mut settings: Array<_, abi::Settings> = object.take("settings")?;
         settings.set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)?;
-        let classifier =
-            Classifier::new(object.shared("tables")?, object.shared("rule_index")?, object.shared("rules")?);
+        let classifier = Classifier::new(object.rule_maps()?)?;
         let allocations: SharedArray<Allocation> = object.shared("allocations")?;
         let clocks: SharedArray<Clocks> = object.shared("clocks")?;
         for slot in 1..ALLOCATION_SLOTS {

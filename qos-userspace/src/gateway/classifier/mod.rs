@@ -1,0 +1,590 @@
+//! The classifier's rules in memory that the kernel programs read.
+//!
+//! The structure is described in `qos_common::classify`. It stands in the maps twice, as two *halves*:
+//! packets look through one, in which single rules come and go, each by one aligned store; the other is for
+//! laying all rules out anew, and one store makes packets look through it. That is how rules of an earlier
+//! instance are taken over, how many rules come at once, and how a half that changes have made worse or
+//! scattered is put in order, which goes on beside the changes.
+
+mod cover;
+mod field;
+mod fork;
+mod layout;
+mod room;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use qos_common::abi::{MAX_RULES, RULE_ROOM, SLOT_ROOM};
+use qos_common::classify::{HALVES, Key, MAX_FORKS, Rule, Slot, TABLE_SETS, TableSet, half_sets, table_set};
+
+use self::layout::{Layout, NoRoom};
+use super::memory::{SharedArray, grace_period};
+
+/// Changes after which rules are laid out anew, where they are few.
+const CHANGES: usize = 256;
+/// Rules that are laid out anew within the change that asks for it; more than that beside other changes.
+const AT_ONCE: usize = 2_000;
+
+/// Why rules were not taken. What was there before is untouched.
+#[derive(Debug, thiserror::Error)]
+pub enum ClassifierError {
+    /// There are too many rules.
+    #[error("{asked} rules do not fit: {used} of {MAX_RULES} are in use")]
+    Full {
+        /// Rules that were to be added.
+        asked: usize,
+        /// Rules in use.
+        used: usize,
+    },
+    /// The rules overlap so much that their lists and forks take more room than there is.
+    #[error(
+        "{0} rules overlap too much for the room that there is; revoke allocations whose selectors take many \
+         addresses and ports"
+    )]
+    NoRoom(usize),
+    /// The kernel can't tell when a grace period has passed.
+    #[error("membarrier: {0}")]
+    Grace(#[from] std::io::Error),
+    /// The thread that laid the rules out anew has ended early.
+    #[error("laying out the rules ended early")]
+    Thread,
+}
+
+/// What names a rule: its rank, direction and family.
+type RuleName = (u64, u8, u8);
+
+const fn name(rule: &Rule) -> RuleName {
+    (rule.rank, rule.direction, rule.family)
+}
+
+/// The maps that hold rules, both halves of them.
+#[derive(Debug)]
+pub struct Maps {
+    /// Map `rule_half`: its lowest bit is the half that packets look through.
+    pub half: SharedArray<u64>,
+    /// Map `tables`.
+    pub tables: SharedArray<TableSet>,
+    /// Map `rule_slots`.
+    pub slots: SharedArray<Slot>,
+    /// Map `rules`.
+    pub rules: SharedArray<Rule>,
+}
+
+impl Maps {
+    /// Memory of the same shape that no kernel sees.
+    ///
+    /// # Errors
+    /// Those of mmap(2).
+    pub fn private() -> std::io::Result<Self> {
+        Ok(Self {
+            half: SharedArray::private(1)?,
+            tables: SharedArray::private(HALVES * TABLE_SETS)?,
+            slots: SharedArray::private(HALVES * SLOT_ROOM)?,
+            rules: SharedArray::private(HALVES * RULE_ROOM)?,
+        })
+    }
+}
+
+/// Where the structure can be read.
+pub trait Memory {
+    /// The tables of a direction and family, as numbered by [`table_set`].
+    fn table_set(&self, set: u32) -> TableSet;
+    /// The slot at a position.
+    fn slot(&self, position: u32) -> Slot;
+    /// The rule at a position.
+    fn rule(&self, position: u32) -> Rule;
+}
+
+impl Memory for Maps {
+    fn table_set(&self, set: u32) -> TableSet {
+        self.tables.read(half_sets(self.half.read(0)) + set)
+    }
+
+    fn slot(&self, position: u32) -> Slot {
+        self.slots.read(position)
+    }
+
+    fn rule(&self, position: u32) -> Rule {
+        self.rules.read(position)
+    }
+}
+
+/// The rules, and the maps that hold them.
+#[derive(Debug)]
+pub struct Classifier {
+    maps: Arc<Maps>,
+    layout: Layout,
+    /// All rules.
+    rules: HashMap<RuleName, Rule>,
+    /// Changes since the rules were laid out, and how many rules that were.
+    changes: usize,
+    laid_out: usize,
+    /// The rules are being laid out anew, as they were; and what has changed since: true for what came.
+    next: Option<JoinHandle<Result<Layout, NoRoom>>>,
+    journal: Vec<(Rule, bool)>,
+}
+
+impl Classifier {
+    /// A classifier without rules. What the maps hold is not looked through any more.
+    ///
+    /// # Errors
+    /// Where the kernel can't tell that nobody reads what was there.
+    pub fn new(maps: Maps) -> Result<Self, ClassifierError> {
+        Self::take_over(maps, &[])
+    }
+
+    /// A classifier over maps that an earlier instance may have filled, told which rules they must hold.
+    ///
+    /// Packets go on through what is there until all of `rules` can be found in the other half.
+    ///
+    /// # Errors
+    /// Where the rules don't fit.
+    pub fn take_over(maps: Maps, rules: &[Rule]) -> Result<Self, ClassifierError> {
+        if rules.len() > MAX_RULES as usize {
+            return Err(ClassifierError::Full { asked: rules.len(), used: 0 });
+        }
+        let layout = Layout::build(rules).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
+        let mut classifier = Self {
+            maps: Arc::new(maps),
+            layout: Layout::build(&[]).map_err(|NoRoom| ClassifierError::NoRoom(0))?,
+            rules: rules.iter().map(|rule| (name(rule), *rule)).collect(),
+            changes: 0,
+            laid_out: 0,
+            next: None,
+            journal: Vec::new(),
+        };
+        classifier.switch(layout)?;
+        Ok(classifier)
+    }
+
+    /// Number of rules.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.rules.len()
+    }
+
+    /// Most rules that one packet may be compared with: the longest lists of all tables of its direction
+    /// and family together.
+    #[must_use]
+    pub fn worst_case(&self) -> usize {
+        self.layout.most_checks()
+    }
+
+    /// The maps.
+    #[must_use]
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    /// Adds rules; a packet sees each of them from the moment it is in its list. One that is there already,
+    /// by its rank, is replaced. The rules of an allocation come together.
+    ///
+    /// # Errors
+    /// Where they don't all fit; none is added then.
+    pub fn insert(&mut self, rules: &[Rule]) -> Result<(), ClassifierError> {
+        let new = rules.iter().filter(|rule| !self.rules.contains_key(&name(rule))).count();
+        if self.rules.len() + new > MAX_RULES as usize {
+            return Err(ClassifierError::Full { asked: rules.len(), used: self.rules.len() });
+        }
+        self.follow()?;
+        let before: Vec<_> = rules.iter().map(|rule| self.rules.insert(name(rule), *rule)).collect();
+        let many = rules.len() > AT_ONCE && rules.len() > self.laid_out / 2;
+        let result = if many { self.lay_out() } else { self.insert_each(rules, &before) };
+        if result.is_err() {
+            for (rule, before) in rules.iter().zip(before).rev() {
+                match before {
+                    Some(before) => self.rules.insert(name(rule), before),
+                    None => self.rules.remove(&name(rule)),
+                };
+            }
+            self.lay_out()?;
+        }
+        result
+    }
+
+    fn insert_each(&mut self, rules: &[Rule], before: &[Option<Rule>]) -> Result<(), ClassifierError> {
+        for (rule, before) in rules.iter().zip(before) {
+            let mut result = Ok(());
+            if let Some(before) = before {
+                result = self.layout.remove(before).map(|_| self.note(before, false));
+            }
+            match result.and_then(|()| self.layout.insert(rule)) {
+                Ok(()) => self.note(rule, true),
+                // All that is to be there goes into the other half.
+                Err(NoRoom) => return self.lay_out(),
+            }
+        }
+        self.after_changes()
+    }
+
+    /// Removes rules. Those that are not there are passed over.
+    ///
+    /// # Errors
+    /// Where the shortened lists find no room.
+    pub fn remove(&mut self, rules: &[Rule]) -> Result<(), ClassifierError> {
+        self.follow()?;
+        let there: Vec<Rule> = rules.iter().filter_map(|rule| self.rules.remove(&name(rule))).collect();
+        if there.len() > AT_ONCE && there.len() > self.laid_out / 2 {
+            return self.lay_out();
+        }
+        for rule in &there {
+            match self.layout.remove(rule) {
+                Ok(_) => self.note(rule, false),
+                Err(NoRoom) => return self.lay_out(),
+            }
+        }
+        self.after_changes()
+    }
+
+    fn note(&mut self, rule: &Rule, came: bool) {
+        self.changes += 1;
+        if self.next.is_some() {
+            self.journal.push((*rule, came));
+        }
+    }
+
+    /// Compares the maps with what they must hold, and puts right what differs. Returns what was
+    /// wrong.
+    pub fn repair(&mut self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        if let Err(error) = self.follow() {
+            wrong.push(format!("the rules could not be laid out anew: {error}"));
+        }
+        self.layout.repair(&mut wrong);
+        wrong
+    }
+
+    /// Goes on with laying out the rules anew, where that is under way or due.
+    ///
+    /// # Errors
+    /// Where it failed.
+    pub fn follow(&mut self) -> Result<(), ClassifierError> {
+        if self.next.as_ref().is_some_and(JoinHandle::is_finished) { self.finish() } else { Ok(()) }
+    }
+
+    /// Waits for rules that are being laid out anew.
+    ///
+    /// # Errors
+    /// Where that failed.
+    pub fn finish(&mut self) -> Result<(), ClassifierError> {
+        let Some(next) = self.next.take() else {
+            return Ok(());
+        };
+        let journal = std::mem::take(&mut self.journal);
+        let layout = next.join().map_err(|_| ClassifierError::Thread)?;
+        let followed = layout.and_then(|mut layout| {
+            for (rule, came) in &journal {
+                if *came { layout.insert(rule)? } else { layout.remove(rule).map(|_| ())? }
+            }
+            Ok(layout)
+        });
+        match followed {
+            Ok(layout) => self.switch(layout),
+            // What is in force stays. It is tried again after as many changes.
+            Err(NoRoom) => {
+                self.changes = 0;
+                Ok(())
+            }
+        }
+    }
+
+    fn after_changes(&mut self) -> Result<(), ClassifierError> {
+        if self.next.is_some() || self.changes < CHANGES.max(self.laid_out / 4) {
+            return Ok(());
+        }
+        if self.rules.len() <= AT_ONCE {
+            return self.lay_out();
+        }
+        let rules = self.all();
+        self.journal.clear();
+        self.changes = 0;
+        self.next = Some(std::thread::spawn(move || Layout::build(&rules)));
+        Ok(())
+    }
+
+    fn all(&self) -> Vec<Rule> {
+        self.rules.values().copied().collect()
+    }
+
+    /// Lays all rules out anew, now.
+    fn lay_out(&mut self) -> Result<(), ClassifierError> {
+        // What is under way has not all the rules, or it is about to be followed by this.
+        self.next = None;
+        self.journal.clear();
+        let rules = self.all();
+        let layout = Layout::build(&rules).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
+        self.switch(layout)
+    }
+
+    /// Makes packets look through another layout of the rules.
+    fn switch(&mut self, mut layout: Layout) -> Result<(), ClassifierError> {
+        let half = self.maps.half.read(0).wrapping_add(1);
+        layout.join(&self.maps, half);
+        self.maps.half.write(0, half);
+        self.layout = layout;
+        self.laid_out = self.rules.len();
+        self.changes = 0;
+        // The half that packets have left is written next time.
+        Ok(grace_period()?)
+    }
+}
+
+/// Finds the rule that a packet matches as the kernel does; for tests and for checking a take-over. Rules of
+/// expired allocations are the caller's to leave out.
+#[must_use]
+pub fn look_up(memory: &impl Memory, key: &Key) -> Option<Rule> {
+    let set = memory.table_set(table_set(key.direction, key.family));
+    let mut best: Option<Rule> = None;
+    for table in set.tables.iter().take(set.used as usize) {
+        if best.is_some_and(|best| table.best >= best.rank) {
+            continue;
+        }
+        let mut slot = table.root;
+        if slot.is_empty() {
+            let hash = table.hash(key.family, key.source, key.destination);
+            slot = memory.slot(set.position(hash));
+            if !slot.admits(hash) {
+                continue;
+            }
+        }
+        for _ in 0..MAX_FORKS {
+            if slot.is_fork() {
+                slot = memory.slot(slot.child(key));
+            }
+        }
+        assert!(!slot.is_fork(), "too many forks");
+        for position in (slot.start()..).take(slot.count() as usize) {
+            let rule = memory.rule(position);
+            if best.is_some_and(|best| rule.rank >= best.rank) {
+                break;
+            }
+            if rule.matches(key) {
+                best = Some(rule);
+                break;
+            }
+        }
+    }
+    best
+}
+
+/// All rules that packets can be led to, one that several slots lead to as often.
+#[must_use]
+pub fn rules_in(memory: &impl Memory) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    for number in 0..TABLE_SETS {
+        let set = memory.table_set(number);
+        let tables = set.tables.iter().take(set.used as usize).filter(|table| table.best != u64::MAX);
+        let (roots, hashed): (Vec<_>, Vec<_>) =
+            tables.map(|table| table.root).partition(|root| !root.is_empty());
+        let mut slots = roots;
+        if !hashed.is_empty() {
+            slots.extend((set.base..).take(1 << (64 - set.shift)).map(|position| memory.slot(position)));
+        }
+        while let Some(slot) = slots.pop() {
+            if slot.is_fork() {
+                let children = (1 << slot.width()) + u32::from(slot.has_unknown());
+                slots.extend((slot.start()..).take(children as usize).map(|child| memory.slot(child)));
+            } else {
+                rules.extend((slot.start()..).take(slot.count() as usize).map(|at| memory.rule(at)));
+            }
+        }
+    }
+    rules
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use qos_common::classify::{Address, CHECK_PORTS, CHECK_PROTOCOL, Key, rank};
+
+    fn empty() -> Classifier {
+        Classifier::new(Maps::private().expect("memory")).expect("membarrier")
+    }
+
+    fn open_rule(id: u64) -> Rule {
+        Rule {
+            rank: rank(0, id, 0),
+            slot: id as u32,
+            source_ports: [0, u16::MAX],
+            destination_ports: [0, u16::MAX],
+            lengths: [0, u16::MAX],
+            ..Rule::default()
+        }
+    }
+
+    /// Rules over a small world, so that they overlap.
+    fn any_rule() -> impl Strategy<Value = Rule> {
+        let lengths = prop_oneof![Just(0u8), Just(8), Just(16), Just(24), Just(31), Just(32), 0u8..=32];
+        (
+            (0u8..4, 0u8..4, 0u8..4, 0u8..4),
+            (lengths.clone(), lengths),
+            prop_oneof![Just(None), (0u16..4).prop_map(Some)],
+            any::<bool>(),
+            0u8..2,
+        )
+            .prop_map(|(octets, (source_length, destination_length), port, tcp, direction)| {
+                let (a, b, c, d) = octets;
+                let mut rule = open_rule(0);
+                rule.source = Address::v4([10, a, b, c]).prefix(u32::from(source_length));
+                rule.destination = Address::v4([10, d, c, a]).prefix(u32::from(destination_length));
+                rule.source_length = source_length;
+                rule.destination_length = destination_length;
+                rule.direction = direction;
+                if tcp {
+                    rule.checks |= CHECK_PROTOCOL;
+                    rule.protocol = 6;
+                }
+                if let Some(port) = port {
+                    rule.checks |= CHECK_PORTS;
+                    rule.destination_ports = [port, port + 1];
+                }
+                rule
+            })
+    }
+
+    fn any_key() -> impl Strategy<Value = Key> {
+        ((0u8..4, 0u8..4, 0u8..4, 0u8..4), 0u16..5, any::<bool>(), 0u32..2).prop_map(
+            |((a, b, c, d), port, tcp, direction)| Key {
+                source: Address::v4([10, a, b, c]),
+                destination: Address::v4([10, d, c, a]),
+                direction,
+                family: 0,
+                unknown: 0,
+                source_port: 9,
+                destination_port: port,
+                length: 100,
+                protocol: if tcp { 6 } else { 17 },
+                dscp: 0,
+                reserved: [0; 3],
+            },
+        )
+    }
+
+    fn by_linear_search(rules: &[Rule], key: &Key) -> Option<Rule> {
+        rules.iter().filter(|rule| rule.matches(key)).min_by_key(|rule| rule.rank).copied()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn agrees_with_linear_search_through_any_history(
+            steps in prop::collection::vec((any_rule(), any::<bool>(), any::<u16>()), 1..200),
+            keys in prop::collection::vec(any_key(), 50),
+        ) {
+            let mut classifier = empty();
+            let mut rules: Vec<Rule> = Vec::new();
+            for (id, (mut rule, add, victim)) in (1u64..).zip(steps) {
+                if add || rules.is_empty() {
+                    rule.rank = rank(victim % 3, id, 0);
+                    rule.slot = id as u32;
+                    classifier.insert(&[rule]).expect("fits");
+                    rules.push(rule);
+                } else {
+                    let victim = rules.swap_remove(usize::from(victim) % rules.len());
+                    classifier.remove(&[victim]).expect("fits");
+                }
+            }
+            prop_assert_eq!(classifier.count(), rules.len());
+            prop_assert!(classifier.repair().is_empty());
+            for key in &keys {
+                let found = look_up(classifier.maps(), key);
+                prop_assert_eq!(found, by_linear_search(&rules, key));
+            }
+        }
+    }
+
+    #[test]
+    fn ten_thousand_rules_of_one_address_are_held_and_found() {
+        let mut classifier = empty();
+        let rules: Vec<Rule> = (1..=10_000)
+            .map(|id| Rule {
+                checks: CHECK_PORTS,
+                destination_ports: [id as u16, id as u16],
+                ..open_rule(id)
+            })
+            .collect();
+        classifier.insert(&rules).expect("fits");
+        // Packets without ports are compared with the best few.
+        assert_eq!(classifier.worst_case(), 64);
+        let key = Key { destination_port: 9_999, protocol: 17, ..zero_key() };
+        let found = look_up(classifier.maps(), &key);
+        assert_eq!(found.map(|rule| rule.slot), Some(9_999));
+    }
+
+    #[test]
+    fn more_rules_than_fit_are_refused_whole() {
+        let mut classifier = empty();
+        let rules: Vec<Rule> = (1..=u64::from(MAX_RULES) + 1).map(spread).collect();
+        let error = classifier.insert(&rules).expect_err("one too many");
+        assert!(matches!(error, ClassifierError::Full { used: 0, .. }), "{error}");
+        assert_eq!(classifier.count(), 0);
+        classifier.insert(&rules[1..]).expect("exactly full");
+        assert!(matches!(classifier.insert(&rules[..1]), Err(ClassifierError::Full { .. })));
+        // Room is used again, however often rules come and go.
+        for _ in 0..3 {
+            classifier.remove(&rules[1..]).expect("removes");
+            classifier.insert(&rules[1..]).expect("fits again");
+        }
+        assert!(classifier.repair().is_empty());
+    }
+
+    #[test]
+    fn what_somebody_changed_is_put_right_and_named() {
+        let mut classifier = empty();
+        let rule = spread(7);
+        classifier.insert(&[rule]).expect("fits");
+        let maps = classifier.maps();
+        let half = half_sets(maps.half.read(0)) / TABLE_SETS;
+        let root = maps.tables.read(half * TABLE_SETS).tables[0].root;
+        maps.slots.write(half * SLOT_ROOM + 3, Slot::list(3, 9));
+        maps.rules.write(root.start(), Rule::default());
+        maps.tables.write(half * TABLE_SETS, TableSet::EMPTY);
+        assert_eq!(classifier.repair().len(), 3);
+        assert!(classifier.repair().is_empty());
+    }
+
+    #[test]
+    fn a_take_over_serves_the_new_rules() {
+        let mut old = empty();
+        let rules: Vec<Rule> = (1..=5_000).map(spread).collect();
+        old.insert(&rules).expect("fits");
+        let Classifier { maps, layout, .. } = old;
+        drop(layout);
+        let maps = Arc::try_unwrap(maps).expect("nobody else has it");
+        let mut new = Classifier::take_over(maps, &rules[1_000..]).expect("fits");
+        assert!(new.repair().is_empty());
+        for rule in &rules {
+            let key = Key { destination: rule.destination, ..zero_key() };
+            let expected = by_linear_search(&rules[1_000..], &key);
+            assert_eq!(look_up(new.maps(), &key), expected);
+        }
+    }
+
+    /// A rule for one destination host of its own.
+    fn spread(id: u64) -> Rule {
+        Rule {
+            destination: Address::v4((0x0a00_0000 + id as u32).to_be_bytes()),
+            destination_length: 32,
+            ..open_rule(id)
+        }
+    }
+
+    fn zero_key() -> Key {
+        Key {
+            source: Address::default(),
+            destination: Address::default(),
+            direction: 0,
+            family: 0,
+            unknown: 0,
+            source_port: 0,
+            destination_port: 0,
+            length: 100,
+            protocol: 17,
+            dscp: 0,
+            reserved: [0; 3],
+        }
+    }
+}
