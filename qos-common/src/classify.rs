@@ -359,8 +359,15 @@ impl TableSet {
     #[inline(always)]
     #[must_use]
     pub const fn position(&self, hash: u64) -> u32 {
-        self.base.wrapping_add((hash >> (self.shift & 63)) as u32)
+        hashed_position(self.base, self.shift, hash)
     }
+}
+
+/// The same of a set's fields.
+#[inline(always)]
+#[must_use]
+pub const fn hashed_position(base: u32, shift: u32, hash: u64) -> u32 {
+    base.wrapping_add((hash >> (shift & 63)) as u32)
 }
 
 /// Number of table sets: one for each direction and family.

@@ -34,25 +34,24 @@ pub(super) fn plan(rules: &[Rule], members: Vec<u32>) -> Plan {
     let all = members.len();
     let mut rest = members;
     while rest.len() >= FEW && plan.hashed.len() < MAX_HASHED {
-        let Some((lengths, covered)) = best_lengths(rules, &rest) else {
+        let Some((counts, covered)) = best_counts(rules, &rest) else {
             break;
         };
         if covered * WORTH < all || covered < FEW {
             break;
         }
-        let counts = Counts::of(rules, &rest, lengths);
         let (taken, left): (Vec<_>, Vec<_>) = rest
             .into_iter()
             .partition(|&member| counts.key(&rules[member as usize]).is_some_and(|key| counts.is_few(key)));
-        plan.hashed.push((lengths, taken));
+        plan.hashed.push((counts.lengths, taken));
         rest = left;
     }
     plan.trees = by_wideness(rules, rest);
     plan
 }
 
-/// The lengths whose table takes most of the rules, and how many.
-fn best_lengths(rules: &[Rule], members: &[u32]) -> Option<((u8, u8), usize)> {
+/// The counts for the lengths whose table takes most of the rules, and how many it takes.
+fn best_counts(rules: &[Rule], members: &[u32]) -> Option<(Counts, usize)> {
     let mut pairs = Vec::new();
     let sources = common_lengths(members.iter().map(|&member| rules[member as usize].source_length));
     let destinations =
@@ -73,15 +72,18 @@ fn best_lengths(rules: &[Rule], members: &[u32]) -> Option<((u8, u8), usize)> {
         }
     }
     pairs.sort_unstable_by_key(|&(eligible, (s, d))| std::cmp::Reverse((eligible, s.saturating_add(d))));
-    let mut best: Option<((u8, u8), usize)> = None;
+    let mut best: Option<(Counts, usize)> = None;
     for (eligible, lengths) in pairs {
         let bits = |(s, d): (u8, u8)| u32::from(s) + u32::from(d);
-        if best.is_some_and(|(_, covered)| eligible < covered) {
+        if best.as_ref().is_some_and(|(_, covered)| eligible < *covered) {
             break;
         }
-        let covered = Counts::of(rules, members, lengths).covered();
-        if best.is_none_or(|(other, most)| (covered, bits(lengths)) > (most, bits(other))) {
-            best = Some((lengths, covered));
+        let counts = Counts::of(rules, members, lengths);
+        let covered = counts.covered();
+        let is_better =
+            |(other, most): &(Counts, usize)| (covered, bits(lengths)) > (*most, bits(other.lengths));
+        if best.as_ref().is_none_or(is_better) {
+            best = Some((counts, covered));
         }
     }
     best

@@ -9,14 +9,15 @@ use std::sync::Arc;
 
 use qos_common::abi::{RULE_ROOM, SLOT_ROOM};
 use qos_common::classify::{
-    ANY_TAG, Address, MAX_FORKS, MAX_TABLES, Rule, Slot, TABLE_SETS, Table, TableSet, half_sets, table_set,
+    ANY_TAG, Address, MAX_FORKS, MAX_TABLES, Rule, Slot, TABLE_SETS, Table, TableSet, half_sets,
+    hashed_position, table_set,
 };
 
+use super::Maps;
 use super::cover::{Plan, plan};
 use super::field::{Packets, Way, Window, fields};
 use super::fork::best_window;
-use super::room::Room;
-use super::{Maps, Memory};
+use super::room::{NoRoom, Room};
 use crate::gateway::memory::grace_period;
 
 /// Rules that a planned list has at most, where forks can help it.
@@ -57,8 +58,9 @@ struct Live {
 #[derive(Debug, Default)]
 struct Set {
     tables: Vec<State>,
+    /// As in [`TableSet`].
     base: u32,
-    bits: u32,
+    shift: u32,
     /// How many hashes' slots have a list of each length.
     hashed_lists: BTreeMap<usize, usize>,
 }
@@ -89,10 +91,6 @@ struct Leaf {
     way: Way,
 }
 
-/// There is no room left.
-#[derive(Debug)]
-pub(super) struct NoRoom;
-
 impl Set {
     fn as_table_set(&self) -> TableSet {
         let mut set = TableSet::EMPTY;
@@ -101,8 +99,12 @@ impl Set {
         }
         set.used = self.tables.len() as u32;
         set.base = self.base;
-        set.shift = 64 - self.bits.max(1);
+        set.shift = self.shift;
         set
+    }
+
+    fn position(&self, hash: u64) -> u32 {
+        hashed_position(self.base, self.shift, hash)
     }
 
     fn count(&mut self, table: usize, slot: Slot, by: isize) {
@@ -123,6 +125,14 @@ impl Set {
         let of =
             |state: &State| if state.hashes { longest(&self.hashed_lists) } else { longest(&state.lists) };
         self.tables.iter().filter(|state| !state.ranks.is_empty()).map(of).sum()
+    }
+}
+
+impl State {
+    /// Tells whether the rule says all that the table's keys are made of.
+    fn takes(&self, rule: &Rule) -> bool {
+        self.table.source_length <= u32::from(rule.source_length)
+            && self.table.destination_length <= u32::from(rule.destination_length)
     }
 }
 
@@ -158,16 +168,15 @@ impl Layout {
         let bits = (2 * hashed).next_power_of_two().ilog2().max(FEWEST_BITS);
         let base = self.take_slots(1 << bits)?;
         self.sets[set].base = base;
-        self.sets[set].bits = bits;
+        self.sets[set].shift = 64 - bits;
         // Position, number of the rule and tag: the rules of a slot come together, best first.
         let mut placed = Vec::with_capacity(hashed);
         for ((source, destination), members) in &plan.hashed {
             let table = Table::hashed(u32::from(*source), u32::from(*destination), self.salt());
-            let view = TableSet { base, shift: 64 - bits, ..TableSet::EMPTY };
             for &member in members {
                 let rule = &rules[member as usize];
                 let hash = table.hash(u32::from(family), rule.source, rule.destination);
-                placed.push((view.position(hash), rule.rank, member, Slot::tag_of(hash)));
+                placed.push((self.sets[set].position(hash), rule.rank, member, Slot::tag_of(hash)));
             }
             self.add_table(set, table, true, ranks(members));
         }
@@ -310,60 +319,34 @@ impl Layout {
         for (rule, position) in list.iter().zip(start..) {
             self.rules[position as usize] = *rule;
             if let Some(live) = &self.live {
-                live.maps.rules.write((live.half as u32 & 1) * RULE_ROOM + position, *rule);
+                live.maps.rules.write(live.rules() + position, *rule);
             }
         }
         Ok(Slot::list(start, count))
     }
 
     fn take_rules(&mut self, count: u32) -> Result<u32, NoRoom> {
-        let start = match self.rule_room.take(count) {
-            Some(start) => start,
-            None => {
-                self.wait()?;
-                self.rule_room.take(count).ok_or(NoRoom)?
-            }
-        };
+        let start = self.rule_room.take_or_wait(count, || nobody_reads(self.live.as_ref()))?;
         let end = (start + count) as usize;
-        if self.rules.len() < end {
-            self.rules.resize(end, Rule::default());
-        }
+        self.rules.resize(end.max(self.rules.len()), Rule::default());
         Ok(start)
     }
 
     /// Takes `count` slots, all empty.
     fn take_slots(&mut self, count: u32) -> Result<u32, NoRoom> {
-        let start = match self.slot_room.take(count) {
-            Some(start) => start,
-            None => {
-                self.wait()?;
-                self.slot_room.take(count).ok_or(NoRoom)?
-            }
-        };
+        let start = self.slot_room.take_or_wait(count, || nobody_reads(self.live.as_ref()))?;
         let end = (start + count) as usize;
-        if self.slots.len() < end {
-            self.slots.resize(end, Slot::EMPTY);
-        }
+        self.slots.resize(end.max(self.slots.len()), Slot::EMPTY);
         for position in start..start + count {
             self.write_slot(position, Slot::EMPTY);
         }
         Ok(start)
     }
 
-    /// Waits until what was retired is read by nobody.
-    fn wait(&mut self) -> Result<(), NoRoom> {
-        if self.live.is_some() && grace_period().is_err() {
-            return Err(NoRoom);
-        }
-        self.rule_room.release_retired();
-        self.slot_room.release_retired();
-        Ok(())
-    }
-
     fn write_slot(&mut self, position: u32, slot: Slot) {
         self.slots[position as usize] = slot;
         if let Some(live) = &self.live {
-            live.maps.slots.write((live.half as u32 & 1) * SLOT_ROOM + position, live.moved(slot));
+            live.maps.slots.write(live.slots() + position, live.moved(slot));
         }
     }
 
@@ -414,7 +397,7 @@ impl Layout {
         let state = &self.sets[set].tables[table];
         let (place, slot) = if state.hashes {
             let hash = state.table.hash(u32::from(rule.family), rule.source, rule.destination);
-            let position = self.sets[set].as_table_set_position(hash);
+            let position = self.sets[set].position(hash);
             (Place::Slot(position), self.slots[position as usize])
         } else {
             (Place::Root(table), state.table.root)
@@ -468,22 +451,23 @@ impl Layout {
         for (leaf, slot) in leaves.iter().zip(changed) {
             let count = slot.count() as usize;
             if !slot.is_empty() && count > LONG && (count == LONG + 1 || count.is_power_of_two()) {
-                self.divide(set, table, leaf)?;
+                self.divide(set, table, leaf);
             }
         }
         Ok(())
     }
 
-    /// Removes a rule. Tells whether it was there.
-    pub(super) fn remove(&mut self, rule: &Rule) -> Result<bool, NoRoom> {
+    /// Removes a rule; one that is not there is passed over.
+    pub(super) fn remove(&mut self, rule: &Rule) -> Result<(), NoRoom> {
         let set = set_of(rule);
         let holds = |state: &State| state.ranks.contains(&rule.rank);
         let Some(table) = self.sets[set].tables.iter().position(holds) else {
-            return Ok(false);
+            return Ok(());
         };
         let leaves = self.leaves(set, table, rule, usize::MAX).ok_or(NoRoom)?;
         let changed = self.change(&leaves, |list, _| {
-            list.iter().filter(|other| !is_same(other, rule)).copied().collect()
+            // In one direction and family a rank names one rule.
+            list.iter().filter(|other| other.rank != rule.rank).copied().collect()
         })?;
         self.publish(set, table, &leaves, &changed, None);
         let state = &mut self.sets[set].tables[table];
@@ -495,7 +479,7 @@ impl Layout {
             self.drop_slot(set, table, root);
         }
         self.write_tables(set);
-        Ok(true)
+        Ok(())
     }
 
     /// The slots as they will be; lists that are the same stay one.
@@ -563,7 +547,7 @@ impl Layout {
     }
 
     /// Divides the list at the end of a way by forks, if that helps.
-    fn divide(&mut self, set: usize, table: usize, leaf: &Leaf) -> Result<(), NoRoom> {
+    fn divide(&mut self, set: usize, table: usize, leaf: &Leaf) {
         let slot = match leaf.place {
             Place::Root(table) => self.sets[set].tables[table].table.root,
             Place::Slot(position) => self.slots[position as usize],
@@ -571,8 +555,8 @@ impl Layout {
         let rules = self.rules_of(slot).to_vec();
         let members: Vec<u32> = (0..rules.len() as u32).collect();
         let Ok(grown) = self.grow(set, table, &rules, &members, &leaf.way, COPIES * rules.len() + 64) else {
-            // It is found where it is.
-            return Ok(());
+            // Its rules are found where they are.
+            return;
         };
         if grown.is_fork() {
             self.write(set, leaf.place, grown.with_tag(slot.tag()));
@@ -581,17 +565,14 @@ impl Layout {
         } else {
             self.drop_slot(set, table, grown);
         }
-        Ok(())
     }
 
     /// The table that a rule costs packets least in; none: a new one.
     fn choose(&self, set: usize, rule: &Rule) -> Option<usize> {
+        let tables = &self.sets[set].tables;
         let mut best = None;
-        for (number, state) in self.sets[set].tables.iter().enumerate() {
-            let (source, destination) = (state.table.source_length, state.table.destination_length);
-            let takes =
-                source <= u32::from(rule.source_length) && destination <= u32::from(rule.destination_length);
-            if state.ranks.is_empty() || !takes {
+        for (number, state) in tables.iter().enumerate() {
+            if state.ranks.is_empty() || !state.takes(rule) {
                 continue;
             }
             let Some(leaves) = self.leaves(set, number, rule, FEW_LEAVES) else {
@@ -603,20 +584,11 @@ impl Layout {
                 best = Some((cost, number));
             }
         }
+        let is_full = tables.iter().filter(|state| !state.ranks.is_empty()).count() >= MAX_TABLES;
         match best {
             Some((_, number)) => Some(number),
-            None if self.sets[set].tables.iter().filter(|state| !state.ranks.is_empty()).count()
-                < MAX_TABLES =>
-            {
-                None
-            }
-            None => {
-                let takes = |state: &State| {
-                    state.table.source_length <= u32::from(rule.source_length)
-                        && state.table.destination_length <= u32::from(rule.destination_length)
-                };
-                self.sets[set].tables.iter().rposition(takes)
-            }
+            None if is_full => tables.iter().rposition(|state| state.takes(rule)),
+            None => None,
         }
     }
 
@@ -670,12 +642,6 @@ impl Layout {
     }
 }
 
-impl Set {
-    fn as_table_set_position(&self, hash: u64) -> u32 {
-        TableSet { base: self.base, shift: 64 - self.bits.max(1), ..TableSet::EMPTY }.position(hash)
-    }
-}
-
 impl Live {
     const fn rules(&self) -> u32 {
         (self.half as u32 & 1) * RULE_ROOM
@@ -701,28 +667,14 @@ impl Live {
     }
 }
 
-/// Reads a layout in its own memory, for tests.
-impl Memory for Layout {
-    fn table_set(&self, set: u32) -> TableSet {
-        self.sets[set as usize].as_table_set()
-    }
-
-    fn slot(&self, position: u32) -> Slot {
-        self.slots[position as usize]
-    }
-
-    fn rule(&self, position: u32) -> Rule {
-        self.rules[position as usize]
-    }
+/// Waits until no packet reads what was replaced in the maps before the call. Memory of a layout's own is
+/// read by none.
+fn nobody_reads(live: Option<&Live>) -> bool {
+    live.is_none() || grace_period().is_ok()
 }
 
 const fn set_of(rule: &Rule) -> usize {
     table_set(rule.direction as u32, rule.family as u32) as usize
-}
-
-/// Slots are shared by tables of one direction and family, in which a rank names one rule.
-const fn is_same(one: &Rule, other: &Rule) -> bool {
-    one.rank == other.rank
 }
 
 /// What packets without ports see of a rule, but for its allocation.

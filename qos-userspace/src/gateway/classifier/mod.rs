@@ -19,7 +19,8 @@ use std::thread::JoinHandle;
 use qos_common::abi::{MAX_RULES, RULE_ROOM, SLOT_ROOM};
 use qos_common::classify::{HALVES, Key, MAX_FORKS, Rule, Slot, TABLE_SETS, TableSet, half_sets, table_set};
 
-use self::layout::{Layout, NoRoom};
+use self::layout::Layout;
+use self::room::NoRoom;
 use super::memory::{SharedArray, grace_period};
 
 /// Changes after which rules are laid out anew, where they are few.
@@ -85,29 +86,17 @@ impl Maps {
             rules: SharedArray::private(HALVES * RULE_ROOM)?,
         })
     }
-}
 
-/// Where the structure can be read.
-pub trait Memory {
-    /// The tables of a direction and family, as numbered by [`table_set`].
-    fn table_set(&self, set: u32) -> TableSet;
-    /// The slot at a position.
-    fn slot(&self, position: u32) -> Slot;
-    /// The rule at a position.
-    fn rule(&self, position: u32) -> Rule;
-}
-
-impl Memory for Maps {
+    /// The tables that packets of a direction and family look through, as numbered by [`table_set`].
     fn table_set(&self, set: u32) -> TableSet {
         self.tables.read(half_sets(self.half.read(0)) + set)
     }
 
-    fn slot(&self, position: u32) -> Slot {
-        self.slots.read(position)
-    }
-
-    fn rule(&self, position: u32) -> Rule {
-        self.rules.read(position)
+    /// Makes packets look through another layout. Another may be brought after a grace period.
+    fn bring(self: &Arc<Self>, layout: &mut Layout) {
+        let half = self.half.read(0).wrapping_add(1);
+        layout.join(self, half);
+        self.half.write(0, half);
     }
 }
 
@@ -145,18 +134,19 @@ impl Classifier {
         if rules.len() > MAX_RULES as usize {
             return Err(ClassifierError::Full { asked: rules.len(), used: 0 });
         }
-        let layout = Layout::build(rules).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
-        let mut classifier = Self {
-            maps: Arc::new(maps),
-            layout: Layout::build(&[]).map_err(|NoRoom| ClassifierError::NoRoom(0))?,
+        let mut layout = Layout::build(rules).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
+        let maps = Arc::new(maps);
+        maps.bring(&mut layout);
+        grace_period()?;
+        Ok(Self {
+            maps,
+            layout,
             rules: rules.iter().map(|rule| (name(rule), *rule)).collect(),
             changes: 0,
-            laid_out: 0,
+            laid_out: rules.len(),
             next: None,
             journal: Vec::new(),
-        };
-        classifier.switch(layout)?;
-        Ok(classifier)
+        })
     }
 
     /// Number of rules.
@@ -208,7 +198,7 @@ impl Classifier {
         for (rule, before) in rules.iter().zip(before) {
             let mut result = Ok(());
             if let Some(before) = before {
-                result = self.layout.remove(before).map(|_| self.note(before, false));
+                result = self.layout.remove(before).map(|()| self.note(before, false));
             }
             match result.and_then(|()| self.layout.insert(rule)) {
                 Ok(()) => self.note(rule, true),
@@ -231,7 +221,7 @@ impl Classifier {
         }
         for rule in &there {
             match self.layout.remove(rule) {
-                Ok(_) => self.note(rule, false),
+                Ok(()) => self.note(rule, false),
                 Err(NoRoom) => return self.lay_out(),
             }
         }
@@ -276,7 +266,7 @@ impl Classifier {
         let layout = next.join().map_err(|_| ClassifierError::Thread)?;
         let followed = layout.and_then(|mut layout| {
             for (rule, came) in &journal {
-                if *came { layout.insert(rule)? } else { layout.remove(rule).map(|_| ())? }
+                if *came { layout.insert(rule)? } else { layout.remove(rule)? }
             }
             Ok(layout)
         });
@@ -320,9 +310,7 @@ impl Classifier {
 
     /// Makes packets look through another layout of the rules.
     fn switch(&mut self, mut layout: Layout) -> Result<(), ClassifierError> {
-        let half = self.maps.half.read(0).wrapping_add(1);
-        layout.join(&self.maps, half);
-        self.maps.half.write(0, half);
+        self.maps.bring(&mut layout);
         self.layout = layout;
         self.laid_out = self.rules.len();
         self.changes = 0;
@@ -334,8 +322,8 @@ impl Classifier {
 /// Finds the rule that a packet matches as the kernel does; for tests and for checking a take-over. Rules of
 /// expired allocations are the caller's to leave out.
 #[must_use]
-pub fn look_up(memory: &impl Memory, key: &Key) -> Option<Rule> {
-    let set = memory.table_set(table_set(key.direction, key.family));
+pub fn look_up(maps: &Maps, key: &Key) -> Option<Rule> {
+    let set = maps.table_set(table_set(key.direction, key.family));
     let mut best: Option<Rule> = None;
     for table in set.tables.iter().take(set.used as usize) {
         if best.is_some_and(|best| table.best >= best.rank) {
@@ -344,19 +332,19 @@ pub fn look_up(memory: &impl Memory, key: &Key) -> Option<Rule> {
         let mut slot = table.root;
         if slot.is_empty() {
             let hash = table.hash(key.family, key.source, key.destination);
-            slot = memory.slot(set.position(hash));
+            slot = maps.slots.read(set.position(hash));
             if !slot.admits(hash) {
                 continue;
             }
         }
         for _ in 0..MAX_FORKS {
             if slot.is_fork() {
-                slot = memory.slot(slot.child(key));
+                slot = maps.slots.read(slot.child(key));
             }
         }
         assert!(!slot.is_fork(), "too many forks");
         for position in (slot.start()..).take(slot.count() as usize) {
-            let rule = memory.rule(position);
+            let rule = maps.rules.read(position);
             if best.is_some_and(|best| rule.rank >= best.rank) {
                 break;
             }
@@ -371,23 +359,23 @@ pub fn look_up(memory: &impl Memory, key: &Key) -> Option<Rule> {
 
 /// All rules that packets can be led to, one that several slots lead to as often.
 #[must_use]
-pub fn rules_in(memory: &impl Memory) -> Vec<Rule> {
+pub fn rules_in(maps: &Maps) -> Vec<Rule> {
     let mut rules = Vec::new();
     for number in 0..TABLE_SETS {
-        let set = memory.table_set(number);
+        let set = maps.table_set(number);
         let tables = set.tables.iter().take(set.used as usize).filter(|table| table.best != u64::MAX);
         let (roots, hashed): (Vec<_>, Vec<_>) =
             tables.map(|table| table.root).partition(|root| !root.is_empty());
         let mut slots = roots;
         if !hashed.is_empty() {
-            slots.extend((set.base..).take(1 << (64 - set.shift)).map(|position| memory.slot(position)));
+            slots.extend((set.base..).take(1 << (64 - set.shift)).map(|position| maps.slots.read(position)));
         }
         while let Some(slot) = slots.pop() {
             if slot.is_fork() {
                 let children = (1 << slot.width()) + u32::from(slot.has_unknown());
-                slots.extend((slot.start()..).take(children as usize).map(|child| memory.slot(child)));
+                slots.extend((slot.start()..).take(children as usize).map(|child| maps.slots.read(child)));
             } else {
-                rules.extend((slot.start()..).take(slot.count() as usize).map(|at| memory.rule(at)));
+                rules.extend((slot.start()..).take(slot.count() as usize).map(|at| maps.rules.read(at)));
             }
         }
     }

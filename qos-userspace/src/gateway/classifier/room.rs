@@ -2,6 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+/// There is no room left.
+#[derive(Debug)]
+pub(super) struct NoRoom;
+
 /// Which runs of an array are free. The smallest that suffices is taken; runs that meet are joined.
 #[derive(Debug)]
 pub(super) struct Room {
@@ -39,6 +43,19 @@ impl Room {
         Some(start)
     }
 
+    /// The same. What was retired is used again where nothing else is left: `wait` returns once nobody reads
+    /// it, or tells that this can't be known.
+    pub(super) fn take_or_wait(&mut self, length: u32, wait: impl FnOnce() -> bool) -> Result<u32, NoRoom> {
+        if let Some(start) = self.take(length) {
+            return Ok(start);
+        }
+        if self.retired.is_empty() || !wait() {
+            return Err(NoRoom);
+        }
+        self.release_retired();
+        self.take(length).ok_or(NoRoom)
+    }
+
     /// Gives a run back that nobody reads.
     pub(super) fn release(&mut self, mut start: u32, mut length: u32) {
         if let Some((&before, &free)) = self.free.range(..start).next_back()
@@ -55,21 +72,18 @@ impl Room {
         self.put(start, length);
     }
 
-    /// Gives a run back once nobody reads it: see [`Room::release_retired`].
+    /// Gives a run back that is read still: see [`Room::take_or_wait`].
     pub(super) fn retire(&mut self, start: u32, length: u32) {
         if length > 0 {
             self.retired.push((start, length));
         }
     }
 
-    /// What was retired is free: nobody reads it any longer. Tells whether there was any.
-    pub(super) fn release_retired(&mut self) -> bool {
-        let retired = std::mem::take(&mut self.retired);
-        let any = !retired.is_empty();
-        for (start, length) in retired {
+    /// What was retired is free: nobody reads it any longer.
+    fn release_retired(&mut self) {
+        for (start, length) in std::mem::take(&mut self.retired) {
             self.release(start, length);
         }
-        any
     }
 
     fn put(&mut self, start: u32, length: u32) {
