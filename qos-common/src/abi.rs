@@ -13,7 +13,7 @@ use crate::clock::Meter;
 use crate::mark::MarkLayout;
 
 /// Version of the maps' layout. Pinned maps of another version are not reused as they are.
-pub const ABI_VERSION: u32 = 3 + cfg!(feature = "next") as u32;
+pub const ABI_VERSION: u32 = 4 + cfg!(feature = "next") as u32;
 
 /// Slots for allocations, slot zero ("none") among them.
 pub const ALLOCATION_SLOTS: u32 = 1 << 14;
@@ -23,13 +23,33 @@ pub const PROVIDER_SLOTS: u32 = 1 << 10;
 pub const APPLICATION_SLOTS: u32 = 1 << 12;
 /// Slots for lines, slot zero ("none") among them.
 pub const LINE_SLOTS: u32 = 10_241;
-/// Rules the classifier takes.
+/// Rules the classifier takes, unless the configuration says another number.
 pub const MAX_RULES: u32 = 1 << 17;
-/// Room for the rules of one half: lists are copied when they change, the old copy is kept for a while,
-/// and a rule may stand in several lists.
-pub const RULE_ROOM: u32 = MAX_RULES / 4 * 5;
-/// Room for the slots of one half.
-pub const SLOT_ROOM: u32 = 4 * MAX_RULES;
+/// Most that a configuration may say.
+pub const MOST_RULES: u32 = 1 << 20;
+/// Different pairs of lengths and code points in the rules of one half, and zero, which is none.
+pub const EXTRA_ROOM: u32 = 1 << 16;
+
+/// Words of one half for hashes to choose among, for so many rules.
+#[must_use]
+pub const fn word_room(rules: u32) -> u32 {
+    // Twice as many as rules in each table set, rounded up to a power of two.
+    4 * rules + 1_024
+}
+
+/// Slots of one half.
+#[must_use]
+pub const fn slot_room(rules: u32) -> u32 {
+    2 * rules + 1_024
+}
+
+/// Granules of one half. Lists are copied when they change, the old copy is kept for a while, a rule may
+/// stand in several lists, and one of IPv6 takes two.
+#[must_use]
+pub const fn rule_room(rules: u32) -> u32 {
+    rules / 4 * 10 + 1_024
+}
+
 /// Subscriber prefixes of lines.
 pub const MAX_LINE_PREFIXES: u32 = 1 << 15;
 /// Interfaces of a gateway.

@@ -1,10 +1,11 @@
 //! The classifier's rules: what a packet is to a rule, when a rule matches, and where it is kept.
 //!
-//! Rules of one direction and family stand in a few [`Table`]s. A table leads a packet to one [`Slot`]: by a
-//! hash of the packet's addresses, as many of their first bits as the table says, or, in a table that looks
-//! at none of them, at its root. A slot is empty, a *list* of rules, best first, or a *fork*: some bits of
-//! one of the packet's fields choose among further slots. Keys that collide share a slot, and a rule is
-//! compared in full, so sharing costs time and never a wrong answer.
+//! Rules of one direction and family stand in a few [`Table`]s. A table leads a packet to one list of rules:
+//! by the [`Word`](crate::compact::Word) that a hash of the packet's addresses chooses, as many of their
+//! first bits as the table says, or, in a table that looks at none of them, by its root, a [`Slot`]. A slot
+//! is empty, a *list* of rules, best first, or a *fork*: some bits of one of the packet's fields choose among
+//! further slots. Keys that collide share a word, and a rule is compared in full, so sharing costs time and
+//! never a wrong answer.
 
 /// Direction of traffic, as seen from the subscriber.
 #[repr(u32)]
@@ -103,7 +104,7 @@ const fn masks(length: u32) -> (u64, u64) {
 
 /// A number whose first `count` bits are ones; 0 to 64 of them.
 #[inline(always)]
-const fn top_bits(count: u32) -> u64 {
+pub(crate) const fn top_bits(count: u32) -> u64 {
     // A shift by 64 is undefined: two halves of it have no branch either.
     let zeros = 64 - count;
     u64::MAX << (zeros / 2) << (zeros - zeros / 2)
@@ -169,7 +170,8 @@ pub const fn has_ports(protocol: u8) -> bool {
     matches!(protocol, 6 | 17 | 33 | 132 | 136)
 }
 
-/// One selector of one allocation, in one direction and family. One cache line.
+/// One selector of one allocation, in one direction and family. See [`crate::compact`] for how it stands in
+/// the map.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
@@ -332,7 +334,8 @@ impl Table {
     }
 }
 
-/// All tables of one direction and family, a value of map `tables`.
+/// All tables of one direction and family, a value of map `tables`. Numbers of words, slots, granules and
+/// extras in and below it are counted from where its half begins.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableSet {
@@ -340,34 +343,45 @@ pub struct TableSet {
     pub tables: [Table; MAX_TABLES],
     /// Places in use, from the first.
     pub used: u32,
-    /// First of the slots that hashes choose among.
-    pub base: u32,
-    /// How far a hash is shifted to the right to be one of them; below 64.
+    /// How far a hash is shifted to the right to be one of the words from `words` on; below 64.
     pub shift: u32,
-    /// Not used, zero.
-    pub reserved: u32,
+    /// First of the words that hashes choose among.
+    pub words: u32,
+    /// First slot of the half.
+    pub slots: u32,
+    /// First granule of the half.
+    pub rules: u32,
+    /// First extra of the half.
+    pub extras: u32,
 }
 
-const _: () = assert!(size_of::<TableSet>() == 64 * MAX_TABLES + 16);
+const _: () = assert!(size_of::<TableSet>() == 64 * MAX_TABLES + 24);
 
 impl TableSet {
     /// A set without tables.
-    pub const EMPTY: Self =
-        Self { tables: [Table::EMPTY; MAX_TABLES], used: 0, base: 0, shift: 63, reserved: 0 };
+    pub const EMPTY: Self = Self {
+        tables: [Table::EMPTY; MAX_TABLES],
+        used: 0,
+        shift: 63,
+        words: 0,
+        slots: 0,
+        rules: 0,
+        extras: 0,
+    };
 
-    /// Where the slot for a hash stands.
+    /// Where the word for a hash stands.
     #[inline(always)]
     #[must_use]
     pub const fn position(&self, hash: u64) -> u32 {
-        hashed_position(self.base, self.shift, hash)
+        hashed_position(self.words, self.shift, hash)
     }
 }
 
 /// The same of a set's fields.
 #[inline(always)]
 #[must_use]
-pub const fn hashed_position(base: u32, shift: u32, hash: u64) -> u32 {
-    base.wrapping_add((hash >> (shift & 63)) as u32)
+pub const fn hashed_position(words: u32, shift: u32, hash: u64) -> u32 {
+    words.wrapping_add((hash >> (shift & 63)) as u32)
 }
 
 /// Number of table sets: one for each direction and family.
@@ -392,17 +406,15 @@ pub const fn half_sets(half: u64) -> u32 {
 
 /// What packets are led to: nothing, a list of rules, or a fork. One aligned word, replaced at once.
 ///
-/// A list has its start in the lowest 32 bits and the number of its rules in the next 15. A fork has the
-/// first of its children in the lowest 32 bits, then 6 bits of shift, 4 of width and 3 that number the
-/// key's word. The upper 16 bits are the tag.
+/// A list has its first granule in the lowest 32 bits and the number of its rules in the next 15. A fork has
+/// the first of its children in the lowest 32 bits, then 6 bits of shift, 4 of width and 3 that number the
+/// key's word.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Slot(u64);
 
 const _: () = assert!(size_of::<Slot>() == 8);
 
-/// Tag of a slot with keys that differ in theirs.
-pub const ANY_TAG: u16 = u16::MAX;
 /// Longest list of rules.
 pub const MAX_LIST: u32 = (1 << 15) - 1;
 
@@ -415,12 +427,11 @@ impl Slot {
     const WORD: u32 = 42;
     const UNKNOWN: u64 = 1 << 45;
     const FORK: u64 = 1 << 47;
-    const TAG: u32 = 48;
 
-    /// A list of `count` rules from `start` on, at most [`MAX_LIST`].
+    /// A list of `count` rules from granule `start` on, at most [`MAX_LIST`].
     #[must_use]
     pub const fn list(start: u32, count: u32) -> Self {
-        Self((ANY_TAG as u64) << Self::TAG | (count as u64) << 32 | start as u64)
+        Self((count as u64) << 32 | start as u64)
     }
 
     /// A fork: `width` bits (1 to 8) of the key's word, from bit `shift` on, choose among the slots from
@@ -428,40 +439,13 @@ impl Slot {
     #[must_use]
     pub const fn fork(base: u32, word: u32, shift: u32, width: u32, unknown: bool) -> Self {
         Self(
-            (ANY_TAG as u64) << Self::TAG
-                | Self::FORK
+            Self::FORK
                 | if unknown { Self::UNKNOWN } else { 0 }
                 | (word as u64) << Self::WORD
                 | (width as u64) << Self::WIDTH
                 | (shift as u64) << Self::SHIFT
                 | base as u64,
         )
-    }
-
-    /// The tag of a hash: never [`ANY_TAG`].
-    #[must_use]
-    pub const fn tag_of(hash: u64) -> u16 {
-        hash as u16 & (u16::MAX >> 1)
-    }
-
-    /// The same slot for keys of this tag only.
-    #[must_use]
-    pub const fn with_tag(self, tag: u16) -> Self {
-        if self.is_empty() { self } else { Self(self.0 << 16 >> 16 | (tag as u64) << Self::TAG) }
-    }
-
-    /// The slot's tag.
-    #[inline(always)]
-    #[must_use]
-    pub const fn tag(self) -> u16 {
-        (self.0 >> Self::TAG) as u16
-    }
-
-    /// Tells whether a key of this hash may have rules here.
-    #[inline(always)]
-    #[must_use]
-    pub const fn admits(self, hash: u64) -> bool {
-        !self.is_empty() && (self.tag() == Self::tag_of(hash) || self.tag() == ANY_TAG)
     }
 
     /// Tells whether there is no rule.
@@ -478,7 +462,7 @@ impl Slot {
         self.0 & Self::FORK != 0
     }
 
-    /// Index of a list's first rule, or of a fork's first child.
+    /// A list's first granule, or a fork's first child.
     #[inline(always)]
     #[must_use]
     pub const fn start(self) -> u32 {
@@ -698,17 +682,10 @@ mod tests {
     #[test]
     fn a_slot_says_what_was_put_into_it() {
         let list = Slot::list(u32::MAX, MAX_LIST);
-        assert_eq!(
-            (list.start(), list.count(), list.is_fork(), list.tag()),
-            (u32::MAX, MAX_LIST, false, ANY_TAG)
-        );
-        let fork = Slot::fork(u32::MAX, 7, 63, 8, true).with_tag(5);
-        assert!(fork.is_fork() && fork.has_unknown());
-        assert_eq!(
-            (fork.start(), fork.word(), fork.shift(), fork.width(), fork.tag()),
-            (u32::MAX, 7, 63, 8, 5)
-        );
-        assert!(fork.admits(5) && fork.admits(0xffff_8005) && !fork.admits(6));
-        assert!(Slot::EMPTY.with_tag(5).is_empty() && !Slot::EMPTY.admits(0));
+        assert_eq!((list.start(), list.count(), list.is_fork()), (u32::MAX, MAX_LIST, false));
+        let fork = Slot::fork(u32::MAX, 7, 63, 8, true);
+        assert!(fork.is_fork() && fork.has_unknown() && !fork.is_empty());
+        assert_eq!((fork.start(), fork.word(), fork.shift(), fork.width()), (u32::MAX, 7, 63, 8));
+        assert!(Slot::from_raw(Slot::EMPTY.raw()).is_empty());
     }
 }

@@ -11,6 +11,7 @@ pub mod abi;
 pub mod checksum;
 pub mod classify;
 pub mod clock;
+pub mod compact;
 pub mod length;
 pub mod mark;
 pub mod mss;

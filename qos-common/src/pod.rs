@@ -6,7 +6,8 @@ use crate::abi::{
     Allocation, Answer, Application, Clocks, Counters, Fragment, FragmentKey, Interface, Line, LineClasses,
     LineKey, Outcomes, Provider, Question, Settings,
 };
-use crate::classify::{Rule, Slot, TableSet};
+use crate::classify::{Slot, TableSet};
+use crate::compact::{Extra, Granule};
 
 macro_rules! pod {
     ($($name:ty),+ $(,)?) => {$(
@@ -21,8 +22,10 @@ pod!(
     Application,
     Clocks,
     Counters,
+    Extra,
     Fragment,
     FragmentKey,
+    Granule,
     Slot,
     Interface,
     Line,
@@ -31,7 +34,6 @@ pod!(
     Outcomes,
     Provider,
     Question,
-    Rule,
     Settings,
     TableSet,
 );

@@ -9,7 +9,10 @@ use core::ffi::{c_long, c_void};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_loop;
 use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
-use qos_common::classify::{Direction, Key, MAX_FORKS, Slot, Table, TableSet, selector_of, table_set};
+use qos_common::classify::{
+    Direction, Family, Key, MAX_FORKS, MAX_LIST, Table, TableSet, selector_of, table_set,
+};
+use qos_common::compact::Probe;
 
 use crate::maps;
 use crate::mtu::mtu_of;
@@ -32,9 +35,9 @@ pub(crate) struct Search {
     pub(crate) tables: u32,
     /// Forks followed.
     pub(crate) forks: u32,
-    /// First rule of the list that is scanned. Here, so that what is cleared for each packet is not
+    /// The next rule of the list that is scanned. Here, so that what is cleared for each packet is not
     /// one run, of which LLVM makes a call.
-    start: u32,
+    granule: u32,
     /// Rules compared.
     pub(crate) rules: u32,
     /// Rules that matched and whose allocation has ended.
@@ -45,6 +48,10 @@ pub(crate) struct Search {
     pub(crate) carries: u32,
     /// What tc is to do with the packet, as in [`qos_common::abi::Metadata`].
     pub(crate) task: u32,
+    /// First extra of the half that is looked through.
+    extras: u32,
+    /// What rules are compared with.
+    probe: Probe,
     /// The packet's link-layer header, while it is written anew.
     pub(crate) link: [u8; LINK_ROOM],
 }
@@ -158,9 +165,16 @@ fn turn(key: &mut Key) {
 #[inline(always)]
 fn look_up(search: &mut Search) {
     let key = &search.packet.key;
-    let Some(set) = maps::tables(table_set(key.direction, key.family)) else {
+    let family = key.family;
+    let Some(set) = maps::tables(table_set(key.direction, family)) else {
         return;
     };
+    search.probe = Probe::of(key);
+    if family == Family::V4 as u32 { tables::<false>(search, set) } else { tables::<true>(search, set) }
+}
+
+#[inline(always)]
+fn tables<const V6: bool>(search: &mut Search, set: &TableSet) {
     for (table, position) in set.tables.iter().zip(0..) {
         if position >= set.used {
             break;
@@ -168,83 +182,118 @@ fn look_up(search: &mut Search) {
         if table.best >= search.rank {
             continue;
         }
-        let list = list(search, set, table);
-        search.start = list.start();
-        // Most lists have one rule.
-        if list.count() != 0 && !compare(search, 0) && list.count() != 1 {
-            scan(list.count(), search);
+        if let Some(list) = list::<V6>(search, set, table) {
+            scan::<V6>(search, set, list);
         }
     }
 }
 
-/// The list of the table that the packet is led to.
+/// First granule of the list that the packet is led to by a table; none: it is empty.
 #[inline(always)]
-fn list(search: &mut Search, set: &TableSet, table: &Table) -> Slot {
+fn list<const V6: bool>(search: &mut Search, set: &TableSet, table: &Table) -> Option<u32> {
     search.tables += 1;
     let key = &search.packet.key;
     // SAFETY: it is a live, aligned word, which userspace replaces by one store.
     let mut slot = unsafe { (&raw const table.root).read_volatile() };
     if slot.is_empty() {
-        let hash = table.hash(key.family, key.source, key.destination);
-        slot = maps::slot(set.position(hash));
-        if !slot.admits(hash) {
-            return Slot::EMPTY;
+        let hash = table.hash(V6 as u32, key.source, key.destination);
+        let word = maps::word(set.position(hash));
+        if !word.admits(hash) {
+            return None;
         }
+        if !word.is_fork() {
+            return Some(set.rules.wrapping_add(word.start()));
+        }
+        slot = maps::slot(set.slots.wrapping_add(word.start()));
     }
     for _ in 0..MAX_FORKS {
         if !slot.is_fork() {
-            return slot;
+            break;
         }
         search.forks += 1;
-        slot = maps::slot(slot.child(&search.packet.key));
+        slot = maps::slot(set.slots.wrapping_add(slot.child(&search.packet.key)));
     }
-    if slot.is_fork() { Slot::EMPTY } else { slot }
+    if slot.is_empty() || slot.is_fork() { None } else { Some(set.rules.wrapping_add(slot.start())) }
 }
 
-/// Compares the rules 1 to `count` − 1 of the list. The kernel's own loop: one of this program would
-/// be verified step by step.
+/// Rules that are compared before the kernel's own loop goes on: most lists have one.
+const AT_ONCE: u32 = 3;
+
+/// Compares the rules of a list, until one matches or none can be better than what was found.
 #[inline(always)]
-fn scan(count: u32, search: &mut Search) {
-    // The helper takes nothing but a pointer to the stack.
+fn scan<const V6: bool>(search: &mut Search, set: &TableSet, list: u32) {
+    search.extras = set.extras;
+    search.granule = list;
+    for _ in 0..AT_ONCE {
+        if compare::<V6>(search) {
+            return;
+        }
+    }
+    // A loop of this program would be verified step by step. The helper takes nothing but a pointer to the
+    // stack.
     let mut state = core::ptr::from_mut(search);
+    let step = if V6 { step_v6 } else { step_v4 };
     // SAFETY: the callback has the type that the helper calls, and `state` outlives the call.
-    unsafe { bpf_loop(count - 1, step as *mut c_void, (&raw mut state).cast(), 0) };
+    unsafe { bpf_loop(MAX_LIST, step as *mut c_void, (&raw mut state).cast(), 0) };
 }
 
-unsafe extern "C" fn step(index: u32, state: *mut c_void) -> c_long {
+unsafe extern "C" fn step_v4(_: u32, state: *mut c_void) -> c_long {
     // SAFETY: `scan` passes a pointer to its own pointer to this CPU's `Search`.
     let search = unsafe { &mut **state.cast::<*mut Search>() };
-    c_long::from(compare(search, index.wrapping_add(1)))
+    c_long::from(compare::<false>(search))
 }
 
-/// Compares the rule `index` of the list; returns whether that ends the scan.
+unsafe extern "C" fn step_v6(_: u32, state: *mut c_void) -> c_long {
+    // SAFETY: as above.
+    let search = unsafe { &mut **state.cast::<*mut Search>() };
+    c_long::from(compare::<true>(search))
+}
+
+/// Compares the next rule of the list; returns whether that ends the scan.
 #[inline(always)]
-fn compare(search: &mut Search, index: u32) -> bool {
-    let Some(rule) = maps::rule(search.start.wrapping_add(index)) else {
+fn compare<const V6: bool>(search: &mut Search) -> bool {
+    let granule = search.granule;
+    let Some(first) = maps::rule(granule) else {
         return true;
+    };
+    let (rule, matches) = if V6 {
+        let Some(second) = maps::rule(granule.wrapping_add(1)) else {
+            return true;
+        };
+        search.granule = granule.wrapping_add(2);
+        (second, second.matches_v6(first, &search.packet.key, &search.probe))
+    } else {
+        search.granule = granule.wrapping_add(1);
+        (first, first.matches_v4(&search.probe))
     };
     search.rules += 1;
     // Lists are sorted: no better rule follows.
-    if rule.rank >= search.rank {
+    if rule.rank() >= search.rank {
         return true;
     }
-    if !rule.matches(&search.packet.key) {
-        return false;
+    if !matches || rule.extra() != 0 && !extra_matches(search, rule.extra()) {
+        return rule.is_last();
     }
     if search.now_ns == 0 {
         search.now_ns = now_ns();
     }
-    let live = match maps::allocation(search.record(rule.slot)) {
+    let live = match maps::allocation(search.record(rule.slot())) {
         Some(allocation) => allocation.flags & IN_USE != 0 && allocation.expires_ns > search.now_ns,
         None => false,
     };
     if !live {
         search.expired += 1;
-        return false;
+        return rule.is_last();
     }
-    search.rank = rule.rank;
-    search.slot = rule.slot;
+    search.rank = rule.rank();
+    search.slot = rule.slot();
     true
+}
+
+/// Few rules name lengths or code points.
+#[inline(always)]
+fn extra_matches(search: &Search, number: u32) -> bool {
+    maps::extra(search.extras.wrapping_add(number)).is_some_and(|extra| extra.matches(&search.packet.key))
 }
 
 #[inline(always)]

@@ -6,11 +6,13 @@ use aya_ebpf::btf_maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use aya_ebpf::helpers::bpf_get_smp_processor_id;
 use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
-    ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Fragment,
-    FragmentKey, Interface, LINE_SLOTS, Line, LineClasses, LineKey, MAX_FRAGMENTS, MAX_INTERFACES,
-    MAX_LINE_PREFIXES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, RULE_ROOM, SLOT_ROOM, Settings,
+    ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, EXTRA_ROOM,
+    Fragment, FragmentKey, Interface, LINE_SLOTS, Line, LineClasses, LineKey, MAX_FRAGMENTS, MAX_INTERFACES,
+    MAX_LINE_PREFIXES, MAX_RULES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, rule_room,
+    slot_room, word_room,
 };
-use qos_common::classify::{Direction, HALVES, Rule, Slot, TABLE_SETS, TableSet, half_sets};
+use qos_common::classify::{Direction, HALVES, Slot, TABLE_SETS, TableSet, half_sets};
+use qos_common::compact::{Extra, Granule, Word};
 
 use crate::classify::Search;
 
@@ -30,13 +32,19 @@ static SETTINGS: Array<Settings, 1> = Array::new();
 /// In its lowest bit the half of the rules that packets look through; counts the changes of it.
 #[btf_map(name = "rule_half")]
 static RULE_HALF: Array<u64, 1, MMAPABLE> = Array::new();
-/// The next three hold one half of the rules behind the other.
+/// The next five hold one half of the rules behind the other. The loader sizes those whose length follows
+/// from the number of rules.
 #[btf_map(name = "tables")]
 static TABLES: Array<TableSet, { (HALVES * TABLE_SETS) as usize }, MMAPABLE> = Array::new();
+/// Words, two in a value: the kernel rounds values up to 8 bytes.
+#[btf_map(name = "rule_words")]
+static RULE_WORDS: Array<[u32; 2], { (HALVES * word_room(MAX_RULES) / 2) as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "rule_slots")]
-static RULE_SLOTS: Array<Slot, { (HALVES * SLOT_ROOM) as usize }, MMAPABLE> = Array::new();
+static RULE_SLOTS: Array<Slot, { (HALVES * slot_room(MAX_RULES)) as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "rules")]
-static RULES: Array<Rule, { (HALVES * RULE_ROOM) as usize }, MMAPABLE> = Array::new();
+static RULES: Array<Granule, { (HALVES * rule_room(MAX_RULES)) as usize }, MMAPABLE> = Array::new();
+#[btf_map(name = "rule_extras")]
+static RULE_EXTRAS: Array<Extra, { (HALVES * EXTRA_ROOM) as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "allocations")]
 static ALLOCATIONS: Array<Allocation, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "clocks")]
@@ -123,9 +131,26 @@ pub(crate) fn slot(position: u32) -> Slot {
     }
 }
 
+/// A word, read at once.
 #[inline(always)]
-pub(crate) fn rule(index: u32) -> Option<&'static Rule> {
-    RULES.get(index)
+pub(crate) fn word(position: u32) -> Word {
+    match RULE_WORDS.get_ptr(position / 2) {
+        // SAFETY: as for `slot`; the value has two words.
+        Some(pointer) => {
+            Word::from_raw(unsafe { pointer.cast::<u32>().add((position & 1) as usize).read_volatile() })
+        }
+        None => Word::EMPTY,
+    }
+}
+
+#[inline(always)]
+pub(crate) fn rule(granule: u32) -> Option<&'static Granule> {
+    RULES.get(granule)
+}
+
+#[inline(always)]
+pub(crate) fn extra(number: u32) -> Option<&'static Extra> {
+    RULE_EXTRAS.get(number)
 }
 
 #[inline(always)]

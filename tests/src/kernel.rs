@@ -170,8 +170,10 @@ impl Maps {
         let rules = classifier::Maps {
             half: self.shared("rule_half")?,
             tables: self.shared("tables")?,
+            words: self.shared("rule_words")?,
             slots: self.shared("rule_slots")?,
             rules: self.shared("rules")?,
+            extras: self.shared("rule_extras")?,
         };
         let settings: Array<MapData, Settings> =
             Array::try_from(Map::Array(self.open("settings")?)).context("map settings")?;

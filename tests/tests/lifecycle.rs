@@ -15,6 +15,7 @@ use netlink_packet_route::tc::{TcAttribute, TcMessage, TcOption};
 use nix::sys::signal::Signal;
 use qos_common::abi::{self, directed};
 use qos_common::classify::{Direction, Rule};
+use qos_common::compact::{Extra, Granule};
 use qos_tests::api::Client;
 use qos_tests::ask::{Brief, eventually, measure_undisturbed, undisturbed};
 use qos_tests::capture::Capture;
@@ -754,11 +755,12 @@ const BREAKS: &[Break] = &[
         name: "a rule is changed",
         told: "differed from the rule in force",
         act: |_, daemon, _| {
-            let map = Maps::of(daemon).shared::<Rule>("rules").unwrap();
+            let map = Maps::of(daemon).shared::<Granule>("rules").unwrap();
             for index in 0..map.length() {
                 let found = map.read(index);
-                if found != Rule::default() {
-                    map.write(index, Rule { destination_ports: [1, 1], ..found });
+                if found != Granule::default() {
+                    let rule = Granule::rule([found; 2], 1, 0, Extra::default());
+                    map.write(index, Granule::of(&Rule { destination_ports: [1, 1], ..rule }, 0, true)[0]);
                 }
             }
         },

@@ -866,7 +866,7 @@ impl Kernel {
         }
     }
 
-    /// Carries out one change in the maps. What ends leaves its record behind, so that it can be
+    /// Carries out one change in the maps but the classifier's. What ends leaves its record behind, so that it can be
     /// taken back with its clocks and counters; [`Kernel::forget`] removes it.
     fn apply_to_maps(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
         match change {
@@ -885,10 +885,8 @@ impl Kernel {
             }
             Change::PutAllocation(allocation) => {
                 self.maps.put_allocation(allocation.slot, self.records(state, allocation));
-                self.classifier.insert(&allocation_rules(allocation))?;
             }
             Change::EndAllocation(allocation) => {
-                self.classifier.remove(&allocation_rules(allocation))?;
                 // What is on its way still goes to its line, or to the rest of the link.
                 let rest = |record: abi::Allocation| abi::Allocation { class: 0, ..record };
                 let records = self.records(state, allocation).map(|record| record.map(rest));
@@ -1046,7 +1044,12 @@ impl Kernel {
         before: &mut Vec<Before>,
         divided: &mut Vec<(Direction, LineSlot)>,
     ) -> Result<(), GatewayError> {
-        // Packets leave a class before it goes, and find it before they come.
+        // Packets leave a class before it goes, and find it before they come. Rules go and come together:
+        // many are laid out at once.
+        self.classifier.remove(&rules_of(&changes[..ends], |change| match change {
+            Change::EndAllocation(allocation) => Some(allocation),
+            _ => None,
+        }))?;
         for change in &changes[..ends] {
             *done += 1;
             self.apply_to_maps(state, change)?;
@@ -1068,8 +1071,16 @@ impl Kernel {
             *done += 1;
             self.apply_to_maps(state, change)?;
         }
-        Ok(())
+        Ok(self.classifier.insert(&rules_of(&changes[ends..], |change| match change {
+            Change::PutAllocation(allocation) => Some(allocation),
+            _ => None,
+        }))?)
     }
+}
+
+/// The rules of those changes' allocations.
+fn rules_of<'a>(changes: &[&'a Change], of: impl Fn(&'a Change) -> Option<&'a Allocation>) -> Vec<Rule> {
+    changes.iter().filter_map(|change| of(change)).flat_map(allocation_rules).collect()
 }
 
 impl Gateway for Kernel {

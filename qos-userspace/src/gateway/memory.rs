@@ -62,6 +62,39 @@ impl<T: Pod> SharedArray<T> {
         fence(Ordering::Release);
     }
 
+    /// Writes the element `index` where it is another. Tells whether it was.
+    ///
+    /// # Panics
+    /// Where there is no such element.
+    pub fn put(&self, index: u32, value: T) -> bool
+    where
+        T: PartialEq,
+    {
+        let differs = self.read(index) != value;
+        if differs {
+            self.write(index, value);
+        }
+        differs
+    }
+
+    /// Writes what differs in the element `index`, one 64-bit word after the other, each at once. An element
+    /// is a whole number of them.
+    ///
+    /// # Panics
+    /// Where there is no such element.
+    pub fn update(&self, index: u32, value: &T) {
+        const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
+        let wanted = core::ptr::from_ref(value).cast::<u64>();
+        for number in 0..size_of::<T>() / 8 {
+            // SAFETY: the value is that many aligned words without padding: it is plain data.
+            let wanted = unsafe { wanted.add(number).read() };
+            let word = self.memory.word(index, number * 8);
+            if word.load(Ordering::Relaxed) != wanted {
+                word.store(wanted, Ordering::Release);
+            }
+        }
+    }
+
     /// Every element is aligned to 8 bytes.
     fn at(&self, index: u32) -> *mut T {
         self.memory.at(index, 0, size_of::<T>()).cast()

@@ -561,8 +561,10 @@ impl Object {
         Ok(super::classifier::Maps {
             half: self.shared("rule_half")?,
             tables: self.shared("tables")?,
+            words: self.shared("rule_words")?,
             slots: self.shared("rule_slots")?,
             rules: self.shared("rules")?,
+            extras: self.shared("rule_extras")?,
         })
     }
 

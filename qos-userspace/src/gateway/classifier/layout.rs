@@ -7,11 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
-use qos_common::abi::{RULE_ROOM, SLOT_ROOM};
+use qos_common::abi::{EXTRA_ROOM, rule_room, slot_room, word_room};
 use qos_common::classify::{
-    ANY_TAG, Address, MAX_FORKS, MAX_TABLES, Rule, Slot, TABLE_SETS, Table, TableSet, half_sets,
+    Address, MAX_FORKS, MAX_LIST, MAX_TABLES, Rule, Slot, TABLE_SETS, Table, TableSet, half_sets,
     hashed_position, table_set,
 };
+use qos_common::compact::{ANY_TAG, Extra, Granule, Word, granules};
 
 use super::Maps;
 use super::cover::{Plan, plan};
@@ -36,8 +37,11 @@ const FEWEST_BITS: u32 = 6;
 /// Rules, laid out.
 #[derive(Debug)]
 pub(super) struct Layout {
+    words: Vec<Word>,
     slots: Vec<Slot>,
-    rules: Vec<Rule>,
+    rules: Vec<Granule>,
+    extras: Extras,
+    word_room: Room,
     slot_room: Room,
     rule_room: Room,
     /// How many slots beyond the first hold the list that starts here.
@@ -47,11 +51,18 @@ pub(super) struct Layout {
     live: Option<Live>,
 }
 
+/// What few rules name, each once. None is taken out before all rules are laid out anew.
+#[derive(Debug)]
+struct Extras {
+    all: Vec<Extra>,
+    numbers: HashMap<Extra, u16>,
+}
+
 /// The half of the maps that a layout is joined to.
 #[derive(Debug)]
 struct Live {
     maps: Arc<Maps>,
-    half: u64,
+    half: u32,
 }
 
 /// The tables of one direction and family.
@@ -59,7 +70,7 @@ struct Live {
 struct Set {
     tables: Vec<State>,
     /// As in [`TableSet`].
-    base: u32,
+    words: u32,
     shift: u32,
     /// How many hashes' slots have a list of each length.
     hashed_lists: BTreeMap<usize, usize>,
@@ -80,6 +91,7 @@ struct State {
 enum Place {
     /// The root of a table.
     Root(usize),
+    Word(u32),
     Slot(u32),
 }
 
@@ -98,13 +110,13 @@ impl Set {
             *place = state.table;
         }
         set.used = self.tables.len() as u32;
-        set.base = self.base;
+        set.words = self.words;
         set.shift = self.shift;
         set
     }
 
     fn position(&self, hash: u64) -> u32 {
-        hashed_position(self.base, self.shift, hash)
+        hashed_position(self.words, self.shift, hash)
     }
 
     fn count(&mut self, table: usize, slot: Slot, by: isize) {
@@ -136,14 +148,38 @@ impl State {
     }
 }
 
+impl Extras {
+    fn new() -> Self {
+        // Number zero is none.
+        Self { all: vec![Extra::default()], numbers: HashMap::new() }
+    }
+
+    /// Number of what a rule names; true where it is new.
+    fn number(&mut self, rule: &Rule) -> Result<(u16, bool), NoRoom> {
+        let Some(extra) = Extra::of(rule) else {
+            return Ok((0, false));
+        };
+        if let Some(&number) = self.numbers.get(&extra) {
+            return Ok((number, false));
+        }
+        let number = u16::try_from(self.all.len()).map_err(|_| NoRoom)?;
+        self.all.push(extra);
+        self.numbers.insert(extra, number);
+        Ok((number, true))
+    }
+}
+
 impl Layout {
-    /// Lays rules out anew, each rank of them once in each set.
-    pub(super) fn build(rules: &[Rule]) -> Result<Self, NoRoom> {
+    /// Lays rules out anew, each rank of them once in each set, where there is room for `most` of them.
+    pub(super) fn build(rules: &[Rule], most: u32) -> Result<Self, NoRoom> {
         let mut layout = Self {
+            words: Vec::new(),
             slots: Vec::new(),
             rules: Vec::new(),
-            slot_room: Room::new(SLOT_ROOM),
-            rule_room: Room::new(RULE_ROOM),
+            extras: Extras::new(),
+            word_room: Room::new(word_room(most).min(Word::REACH)),
+            slot_room: Room::new(slot_room(most).min(Word::REACH)),
+            rule_room: Room::new(rule_room(most).min(Word::REACH)),
             shared: HashMap::new(),
             sets: Default::default(),
             salts: rules.len() as u64,
@@ -155,28 +191,26 @@ impl Layout {
         }
         for (set, mut members) in members.into_iter().enumerate() {
             members.sort_unstable_by_key(|&member| rules[member as usize].rank);
-            let family = set as u8 & 1;
             let plan = plan(rules, members);
-            layout.place(set, family, rules, &plan)?;
+            layout.place(set, rules, &plan)?;
         }
         Ok(layout)
     }
 
-    fn place(&mut self, set: usize, family: u8, rules: &[Rule], plan: &Plan) -> Result<(), NoRoom> {
+    fn place(&mut self, set: usize, rules: &[Rule], plan: &Plan) -> Result<(), NoRoom> {
         let ranks = |members: &[u32]| members.iter().map(|&member| rules[member as usize].rank).collect();
         let hashed: usize = plan.hashed.iter().map(|(_, members)| members.len()).sum();
         let bits = (2 * hashed).next_power_of_two().ilog2().max(FEWEST_BITS);
-        let base = self.take_slots(1 << bits)?;
-        self.sets[set].base = base;
+        self.sets[set].words = self.take_words(1 << bits)?;
         self.sets[set].shift = 64 - bits;
-        // Position, number of the rule and tag: the rules of a slot come together, best first.
+        // Position, number of the rule and tag: the rules of a word come together, best first.
         let mut placed = Vec::with_capacity(hashed);
         for ((source, destination), members) in &plan.hashed {
             let table = Table::hashed(u32::from(*source), u32::from(*destination), self.salt());
             for &member in members {
                 let rule = &rules[member as usize];
-                let hash = table.hash(u32::from(family), rule.source, rule.destination);
-                placed.push((self.sets[set].position(hash), rule.rank, member, Slot::tag_of(hash)));
+                let hash = table.hash(family_of(set), rule.source, rule.destination);
+                placed.push((self.sets[set].position(hash), rule.rank, member, Word::tag_of(hash)));
             }
             self.add_table(set, table, true, ranks(members));
         }
@@ -188,10 +222,11 @@ impl Layout {
             let slot = if members.len() > LONG {
                 self.grow(set, 0, rules, &members, &Way::default(), COPIES * members.len())?
             } else {
-                self.list(rules, &members)?
+                self.list(set, rules, &members)?
             };
             self.sets[set].count(0, slot, 1);
-            self.write_slot(group[0].0, slot.with_tag(tag));
+            let word = self.word_for(slot, tag)?;
+            self.write_word(group[0].0, word);
         }
         for members in &plan.trees {
             let number = self.add_table(set, Table::hashed(0, 0, 0), false, ranks(members));
@@ -201,6 +236,32 @@ impl Layout {
             self.sets[set].count(number, root, 1);
         }
         Ok(())
+    }
+
+    /// A word that leads to what a slot leads to. A fork is kept in a slot of its own.
+    fn word_for(&mut self, slot: Slot, tag: u8) -> Result<Word, NoRoom> {
+        if !slot.is_fork() {
+            return Ok(if slot.is_empty() { Word::EMPTY } else { Word::list(slot.start(), tag) });
+        }
+        let position = self.take_slots(1)?;
+        self.write_slot(position, slot);
+        Ok(Word::fork(position, tag))
+    }
+
+    /// What a word leads to.
+    fn slot_of(&self, set: usize, word: Word) -> Slot {
+        if word.is_fork() {
+            return self.slots[word.start() as usize];
+        }
+        if word.is_empty() {
+            return Slot::EMPTY;
+        }
+        let step = granules(family_of(set));
+        let mut count = 1;
+        while !self.rules[(word.start() + count * step) as usize - 1].is_last() {
+            count += 1;
+        }
+        Slot::list(word.start(), count)
     }
 
     fn salt(&mut self) -> u64 {
@@ -251,7 +312,7 @@ impl Layout {
         budget: usize,
         made: &mut HashMap<Vec<u32>, Slot>,
     ) -> Result<Slot, NoRoom> {
-        let family = set as u8 & 1;
+        let family = family_of(set) as u8;
         let window = if members.len() > LEAF && way.depth < MAX_FORKS {
             best_window(rules, members, family, way, budget)
         } else {
@@ -262,7 +323,7 @@ impl Layout {
                 *self.shared.entry(slot.start()).or_default() += 1;
                 return Ok(slot);
             }
-            let slot = self.list(rules, members)?;
+            let slot = self.list(set, rules, members)?;
             if !slot.is_empty() {
                 made.insert(members.to_vec(), slot);
             }
@@ -302,24 +363,33 @@ impl Layout {
     }
 
     /// Writes a list, rules in the order of `members`.
-    fn list(&mut self, rules: &[Rule], members: &[u32]) -> Result<Slot, NoRoom> {
+    fn list(&mut self, set: usize, rules: &[Rule], members: &[u32]) -> Result<Slot, NoRoom> {
         let list: Vec<Rule> = members.iter().map(|&member| rules[member as usize]).collect();
-        self.write_list(&list)
+        self.write_list(set, &list)
     }
 
-    fn write_list(&mut self, list: &[Rule]) -> Result<Slot, NoRoom> {
-        if list.is_empty() {
+    fn write_list(&mut self, set: usize, list: &[Rule]) -> Result<Slot, NoRoom> {
+        let Some(last) = list.last() else {
             return Ok(Slot::EMPTY);
-        }
+        };
         let count = list.len() as u32;
-        if count > qos_common::classify::MAX_LIST {
+        if count > MAX_LIST {
             return Err(NoRoom);
         }
-        let start = self.take_rules(count)?;
-        for (rule, position) in list.iter().zip(start..) {
-            self.rules[position as usize] = *rule;
-            if let Some(live) = &self.live {
-                live.maps.rules.write(live.rules() + position, *rule);
+        let step = granules(family_of(set)) as usize;
+        let mut packed = Vec::with_capacity(list.len() * step);
+        for rule in list {
+            let (extra, is_new) = self.extras.number(rule)?;
+            if let Some(live) = self.live.as_ref().filter(|_| is_new) {
+                live.maps.extras.write(live.extras() + u32::from(extra), self.extras.all[usize::from(extra)]);
+            }
+            packed.extend(&Granule::of(rule, extra, rule.rank == last.rank)[..step]);
+        }
+        let start = self.take_rules(packed.len() as u32)?;
+        self.rules[start as usize..start as usize + packed.len()].copy_from_slice(&packed);
+        if let Some(live) = &self.live {
+            for (granule, position) in packed.iter().zip(live.rules() + start..) {
+                live.maps.rules.write(position, *granule);
             }
         }
         Ok(Slot::list(start, count))
@@ -328,7 +398,14 @@ impl Layout {
     fn take_rules(&mut self, count: u32) -> Result<u32, NoRoom> {
         let start = self.rule_room.take_or_wait(count, || nobody_reads(self.live.as_ref()))?;
         let end = (start + count) as usize;
-        self.rules.resize(end.max(self.rules.len()), Rule::default());
+        self.rules.resize(end.max(self.rules.len()), Granule::default());
+        Ok(start)
+    }
+
+    /// Takes `count` words, all empty.
+    fn take_words(&mut self, count: u32) -> Result<u32, NoRoom> {
+        let start = self.word_room.take(count).ok_or(NoRoom)?;
+        self.words.resize(self.words.len().max((start + count) as usize), Word::EMPTY);
         Ok(start)
     }
 
@@ -346,24 +423,44 @@ impl Layout {
     fn write_slot(&mut self, position: u32, slot: Slot) {
         self.slots[position as usize] = slot;
         if let Some(live) = &self.live {
-            live.maps.slots.write(live.slots() + position, live.moved(slot));
+            live.maps.slots.write(live.slots() + position, slot);
         }
     }
 
+    fn write_word(&mut self, position: u32, word: Word) {
+        self.words[position as usize] = word;
+        if let Some(live) = &self.live {
+            live.maps.words.write((live.words() + position) / 2, self.pair(position / 2));
+        }
+    }
+
+    /// Two words that stand in one value.
+    fn pair(&self, number: u32) -> u64 {
+        let at = number as usize * 2;
+        u64::from(self.words[at].raw()) | u64::from(self.words[at + 1].raw()) << 32
+    }
+
+    /// What has changed of a set's tables, word by word: what each packet reads of them at once.
     fn write_tables(&self, set: usize) {
         if let Some(live) = &self.live {
-            live.maps.tables.write(half_sets(live.half) + set as u32, live.moved_set(&self.sets[set]));
+            live.maps
+                .tables
+                .update(half_sets(u64::from(live.half)) + set as u32, &live.table_set(&self.sets[set]));
         }
     }
 
-    /// Puts a slot in its place.
-    fn write(&mut self, set: usize, place: Place, slot: Slot) {
+    /// Puts a list in its place, which has no fork; a word gets the tag.
+    fn write(&mut self, set: usize, place: Place, list: Slot, tag: u8) {
         match place {
             Place::Root(table) => {
-                self.sets[set].tables[table].table.root = slot;
+                self.sets[set].tables[table].table.root = list;
                 self.write_tables(set);
             }
-            Place::Slot(position) => self.write_slot(position, slot),
+            Place::Slot(position) => self.write_slot(position, list),
+            Place::Word(position) => {
+                let word = if list.is_empty() { Word::EMPTY } else { Word::list(list.start(), tag) };
+                self.write_word(position, word);
+            }
         }
     }
 
@@ -383,13 +480,23 @@ impl Layout {
                 Some(_) => {
                     self.shared.remove(&slot.start());
                 }
-                None => self.rule_room.retire(slot.start(), slot.count()),
+                None => self.rule_room.retire(slot.start(), slot.count() * granules(family_of(set))),
             }
         }
     }
 
-    fn rules_of(&self, list: Slot) -> &[Rule] {
-        &self.rules[list.start() as usize..(list.start() + list.count()) as usize]
+    fn rules_of(&self, set: usize, list: Slot) -> Vec<Rule> {
+        let (direction, family) = ((set >> 1) as u8, family_of(set));
+        let step = granules(family) as usize;
+        let packed = &self.rules[list.start() as usize..][..list.count() as usize * step];
+        packed
+            .chunks_exact(step)
+            .map(|rule| {
+                let rest = &rule[step - 1];
+                let extra = self.extras.all[rest.extra() as usize];
+                Granule::rule([rule[0], *rest], direction, family as u8, extra)
+            })
+            .collect()
     }
 
     /// The slots that packets of a rule may be led to in a table; none if they are more than `limit`.
@@ -398,7 +505,7 @@ impl Layout {
         let (place, slot) = if state.hashes {
             let hash = state.table.hash(u32::from(rule.family), rule.source, rule.destination);
             let position = self.sets[set].position(hash);
-            (Place::Slot(position), self.slots[position as usize])
+            (Place::Word(position), self.slot_of(set, self.words[position as usize]))
         } else {
             (Place::Root(table), state.table.root)
         };
@@ -436,9 +543,8 @@ impl Layout {
             None => self.add_table(set, Table::hashed(0, 0, 0), false, BTreeSet::new()),
         };
         let leaves = self.leaves(set, table, rule, usize::MAX).ok_or(NoRoom)?;
-        let tag = self.tag(set, table, rule);
-        let changed = self.change(&leaves, |list, unknown| {
-            let mut list = list.to_vec();
+        let tag = self.admit(set, table, rule);
+        let changed = self.change(set, &leaves, |mut list, unknown| {
             list.insert(list.partition_point(|other| other.rank < rule.rank), *rule);
             if unknown { deduplicated(&list) } else { list }
         })?;
@@ -465,11 +571,13 @@ impl Layout {
             return Ok(());
         };
         let leaves = self.leaves(set, table, rule, usize::MAX).ok_or(NoRoom)?;
-        let changed = self.change(&leaves, |list, _| {
+        let changed = self.change(set, &leaves, |mut list, _| {
             // In one direction and family a rank names one rule.
-            list.iter().filter(|other| other.rank != rule.rank).copied().collect()
+            list.retain(|other| other.rank != rule.rank);
+            list
         })?;
-        self.publish(set, table, &leaves, &changed, None);
+        let tag = self.admit(set, table, rule);
+        self.publish(set, table, &leaves, &changed, tag);
         let state = &mut self.sets[set].tables[table];
         state.ranks.remove(&rule.rank);
         state.table.best = state.ranks.first().copied().unwrap_or(u64::MAX);
@@ -485,14 +593,15 @@ impl Layout {
     /// The slots as they will be; lists that are the same stay one.
     fn change(
         &mut self,
+        set: usize,
         leaves: &[Leaf],
-        change: impl Fn(&[Rule], bool) -> Vec<Rule>,
+        change: impl Fn(Vec<Rule>, bool) -> Vec<Rule>,
     ) -> Result<Vec<Slot>, NoRoom> {
         let mut made: HashMap<(u64, bool), Slot> = HashMap::new();
         let mut changed = Vec::with_capacity(leaves.len());
         for leaf in leaves {
             let unknown = leaf.way.packets == Packets::Unknown;
-            let name = (leaf.slot.with_tag(ANY_TAG).raw(), unknown);
+            let name = (leaf.slot.raw(), unknown);
             let slot = match made.get(&name) {
                 Some(&slot) => {
                     if !slot.is_empty() {
@@ -501,16 +610,17 @@ impl Layout {
                     slot
                 }
                 None => {
-                    let list = change(self.rules_of(leaf.slot), unknown);
-                    match self.write_list(&list) {
+                    let list = change(self.rules_of(set, leaf.slot), unknown);
+                    match self.write_list(set, &list) {
                         Ok(slot) => {
                             made.insert(name, slot);
                             slot
                         }
                         Err(error) => {
+                            let step = granules(family_of(set));
                             for slot in made.into_values().filter(|slot| !slot.is_empty()) {
                                 self.shared.remove(&slot.start());
-                                self.rule_room.release(slot.start(), slot.count());
+                                self.rule_room.release(slot.start(), slot.count() * step);
                             }
                             return Err(error);
                         }
@@ -522,28 +632,32 @@ impl Layout {
         Ok(changed)
     }
 
-    /// Puts changed slots in their places; what was there is given back.
-    fn publish(&mut self, set: usize, table: usize, leaves: &[Leaf], changed: &[Slot], tag: Option<u16>) {
+    /// Puts changed lists in their places; what was there is given back.
+    fn publish(&mut self, set: usize, table: usize, leaves: &[Leaf], changed: &[Slot], tag: u8) {
         for (leaf, &slot) in leaves.iter().zip(changed) {
-            let tag = match tag {
-                Some(tag) if leaf.slot.is_empty() => tag,
-                Some(tag) if leaf.slot.tag() == tag => tag,
-                Some(_) => ANY_TAG,
-                None => leaf.slot.tag(),
-            };
-            // Slots below a fork or at a root have no tag.
-            let tag = if leaf.way.depth > 0 || matches!(leaf.place, Place::Root(_)) { ANY_TAG } else { tag };
-            self.write(set, leaf.place, slot.with_tag(tag));
+            self.write(set, leaf.place, slot, tag);
             self.sets[set].count(table, leaf.slot, -1);
             self.sets[set].count(table, slot, 1);
             self.drop_slot(set, table, leaf.slot);
         }
     }
 
-    fn tag(&self, set: usize, table: usize, rule: &Rule) -> Option<u16> {
+    /// Makes the word that a rule is led by admit its packets. Returns the word's tag.
+    fn admit(&mut self, set: usize, table: usize, rule: &Rule) -> u8 {
         let state = &self.sets[set].tables[table];
-        let hash = || state.table.hash(u32::from(rule.family), rule.source, rule.destination);
-        state.hashes.then(|| Slot::tag_of(hash()))
+        if !state.hashes {
+            return ANY_TAG;
+        }
+        let hash = state.table.hash(u32::from(rule.family), rule.source, rule.destination);
+        let position = self.sets[set].position(hash);
+        let (word, tag) = (self.words[position as usize], Word::tag_of(hash));
+        if word.is_empty() || word.tag() == tag {
+            return tag;
+        }
+        if word.tag() != ANY_TAG {
+            self.write_word(position, word.with_tag(ANY_TAG));
+        }
+        ANY_TAG
     }
 
     /// Divides the list at the end of a way by forks, if that helps.
@@ -551,20 +665,36 @@ impl Layout {
         let slot = match leaf.place {
             Place::Root(table) => self.sets[set].tables[table].table.root,
             Place::Slot(position) => self.slots[position as usize],
+            Place::Word(position) => self.slot_of(set, self.words[position as usize]),
         };
-        let rules = self.rules_of(slot).to_vec();
+        let rules = self.rules_of(set, slot);
         let members: Vec<u32> = (0..rules.len() as u32).collect();
         let Ok(grown) = self.grow(set, table, &rules, &members, &leaf.way, COPIES * rules.len() + 64) else {
             // Its rules are found where they are.
             return;
         };
-        if grown.is_fork() {
-            self.write(set, leaf.place, grown.with_tag(slot.tag()));
-            self.sets[set].count(table, slot, -1);
-            self.drop_slot(set, table, slot);
-        } else {
+        if !grown.is_fork() || self.put_fork(set, leaf.place, grown).is_err() {
             self.drop_slot(set, table, grown);
+            return;
         }
+        self.sets[set].count(table, slot, -1);
+        self.drop_slot(set, table, slot);
+    }
+
+    /// Puts a fork in the place of a list.
+    fn put_fork(&mut self, set: usize, place: Place, fork: Slot) -> Result<(), NoRoom> {
+        match place {
+            Place::Root(table) => {
+                self.sets[set].tables[table].table.root = fork;
+                self.write_tables(set);
+            }
+            Place::Slot(position) => self.write_slot(position, fork),
+            Place::Word(position) => {
+                let word = self.word_for(fork, self.words[position as usize].tag())?;
+                self.write_word(position, word);
+            }
+        }
+        Ok(())
     }
 
     /// The table that a rule costs packets least in; none: a new one.
@@ -599,13 +729,19 @@ impl Layout {
 
     /// Writes everything into a half of the maps; from now on it is kept there too. Packets don't look
     /// through that half now.
-    pub(super) fn join(&mut self, maps: &Arc<Maps>, half: u64) {
+    pub(super) fn join(&mut self, maps: &Arc<Maps>, half: u32) {
         let live = Live { maps: Arc::clone(maps), half };
-        for (rule, position) in self.rules.iter().zip(live.rules()..) {
-            maps.rules.write(position, *rule);
+        for (granule, position) in self.rules.iter().zip(live.rules()..) {
+            maps.rules.write(position, *granule);
+        }
+        for (extra, position) in self.extras.all.iter().zip(live.extras()..) {
+            maps.extras.write(position, *extra);
         }
         for (slot, position) in self.slots.iter().zip(live.slots()..) {
-            maps.slots.write(position, live.moved(*slot));
+            maps.slots.write(position, *slot);
+        }
+        for number in 0..self.words.len() as u32 / 2 {
+            maps.words.write(live.words() / 2 + number, self.pair(number));
         }
         self.live = Some(live);
         for set in 0..self.sets.len() {
@@ -619,51 +755,59 @@ impl Layout {
             return;
         };
         let maps = &live.maps;
-        for (set, number) in self.sets.iter().zip(half_sets(live.half)..) {
-            let wanted = live.moved_set(set);
-            if maps.tables.read(number) != wanted {
-                maps.tables.write(number, wanted);
+        for (set, number) in self.sets.iter().zip(half_sets(u64::from(live.half))..) {
+            if maps.tables.put(number, live.table_set(set)) {
                 wrong.push(format!("tables[{number}] differed from the rules in force"));
             }
         }
-        for (rule, position) in self.rules.iter().zip(live.rules()..) {
-            if maps.rules.read(position) != *rule {
-                maps.rules.write(position, *rule);
+        for (granule, position) in self.rules.iter().zip(live.rules()..) {
+            if maps.rules.put(position, *granule) {
                 wrong.push(format!("rules[{position}] differed from the rule in force"));
             }
         }
+        for (extra, position) in self.extras.all.iter().zip(live.extras()..) {
+            if maps.extras.put(position, *extra) {
+                wrong.push(format!("rule_extras[{position}] differed from what rules name"));
+            }
+        }
         for (slot, position) in self.slots.iter().zip(live.slots()..) {
-            let wanted = live.moved(*slot);
-            if maps.slots.read(position) != wanted {
-                maps.slots.write(position, wanted);
+            if maps.slots.put(position, *slot) {
                 wrong.push(format!("rule_slots[{position}] led to the wrong rules"));
+            }
+        }
+        for number in 0..self.words.len() as u32 / 2 {
+            let position = live.words() / 2 + number;
+            if maps.words.put(position, self.pair(number)) {
+                wrong.push(format!("rule_words[{position}] led to the wrong rules"));
             }
         }
     }
 }
 
 impl Live {
-    const fn rules(&self) -> u32 {
-        (self.half as u32 & 1) * RULE_ROOM
+    fn words(&self) -> u32 {
+        self.half * self.maps.word_room()
     }
 
-    const fn slots(&self) -> u32 {
-        (self.half as u32 & 1) * SLOT_ROOM
+    fn slots(&self) -> u32 {
+        self.half * self.maps.slot_room()
     }
 
-    /// A slot as it stands in the maps, where this half may begin behind the other.
-    const fn moved(&self, slot: Slot) -> Slot {
-        let by = if slot.is_fork() { self.slots() } else { self.rules() };
-        if slot.is_empty() { slot } else { Slot::from_raw(slot.raw() + by as u64) }
+    fn rules(&self) -> u32 {
+        self.half * self.maps.rule_room()
     }
 
-    fn moved_set(&self, set: &Set) -> TableSet {
-        let mut moved = set.as_table_set();
-        moved.base += self.slots();
-        for table in &mut moved.tables {
-            table.root = self.moved(table.root);
-        }
-        moved
+    const fn extras(&self) -> u32 {
+        self.half * EXTRA_ROOM
+    }
+
+    fn table_set(&self, set: &Set) -> TableSet {
+        let mut set = set.as_table_set();
+        set.words += self.words();
+        set.slots = self.slots();
+        set.rules = self.rules();
+        set.extras = self.extras();
+        set
     }
 }
 
@@ -671,6 +815,10 @@ impl Live {
 /// read by none.
 fn nobody_reads(live: Option<&Live>) -> bool {
     live.is_none() || grace_period().is_ok()
+}
+
+const fn family_of(set: usize) -> u32 {
+    set as u32 & 1
 }
 
 const fn set_of(rule: &Rule) -> usize {

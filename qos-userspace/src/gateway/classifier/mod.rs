@@ -16,8 +16,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use qos_common::abi::{MAX_RULES, RULE_ROOM, SLOT_ROOM};
+use qos_common::abi::{EXTRA_ROOM, rule_room, slot_room, word_room};
 use qos_common::classify::{HALVES, Key, MAX_FORKS, Rule, Slot, TABLE_SETS, TableSet, half_sets, table_set};
+use qos_common::compact::{Extra, Granule, Probe, Word, granules};
 
 use self::layout::Layout;
 use self::room::NoRoom;
@@ -32,12 +33,14 @@ const AT_ONCE: usize = 2_000;
 #[derive(Debug, thiserror::Error)]
 pub enum ClassifierError {
     /// There are too many rules.
-    #[error("{asked} rules do not fit: {used} of {MAX_RULES} are in use")]
+    #[error("{asked} rules do not fit: {used} of {most} are in use")]
     Full {
         /// Rules that were to be added.
         asked: usize,
         /// Rules in use.
         used: usize,
+        /// Rules that there is room for.
+        most: usize,
     },
     /// The rules overlap so much that their lists and forks take more room than there is.
     #[error(
@@ -67,24 +70,52 @@ pub struct Maps {
     pub half: SharedArray<u64>,
     /// Map `tables`.
     pub tables: SharedArray<TableSet>,
+    /// Map `rule_words`, two words in a value.
+    pub words: SharedArray<u64>,
     /// Map `rule_slots`.
     pub slots: SharedArray<Slot>,
     /// Map `rules`.
-    pub rules: SharedArray<Rule>,
+    pub rules: SharedArray<Granule>,
+    /// Map `rule_extras`.
+    pub extras: SharedArray<Extra>,
 }
 
 impl Maps {
-    /// Memory of the same shape that no kernel sees.
+    /// Memory of the same shape that no kernel sees, for so many rules.
     ///
     /// # Errors
     /// Those of mmap(2).
-    pub fn private() -> std::io::Result<Self> {
+    pub fn private(rules: u32) -> std::io::Result<Self> {
         Ok(Self {
             half: SharedArray::private(1)?,
             tables: SharedArray::private(HALVES * TABLE_SETS)?,
-            slots: SharedArray::private(HALVES * SLOT_ROOM)?,
-            rules: SharedArray::private(HALVES * RULE_ROOM)?,
+            words: SharedArray::private(HALVES * word_room(rules) / 2)?,
+            slots: SharedArray::private(HALVES * slot_room(rules))?,
+            rules: SharedArray::private(HALVES * rule_room(rules))?,
+            extras: SharedArray::private(HALVES * EXTRA_ROOM)?,
         })
+    }
+
+    /// Rules that they are made for.
+    #[must_use]
+    pub const fn most(&self) -> u32 {
+        (self.slot_room() - slot_room(0)) / 2
+    }
+
+    const fn word_room(&self) -> u32 {
+        self.words.length() * 2 / HALVES
+    }
+
+    const fn slot_room(&self) -> u32 {
+        self.slots.length() / HALVES
+    }
+
+    const fn rule_room(&self) -> u32 {
+        self.rules.length() / HALVES
+    }
+
+    fn word(&self, position: u32) -> Word {
+        Word::from_raw((self.words.read(position / 2) >> (position % 2 * 32)) as u32)
     }
 
     /// The tables that packets of a direction and family look through, as numbered by [`table_set`].
@@ -95,7 +126,7 @@ impl Maps {
     /// Makes packets look through another layout. Another may be brought after a grace period.
     fn bring(self: &Arc<Self>, layout: &mut Layout) {
         let half = self.half.read(0).wrapping_add(1);
-        layout.join(self, half);
+        layout.join(self, half as u32 & 1);
         self.half.write(0, half);
     }
 }
@@ -131,10 +162,11 @@ impl Classifier {
     /// # Errors
     /// Where the rules don't fit.
     pub fn take_over(maps: Maps, rules: &[Rule]) -> Result<Self, ClassifierError> {
-        if rules.len() > MAX_RULES as usize {
-            return Err(ClassifierError::Full { asked: rules.len(), used: 0 });
+        let most = maps.most();
+        if rules.len() > most as usize {
+            return Err(ClassifierError::Full { asked: rules.len(), used: 0, most: most as usize });
         }
-        let mut layout = Layout::build(rules).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
+        let mut layout = Layout::build(rules, most).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
         let maps = Arc::new(maps);
         maps.bring(&mut layout);
         grace_period()?;
@@ -175,8 +207,9 @@ impl Classifier {
     /// Where they don't all fit; none is added then.
     pub fn insert(&mut self, rules: &[Rule]) -> Result<(), ClassifierError> {
         let new = rules.iter().filter(|rule| !self.rules.contains_key(&name(rule))).count();
-        if self.rules.len() + new > MAX_RULES as usize {
-            return Err(ClassifierError::Full { asked: rules.len(), used: self.rules.len() });
+        let most = self.maps.most() as usize;
+        if self.rules.len() + new > most {
+            return Err(ClassifierError::Full { asked: rules.len(), used: self.rules.len(), most });
         }
         self.follow()?;
         let before: Vec<_> = rules.iter().map(|rule| self.rules.insert(name(rule), *rule)).collect();
@@ -287,10 +320,10 @@ impl Classifier {
         if self.rules.len() <= AT_ONCE {
             return self.lay_out();
         }
-        let rules = self.all();
+        let (rules, most) = (self.all(), self.maps.most());
         self.journal.clear();
         self.changes = 0;
-        self.next = Some(std::thread::spawn(move || Layout::build(&rules)));
+        self.next = Some(std::thread::spawn(move || Layout::build(&rules, most)));
         Ok(())
     }
 
@@ -304,7 +337,8 @@ impl Classifier {
         self.next = None;
         self.journal.clear();
         let rules = self.all();
-        let layout = Layout::build(&rules).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
+        let layout =
+            Layout::build(&rules, self.maps.most()).map_err(|NoRoom| ClassifierError::NoRoom(rules.len()))?;
         self.switch(layout)
     }
 
@@ -324,32 +358,47 @@ impl Classifier {
 #[must_use]
 pub fn look_up(maps: &Maps, key: &Key) -> Option<Rule> {
     let set = maps.table_set(table_set(key.direction, key.family));
+    let probe = Probe::of(key);
+    let step = granules(key.family);
     let mut best: Option<Rule> = None;
     for table in set.tables.iter().take(set.used as usize) {
         if best.is_some_and(|best| table.best >= best.rank) {
             continue;
         }
-        let mut slot = table.root;
+        let (mut slot, mut start) = (table.root, None);
         if slot.is_empty() {
             let hash = table.hash(key.family, key.source, key.destination);
-            slot = maps.slots.read(set.position(hash));
-            if !slot.admits(hash) {
-                continue;
+            let word = maps.word(set.position(hash));
+            match word {
+                _ if !word.admits(hash) => continue,
+                _ if word.is_fork() => slot = maps.slots.read(set.slots + word.start()),
+                _ => start = Some(word.start()),
             }
         }
         for _ in 0..MAX_FORKS {
             if slot.is_fork() {
-                slot = maps.slots.read(slot.child(key));
+                slot = maps.slots.read(set.slots + slot.child(key));
             }
         }
         assert!(!slot.is_fork(), "too many forks");
-        for position in (slot.start()..).take(slot.count() as usize) {
-            let rule = maps.rules.read(position);
-            if best.is_some_and(|best| rule.rank >= best.rank) {
+        if start.is_none() && slot.is_empty() {
+            continue;
+        }
+        for granule in (set.rules + start.unwrap_or(slot.start())..).step_by(step as usize) {
+            let (first, rest) = (maps.rules.read(granule), maps.rules.read(granule + step - 1));
+            if best.is_some_and(|best| rest.rank() >= best.rank) {
                 break;
             }
-            if rule.matches(key) {
-                best = Some(rule);
+            let extra = maps.extras.read(set.extras + rest.extra());
+            let matches = match step {
+                1 => rest.matches_v4(&probe),
+                _ => rest.matches_v6(&first, key, &probe),
+            };
+            if matches && (rest.extra() == 0 || extra.matches(key)) {
+                best = Some(Granule::rule([first, rest], key.direction as u8, key.family as u8, extra));
+                break;
+            }
+            if rest.is_last() {
                 break;
             }
         }
@@ -363,19 +412,39 @@ pub fn rules_in(maps: &Maps) -> Vec<Rule> {
     let mut rules = Vec::new();
     for number in 0..TABLE_SETS {
         let set = maps.table_set(number);
+        let (direction, family) = ((number >> 1) as u8, number & 1);
         let tables = set.tables.iter().take(set.used as usize).filter(|table| table.best != u64::MAX);
         let (roots, hashed): (Vec<_>, Vec<_>) =
             tables.map(|table| table.root).partition(|root| !root.is_empty());
         let mut slots = roots;
+        let mut lists = Vec::new();
         if !hashed.is_empty() {
-            slots.extend((set.base..).take(1 << (64 - set.shift)).map(|position| maps.slots.read(position)));
+            for position in (set.words..).take(1 << (64 - set.shift)) {
+                match maps.word(position) {
+                    word if word.is_empty() => {}
+                    word if word.is_fork() => slots.push(maps.slots.read(set.slots + word.start())),
+                    word => lists.push(word.start()),
+                }
+            }
         }
         while let Some(slot) = slots.pop() {
             if slot.is_fork() {
                 let children = (1 << slot.width()) + u32::from(slot.has_unknown());
-                slots.extend((slot.start()..).take(children as usize).map(|child| maps.slots.read(child)));
-            } else {
-                rules.extend((slot.start()..).take(slot.count() as usize).map(|at| maps.rules.read(at)));
+                let children = (set.slots + slot.start()..).take(children as usize);
+                slots.extend(children.map(|child| maps.slots.read(child)));
+            } else if !slot.is_empty() {
+                lists.push(slot.start());
+            }
+        }
+        let step = granules(family);
+        for list in lists {
+            for granule in (set.rules + list..).step_by(step as usize) {
+                let (first, rest) = (maps.rules.read(granule), maps.rules.read(granule + step - 1));
+                let extra = maps.extras.read(set.extras + rest.extra());
+                rules.push(Granule::rule([first, rest], direction, family as u8, extra));
+                if rest.is_last() {
+                    break;
+                }
             }
         }
     }
@@ -386,10 +455,11 @@ pub fn rules_in(maps: &Maps) -> Vec<Rule> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use qos_common::abi::MAX_RULES;
     use qos_common::classify::{Address, CHECK_PORTS, CHECK_PROTOCOL, Key, rank};
 
     fn empty() -> Classifier {
-        Classifier::new(Maps::private().expect("memory")).expect("membarrier")
+        Classifier::new(Maps::private(MAX_RULES).expect("memory")).expect("membarrier")
     }
 
     fn open_rule(id: u64) -> Rule {
@@ -525,11 +595,11 @@ mod tests {
         let rule = spread(7);
         classifier.insert(&[rule]).expect("fits");
         let maps = classifier.maps();
-        let half = half_sets(maps.half.read(0)) / TABLE_SETS;
-        let root = maps.tables.read(half * TABLE_SETS).tables[0].root;
-        maps.slots.write(half * SLOT_ROOM + 3, Slot::list(3, 9));
-        maps.rules.write(root.start(), Rule::default());
-        maps.tables.write(half * TABLE_SETS, TableSet::EMPTY);
+        let number = half_sets(maps.half.read(0));
+        let set = maps.tables.read(number);
+        maps.words.write(set.words / 2 + 3, 9);
+        maps.rules.write(set.rules + set.tables[0].root.start(), Granule::default());
+        maps.tables.write(number, TableSet::EMPTY);
         assert_eq!(classifier.repair().len(), 3);
         assert!(classifier.repair().is_empty());
     }

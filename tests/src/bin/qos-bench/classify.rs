@@ -314,7 +314,7 @@ impl Gateway {
     /// What the kernel says that the classifier's maps take.
     fn kernel_bytes(&self) -> Result<u64> {
         let mut bytes = 0;
-        for name in ["rule_half", "tables", "rule_slots", "rules"] {
+        for name in ["rule_half", "tables", "rule_words", "rule_slots", "rules", "rule_extras"] {
             let map = MapData::from_pin(maps_of(&self.pins).join(name))?;
             let number = map.fd().as_fd().as_raw_fd();
             let text = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
