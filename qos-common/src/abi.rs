@@ -13,10 +13,10 @@ use crate::clock::Meter;
 use crate::mark::MarkLayout;
 
 /// Version of the maps' layout. Pinned maps of another version are not reused as they are.
-pub const ABI_VERSION: u32 = 3 + cfg!(feature = "next") as u32;
+pub const ABI_VERSION: u32 = 4 + cfg!(feature = "next") as u32;
 
 /// Slots for allocations, slot zero ("none") among them.
-pub const ALLOCATION_SLOTS: u32 = 1 << 14;
+pub const ALLOCATION_SLOTS: u32 = 1 << 16;
 /// Slots for providers, slot zero ("none") among them.
 pub const PROVIDER_SLOTS: u32 = 1 << 10;
 /// Slots for applications, slot zero ("none") among them.
