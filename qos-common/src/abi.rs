@@ -16,7 +16,7 @@ use crate::mark::MarkLayout;
 pub const ABI_VERSION: u32 = 4 + cfg!(feature = "next") as u32;
 
 /// Slots for allocations, slot zero ("none") among them.
-pub const ALLOCATION_SLOTS: u32 = 1 << 14;
+pub const ALLOCATION_SLOTS: u32 = 1 << 16;
 /// Slots for providers, slot zero ("none") among them.
 pub const PROVIDER_SLOTS: u32 = 1 << 10;
 /// Slots for applications, slot zero ("none") among them.

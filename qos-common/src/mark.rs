@@ -10,8 +10,8 @@ use crate::classify::Direction;
 /// Bits of generation and direction below the slot.
 const SLOT_SHIFT: u32 = 3;
 
-/// Fewest bits a layout may have: 32,768 slots.
-pub const MIN_BITS: u32 = 18;
+/// Fewest bits a layout may have: 131,072 slots.
+pub const MIN_BITS: u32 = 20;
 
 const _: () = assert!(ALLOCATION_SLOTS + LINE_SLOTS <= 1 << (MIN_BITS - SLOT_SHIFT));
 
@@ -116,10 +116,11 @@ mod tests {
     #[test]
     fn only_a_run_of_enough_bits_is_taken() {
         for (mask, taken) in [
-            (0x0003_ffff, true),
-            (0xffff_e000, true),
+            (0x000f_ffff, true),
+            (0xffff_f000, true),
             (u32::MAX, true),
-            (0x0001_ffff, false),
+            (0x0007_ffff, false),
+            (0xffff_e000, false),
             (0, false),
             (0x7fff_0fff, false),
         ] {
@@ -129,14 +130,14 @@ mod tests {
 
     #[test]
     fn a_classification_survives_and_foreign_bits_stay() {
-        let layout = MarkLayout::new(0x7fff_e000, 4).expect("18 bits");
+        let layout = MarkLayout::new(0x7fff_f800, 4).expect("20 bits");
         let allocations = [0, 1, ALLOCATION_SLOTS - 1].map(Owner::of_allocation);
         let lines = [1, LINE_SLOTS - 1].map(Owner::of_line);
         for owner in allocations.into_iter().chain(lines) {
             for direction in [Direction::Upstream, Direction::Downstream] {
-                let mark = layout.write(0x8000_1abc, Marked { direction, owner });
+                let mark = layout.write(0x8000_02bc, Marked { direction, owner });
                 assert_eq!(layout.read(mark), Some(Marked { direction, owner }));
-                assert_eq!(mark & 0x8000_1fff, 0x8000_1abc);
+                assert_eq!(mark & 0x8000_07ff, 0x8000_02bc);
             }
         }
         for (owner, allocation, line) in [
@@ -152,10 +153,26 @@ mod tests {
 
     #[test]
     fn another_generation_and_no_classification_are_told_apart() {
-        let (one, two) = (MarkLayout::new(0x7ffff, 1).expect("19"), MarkLayout::new(0x7ffff, 2).expect("19"));
+        let (one, two) =
+            (MarkLayout::new(0x1f_ffff, 1).expect("21"), MarkLayout::new(0x1f_ffff, 2).expect("21"));
         let mark = one.write(0, Marked { direction: Direction::Upstream, owner: Owner::of_allocation(7) });
         assert_eq!(two.read(mark), None);
         assert_eq!(one.read(0), None);
-        assert_eq!(one.read(0xfff8_0000), None);
+        assert_eq!(one.read(0xffe0_0000), None);
+    }
+
+    /// Packets that are on their way while a gateway is upgraded from maps of version 3, or goes back to
+    /// them, where 0xffff_e000 was the usual mask.
+    #[test]
+    fn the_usual_layout_and_the_one_before_it_do_not_read_each_other() {
+        let (usual, before) = (MarkLayout::new(0xffff_f000, 0).expect("20 bits"), 13);
+        for slot in [0, 1, 2, 3, 16_383] {
+            for direction in [Direction::Upstream, Direction::Downstream] {
+                let owner = Owner::of_allocation(slot);
+                let written = (1 | (direction as u32) << 2 | slot << SLOT_SHIFT) << before;
+                assert_eq!(usual.read(written), None);
+                assert_ne!(usual.write(0, Marked { direction, owner }) >> before & 0b11, 1);
+            }
+        }
     }
 }

@@ -32,7 +32,7 @@ pub const DEFAULT_SOCKET: &str = "/run/qos/qosd.sock";
 const DEFAULT_STATE_DIR: &str = "/var/lib/qos";
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/qos";
 /// The upper 19 bits: the low 13 stay with the operator's own firewall marks.
-const DEFAULT_MARK_MASK: u32 = 0xffff_e000;
+const DEFAULT_MARK_MASK: u32 = 0xffff_f000;
 const DEFAULT_SOFT_SHARE: f64 = 0.95;
 const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -646,7 +646,7 @@ capacity = 100_000_000
     fn interfaces_alone_are_a_configuration() {
         let config = parse(INTERFACES).expect("valid");
         assert_eq!(config.socket, Path::new(DEFAULT_SOCKET));
-        assert_eq!(config.gateway.mark_mask, 0xffff_e000);
+        assert_eq!(config.gateway.mark_mask, 0xffff_f000);
         assert!(config.require_session && !config.gateway.observe);
         let network = config.network(1_500);
         assert_eq!(
@@ -699,7 +699,7 @@ line_rest = "256kbit/s"
 link_rest = 1000000
 tc_hooks = "clsact"
 nat = true
-mark_mask = 0x0003ffff
+mark_mask = 0x000fffff
 require_session = false
 reconcile_interval = "250ms"
 allow_users = ["root", 1000]
@@ -716,7 +716,7 @@ allow_groups = ["root"]
         assert!(!config.require_session);
         assert_eq!(
             (config.gateway.observe, config.line_side, config.gateway.mark_mask),
-            (true, LineSide::Wan, 0x0003_ffff)
+            (true, LineSide::Wan, 0x000f_ffff)
         );
     }
 
@@ -811,12 +811,12 @@ allow_groups = ["root"]
             (
                 "mark mask with a hole",
                 with("mark_mask = 0xff00ff00"),
-                "mark_mask = 0xff00ff00: expected one unbroken run of at least 18 one-bits",
+                "mark_mask = 0xff00ff00: expected one unbroken run of at least 20 one-bits",
             ),
             (
                 "mark mask too small",
-                with("mark_mask = 0x1ffff"),
-                "mark_mask = 0x1ffff: expected one unbroken run",
+                with("mark_mask = 0x7ffff"),
+                "mark_mask = 0x7ffff: expected one unbroken run",
             ),
             (
                 "mark mask too large",

@@ -470,7 +470,7 @@ fn a_revoked_class_drains_and_others_lose_nothing() {
     let slow_flow = down(&net, 5_000, mbit(3), 500);
     let other_flow = down(&net, 5_001, mbit(9), 1_000);
     thread::sleep(WARM_UP);
-    let class = 0x5150_4000 + u32::from(slow.slot);
+    let class = 0x5150_4000 + u32::from(slow.class.unwrap());
     let has_class = || {
         let index = link_index(&net, LAN);
         let classes = Netlink::open(&net.gateway).unwrap().classes(index).unwrap();
@@ -724,14 +724,14 @@ const BREAKS: &[Break] = &[
         name: "a class is deleted",
         told: "was missing",
         act: |net, _, allocation| {
-            delete_class(net, LAN, 0x5150_4000 + u32::from(allocation.slot));
+            delete_class(net, LAN, 0x5150_4000 + u32::from(allocation.class.unwrap()));
         },
     },
     Break {
         name: "a class is changed",
         told: "instead of",
         act: |net, _, allocation| {
-            change_class(net, LAN, 0x5150_4000 + u32::from(allocation.slot), mbit(50));
+            change_class(net, LAN, 0x5150_4000 + u32::from(allocation.class.unwrap()), mbit(50));
         },
     },
     Break {

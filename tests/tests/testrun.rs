@@ -34,7 +34,7 @@ impl Bench {
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-testrun-{}-{name}", std::process::id()));
         let mut object = Object::load(&pins).expect("the object loads");
         let mut settings: aya::maps::Array<_, abi::Settings> = object.take("settings").expect("settings");
-        let mark = MarkLayout::new(0x0007_ffff, 0).expect("19 bits");
+        let mark = MarkLayout::new(0x000f_ffff, 0).expect("20 bits");
         settings
             .set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)
             .expect("sets");

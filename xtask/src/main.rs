@@ -60,6 +60,9 @@ enum Verb {
         /// Only this tier
         #[arg(long, value_enum)]
         tier: Option<Tier>,
+        /// Slow tests too, which take minutes each
+        #[arg(long)]
+        all: bool,
         #[command(flatten)]
         runner: Runner,
         /// Only tests whose path contains this
@@ -155,9 +158,9 @@ fn run() -> Result<ExitCode> {
             setup::run(doc)?;
         }
         Verb::Deny => deny(&workspace)?,
-        Verb::Test { tier, runner, filter } => {
+        Verb::Test { tier, all, runner, filter } => {
             workspace.set_up()?;
-            let passed = tiers::run(&workspace, tier, filter.as_deref(), &runner.command)?;
+            let passed = tiers::run(&workspace, tier, filter.as_deref(), all, &runner.command)?;
             return Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         Verb::Demo { runner, args } => {

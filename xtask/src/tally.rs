@@ -10,6 +10,8 @@ pub(crate) struct Tally {
     pub(crate) failed: u64,
     /// Lines `SKIP <test>: kernel <release>: <reason>` without the first word.
     pub(crate) skips: Vec<String>,
+    /// Tests that are slow and were left out, each with the reason.
+    pub(crate) left_out: Vec<String>,
 }
 
 impl Tally {
@@ -17,6 +19,12 @@ impl Tally {
     pub(crate) fn line(&mut self, line: &str) {
         if let Some(skip) = line.strip_prefix("SKIP ") {
             self.skips.push(skip.to_owned());
+        }
+        // test name ... ignored, slow: reason
+        if let Some((test, reason)) =
+            line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ignored, slow: "))
+        {
+            self.left_out.push(format!("{test}: {reason}"));
         }
         // test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 0 filtered out; finished in 1s
         let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
@@ -69,7 +77,9 @@ test fast ... ok
 test shaped_by_fq ...
 SKIP shaped_by_fq: kernel 6.18.44: no fq
 ok
-test slow ... FAILED
+test broken ... FAILED
+test big ... ignored, slow: 65,000 allocations
+test privileged ... ignored, needs root
 test result: FAILED. 2 passed; 1 failed; 4 ignored; 0 measured; 7 filtered out; finished in 1.20s
    Doc-tests qos_common
 test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
@@ -80,6 +90,7 @@ test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         let mut tally = Tally::default();
         OUTPUT.lines().for_each(|line| tally.line(line));
         assert_eq!((tally.passed(), tally.failed, tally.skips.len()), (6, 1, 1));
+        assert_eq!(tally.left_out, ["big: 65,000 allocations"]);
         assert!(!tally.is_empty());
         assert_eq!(tally.unexpected_skips(&BTreeSet::new()), ["shaped_by_fq: kernel 6.18.44: no fq"]);
         let expected = read_expected("# kernels without fq\nshaped_by_fq  # 6.18\n\n");

@@ -5,6 +5,9 @@
 //! tests, which need root, and `tests/tests/testrun.rs`. netns: all other tests of `tests`, with
 //! real packets between namespaces. package: the Debian package, installed in a copy of this machine
 //! that is gone afterwards.
+//!
+//! A test of `tests` that takes minutes is ignored with a reason that begins with `slow: `. It is left out,
+//! and told of, unless all are asked for.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -43,7 +46,7 @@ enum Outcome {
     NotRun(String),
 }
 
-/// Runs all tiers, or one, and prints the table. Returns whether everything ran and passed.
+/// Runs all tiers, or one, with the slow tests if `all`, and prints the table. Returns whether everything ran and passed.
 ///
 /// # Errors
 /// When the product doesn't build or cargo can't be started.
@@ -51,6 +54,7 @@ pub(crate) fn run(
     workspace: &Workspace,
     only: Option<Tier>,
     filter: Option<&str>,
+    all: bool,
     runner: &str,
 ) -> Result<bool> {
     let expected = fs::read_to_string(workspace.file(EXPECTED_SKIPS))
@@ -68,22 +72,25 @@ pub(crate) fn run(
     for &tier in Tier::value_variants() {
         let is_asked = only.map_or(tier != Tier::Object || filter.is_none(), |only| only == tier);
         if is_asked {
-            outcomes.push((tier, run_tier(&programs, tier, filter, runner)?));
+            outcomes.push((tier, run_tier(&programs, tier, filter, all, runner)?));
         }
     }
 
-    println!("\n{:<10}{:>8}{:>8}{:>9}", "tier", "passed", "failed", "skipped");
+    println!("\n{:<10}{:>8}{:>8}{:>9}{:>10}", "tier", "passed", "failed", "skipped", "left out");
     let mut all_well = true;
     for (tier, outcome) in &outcomes {
         match outcome {
             Outcome::Ran { tally, .. } => println!(
-                "{:<10}{:>8}{:>8}{:>9}",
+                "{:<10}{:>8}{:>8}{:>9}{:>10}",
                 tier.name(),
                 tally.passed(),
                 tally.failed,
-                tally.skips.len()
+                tally.skips.len(),
+                tally.left_out.len()
             ),
-            Outcome::NotRun(_) => println!("{:<10}{:>8}{:>8}{:>9}", tier.name(), "-", "-", "-"),
+            Outcome::NotRun(_) => {
+                println!("{:<10}{:>8}{:>8}{:>9}{:>10}", tier.name(), "-", "-", "-", "-");
+            }
         }
     }
     for (tier, outcome) in &outcomes {
@@ -96,6 +103,9 @@ pub(crate) fn run(
             Outcome::Ran { tally, succeeded } => {
                 for skip in &tally.skips {
                     println!("{name} skipped {skip}");
+                }
+                for test in &tally.left_out {
+                    println!("{name} left out, for it is slow (--all runs it): {test}");
                 }
                 for skip in tally.unexpected_skips(&expected) {
                     all_well = false;
@@ -130,13 +140,24 @@ impl Tier {
     }
 }
 
-fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &str) -> Result<Outcome> {
+fn run_tier(
+    programs: &Programs<'_>,
+    tier: Tier,
+    filter: Option<&str>,
+    all: bool,
+    runner: &str,
+) -> Result<Outcome> {
     if tier.is_privileged()
         && let Err(reason) = privilege::check(runner)
     {
         return Ok(Outcome::NotRun(format!("{reason:#}")));
     }
     let runner = if tier.is_privileged() { runner } else { "" };
+    // One at a time: each measures rates on all cores.
+    let mut one_by_one = vec!["--test-threads=1"];
+    if all {
+        one_by_one.push("--include-ignored");
+    }
     let commands = match tier {
         Tier::Host => {
             let not_object: &[&str] = if filter.is_some() { &[] } else { &["--skip", OBJECT] };
@@ -148,15 +169,14 @@ fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &
         Tier::Testrun => {
             let mut commands =
                 programs.commands(runner, Program::is_product_library, &["--ignored", "--test-threads=1"]);
-            commands.extend(programs.commands(runner, Program::is_testrun, &["--test-threads=1"]));
+            commands.extend(programs.commands(runner, Program::is_testrun, &one_by_one));
             commands
         }
-        // One at a time: each measures rates on all cores.
         Tier::Netns => {
             let wanted = |program: &Program| {
                 program.package == TESTS && !program.is_testrun() && !program.is_package()
             };
-            let mut commands = programs.commands(runner, wanted, &["--test-threads=1"]);
+            let mut commands = programs.commands(runner, wanted, &one_by_one);
             let next = programs.next_version()?;
             for command in &mut commands {
                 command.env("QOS_NEXT_DIR", &next);
@@ -164,7 +184,7 @@ fn run_tier(programs: &Programs<'_>, tier: Tier, filter: Option<&str>, runner: &
             commands
         }
         Tier::Package => {
-            let mut commands = programs.commands(runner, Program::is_package, &["--test-threads=1"]);
+            let mut commands = programs.commands(runner, Program::is_package, &one_by_one);
             // Elsewhere the tests say that they are skipped.
             if succeeds(Command::new("dpkg-shlibdeps").arg("--version")) {
                 let [older, newer] = programs.packages()?;

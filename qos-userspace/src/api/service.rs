@@ -206,7 +206,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         mut store: S,
         start_gateway: impl FnOnce(&State) -> Result<G, G::Error>,
     ) -> Result<Self, ServiceError> {
+        let begin = Instant::now();
         let mut state = store.load(config.network(mtu))?;
+        debug!(took_ms = begin.elapsed().as_millis() as u64, "state read");
         let expired = manager::decide(&state, &Command::Expire, Timestamp::now())?;
         store.commit(&expired.changes)?;
         for change in &expired.changes {
@@ -221,7 +223,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         for broken in state.broken_delays() {
             warn!("the configuration does not keep what was granted: {broken}");
         }
+        let begin = Instant::now();
         let gateway = start_gateway(&state).map_err(gateway_failed("bring the kernel to the state"))?;
+        debug!(took_ms = begin.elapsed().as_millis() as u64, "kernel brought to the state");
         let ends = state.allocations.values().filter_map(end_of).collect();
         let mut service = Self {
             config,
@@ -236,7 +240,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             reconcile_error: None,
             listeners: Vec::new(),
         };
+        let begin = Instant::now();
         service.reconcile()?;
+        debug!(took_ms = begin.elapsed().as_millis() as u64, "kernel verified");
         Ok(service)
     }
 
@@ -397,7 +403,10 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
 
     fn statistics(&mut self) -> Result<Statistics, ServiceError> {
         let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
-        gateway.statistics(&self.state).map_err(gateway_failed("read the counters"))
+        let begin = Instant::now();
+        let result = gateway.statistics(&self.state).map_err(gateway_failed("read the counters"));
+        debug!(took_ms = begin.elapsed().as_secs_f64() * 1e3, "counters read");
+        result
     }
 
     fn explain(

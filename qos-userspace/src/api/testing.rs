@@ -184,7 +184,7 @@ impl Gateway for Recorder {
             }],
             rules: (1, 131_072),
             worst_case_comparisons: 1,
-            allocations: (1, 16_383),
+            allocations: (1, 65_535),
             repairs: self.record().repaired.clone(),
         }
     }

@@ -66,8 +66,11 @@ pub struct Allocation {
     pub status: Status,
     /// Why it stands there: how it ended.
     pub reason: Option<String>,
-    /// Index in the kernel's maps, 1 to 16,383.
+    /// Index in the kernel's maps, 1 to 65,535.
     pub slot: u16,
+    /// Place among the class numbers at egress, 1 to 16,383; none: it needs none.
+    #[serde(default)]
+    pub class: Option<u16>,
 }
 
 impl Allocation {
@@ -84,6 +87,12 @@ impl Allocation {
         self.covers(direction)
             && (self.level.enforcement == Enforcement::Shape
                 || self.level.guaranteed.get(direction).is_some())
+    }
+
+    /// Tells whether traffic of any direction has a class of its own at egress.
+    #[must_use]
+    pub fn needs_class(&self) -> bool {
+        Direction::BOTH.into_iter().any(|direction| self.has_class(direction))
     }
 
     /// The allocation as it is when it has ended.

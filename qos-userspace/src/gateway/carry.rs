@@ -482,3 +482,82 @@ fn add_up(fields: &[&str], (to, record): (&Values, u32), (from, earlier): (&Valu
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use aya::Pod;
+    use aya::maps::Array;
+
+    use super::*;
+
+    /// A version's folder on the BPF file system, removed when dropped.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        /// With maps for so many allocations, and counters of two CPUs.
+        fn new(name: &str, slots: u32) -> Self {
+            let folder = PathBuf::from(format!("/sys/fs/bpf/qos-test-{}-{name}", std::process::id()));
+            fs::create_dir_all(&folder).expect("a folder");
+            array::<Allocation>(&folder, "allocations", 2 * slots);
+            array::<Clocks>(&folder, "clocks", 2 * slots);
+            array::<Counters>(&folder, "counters", 3 * 2 * slots);
+            leave_layouts(&folder).expect("layouts");
+            Self(folder)
+        }
+
+        fn values(&self, map: &str) -> Values {
+            Values::open(&self.0, map).expect("readable").expect("there")
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.0).expect("removed");
+        }
+    }
+
+    fn array<T: Pod>(folder: &Path, name: &str, length: u32) {
+        const BPF_F_MMAPABLE: u32 = 1 << 10;
+        let array = Array::<_, T>::create(length, BPF_F_MMAPABLE).expect("a map");
+        array.pin(folder.join(name)).expect("pinned");
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn clocks_and_counters_are_carried_between_maps_of_different_lengths() {
+        for (earlier, now) in [(4, 16), (16, 4)] {
+            let (before, after) = (Folder::new("before", earlier), Folder::new("after", now));
+            let (owners, clocks, counters) =
+                (before.values("allocations"), before.values("clocks"), before.values("counters"));
+            let set = |values: &Values, record: u32, field: &str, value: u64| {
+                values.word(record, field).expect("a word").store(value, Ordering::Relaxed);
+            };
+            // Two directions of the last slot that both have, on two CPUs.
+            let records = [2 * 3, 2 * 3 + 1];
+            for record in records {
+                set(&owners, record, "id", 77);
+                set(&clocks, record, "maximum", 1_000 + u64::from(record));
+                for cpu in 0..2 {
+                    set(&counters, cpu * 2 * earlier + record, "excess_bytes", 50 + u64::from(cpu * record));
+                }
+            }
+            let carried = Carried::open(&after.0).expect("opened");
+            let earlier = Carried::open(&before.0).expect("opened");
+            carried.seed(&earlier);
+            carried.fold(&earlier);
+            let (clocks, counters) = (after.values("clocks"), after.values("counters"));
+            let get = |values: &Values, record, field| {
+                values.word(record, field).expect("a word").load(Ordering::Relaxed)
+            };
+            for record in 0..2 * now {
+                let (clock, counted) = match record {
+                    6 | 7 => (1_000 + u64::from(record), 100 + u64::from(record)),
+                    _ => (0, 0),
+                };
+                assert_eq!(get(&clocks, record, "maximum"), clock, "record {record} of {now} slots");
+                let sum: u64 = (0..3).map(|cpu| get(&counters, cpu * 2 * now + record, "excess_bytes")).sum();
+                assert_eq!(sum, counted, "record {record} of {now} slots");
+            }
+        }
+    }
+}

@@ -29,9 +29,7 @@ use super::object::{
     remove_pins,
 };
 use super::scheduler::htb::{Htb, LeafQueue};
-use super::scheduler::{
-    AllocationSlot, Leaf, LineClass, LineSlot, Part, Scheduler as _, SchedulerError, Tree,
-};
+use super::scheduler::{ClassSlot, Leaf, LineClass, LineSlot, Part, Scheduler as _, SchedulerError, Tree};
 use super::trace::Tracer;
 use super::{Role, TcHooks, XdpChoice};
 use crate::domain::selector::rules;
@@ -39,7 +37,7 @@ use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, 
 use crate::manager::report::{
     Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
 };
-use crate::manager::{Change, Gateway, State};
+use crate::manager::{Change, Gateway, SlotKind, State};
 
 /// Repairs that are remembered.
 const REPAIRS_KEPT: usize = 100;
@@ -66,7 +64,7 @@ pub struct GatewayConfig {
     pub bpffs_dir: PathBuf,
     /// Classify and count only.
     pub observe: bool,
-    /// Bits of `skb->mark` that are ours: one run of at least 18.
+    /// Bits of `skb->mark` that are ours: one run of at least 20.
     pub mark_mask: u32,
     /// Where tc programs are attached.
     pub tc_hooks: TcHooks,
@@ -131,7 +129,7 @@ pub enum GatewayError {
     )]
     Framing(String, u16),
     /// The mark's bits are unusable.
-    #[error("mark_mask {0:#010x} is not one run of at least 18 bits")]
+    #[error("mark_mask {0:#010x} is not one run of at least 20 bits")]
     MarkMask(u32),
     /// There are more prefix lengths of lines than the programs try.
     #[error(
@@ -186,6 +184,14 @@ struct Interface {
 
 /// Lines that have been divided for an allocation, by direction.
 type Divided = [BTreeSet<LineSlot>; 2];
+
+/// A line that is divided in a direction.
+#[derive(Debug)]
+struct Division {
+    direction: Direction,
+    slot: LineSlot,
+    session: Name,
+}
 
 /// How a tree was before it was changed.
 #[derive(Debug)]
@@ -394,31 +400,30 @@ impl Kernel {
     /// # Errors
     /// Where a map or the scheduler can't be read.
     pub fn statistics(&mut self, state: &State) -> Result<Statistics, GatewayError> {
-        let mut statistics = Statistics { at_ns: monotonic_ns(), ..Statistics::default() };
-        let mut slots = HashMap::new();
-        for allocation in state.allocations.values() {
+        let at_ns = monotonic_ns();
+        let mut drops: [HashMap<ClassSlot, u64>; 2] = Default::default();
+        for interface in &self.interfaces {
+            let Some(scheduler) = &interface.scheduler else { continue };
+            for (slot, class) in scheduler.statistics()? {
+                *drops[interface.egress() as usize].entry(slot).or_default() += class.drops;
+            }
+        }
+        let allocations = state.allocations.values().map(|allocation| {
             let count = |direction| Counts {
                 mtu: self.maps.allocation_clocks(allocation.slot, direction).into(),
+                queue_dropped_packets: allocation
+                    .class
+                    .and_then(|class| drops[direction as usize].get(&ClassSlot(class)))
+                    .map_or(0, |drops| *drops),
                 ..Counts::from(self.maps.allocation_counters(allocation.slot, direction))
             };
             let counts =
                 DirectedCounts { up: count(Direction::Upstream), down: count(Direction::Downstream) };
-            slots.insert(AllocationSlot(allocation.slot), allocation.id);
-            statistics.allocations.insert(allocation.id, counts);
-        }
-        for interface in &self.interfaces {
-            let Some(scheduler) = &interface.scheduler else { continue };
-            for (slot, class) in scheduler.statistics()? {
-                let Some(counts) = slots.get(&slot).and_then(|id| statistics.allocations.get_mut(id)) else {
-                    continue;
-                };
-                let counts = match interface.egress() {
-                    Direction::Upstream => &mut counts.up,
-                    Direction::Downstream => &mut counts.down,
-                };
-                counts.queue_dropped_packets += class.drops;
-            }
-        }
+            (allocation.id, counts)
+        });
+        // Of what is in order a map is made at once.
+        let allocations = allocations.collect();
+        let mut statistics = Statistics { at_ns, allocations, ..Statistics::default() };
         for provider in state.providers.values() {
             let counts = DirectedCounts {
                 up: self.maps.provider_counters(provider.slot, Direction::Upstream).into(),
@@ -603,7 +608,8 @@ impl Kernel {
         for direction in Direction::BOTH {
             let divided = &mut self.divided[direction as usize];
             divided.retain(|slot| slots.contains(slot));
-            divided.extend(state.allocations.values().filter_map(|of| dividing(state, of, direction)));
+            let dividing = state.allocations.values().filter_map(|of| dividing(state, of, direction));
+            divided.extend(dividing.map(|session| LineSlot(session.slot)));
         }
         Ok(())
     }
@@ -703,6 +709,21 @@ impl Kernel {
 
     /// Makes every map but the classifier's equal to the state.
     fn reconcile_maps(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
+        let mut wrong = self.reconcile_registered(state)?;
+        let allocations: HashMap<u16, _> =
+            state.allocations.values().map(|known| (known.slot, known)).collect();
+        for slot in 1..=SlotKind::Allocation.last() {
+            let records = allocations.get(&slot).map(|known| self.records(state, known)).unwrap_or_default();
+            if self.maps.put_allocation(slot, records) {
+                wrong.push(format!("map allocations, slot {slot}, differed"));
+            }
+        }
+        self.allocations = allocations.len() as u32;
+        Ok(wrong)
+    }
+
+    /// Makes the settings and the maps of lines, providers and applications equal to the state.
+    fn reconcile_registered(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
         let mut wrong = Vec::new();
         let settings = self.settings(state)?;
         if self.maps.put_settings(&settings)? {
@@ -739,15 +760,6 @@ impl Kernel {
                 wrong.push(format!("map applications[{slot}] differed"));
             }
         }
-        let allocations: HashMap<u16, _> =
-            state.allocations.values().map(|known| (known.slot, known)).collect();
-        for slot in 1..abi::ALLOCATION_SLOTS as u16 {
-            let records = allocations.get(&slot).map(|known| self.records(state, known)).unwrap_or_default();
-            if self.maps.put_allocation(slot, records) {
-                wrong.push(format!("map allocations, slot {slot}, differed"));
-            }
-        }
-        self.allocations = allocations.len() as u32;
         Ok(wrong)
     }
 
@@ -857,12 +869,11 @@ impl Kernel {
             .iter()
             .filter(|interface| interface.egress() == direction)
             .find_map(|interface| interface.scheduler.as_ref());
-        match (scheduler, session) {
-            (None, _) => 0,
-            (Some(scheduler), _) if allocation.has_class(direction) => scheduler
-                .leaf_class(AllocationSlot(allocation.slot), session.map(|session| LineSlot(session.slot))),
-            (Some(scheduler), Some(session)) => self.rest_class(scheduler, session, direction),
-            (Some(_), None) => 0,
+        let Some(scheduler) = scheduler else { return 0 };
+        match (class_slot(allocation, direction), session) {
+            (Some(slot), _) => scheduler.leaf_class(slot, session.map(|session| LineSlot(session.slot))),
+            (None, Some(session)) => self.rest_class(scheduler, session, direction),
+            (None, None) => 0,
         }
     }
 
@@ -894,7 +905,7 @@ impl Kernel {
             }
             // What these leave behind is named by the state alone.
             Change::DeleteProvider(_) | Change::DeleteApplication(..) | Change::DeleteSession(_) => {
-                self.reconcile_maps(state)?;
+                self.reconcile_registered(state)?;
             }
             Change::PutProfile(_) | Change::DeleteProfile(_) => {}
         }
@@ -945,6 +956,9 @@ impl Kernel {
             let part = tree_part(state, &self.divided, interface.egress(), changes);
             match (&mut interface.scheduler, &mut interface.tree, part) {
                 (None, ..) => before.push(Before::Nothing),
+                (Some(_), Some(tree), Some(part)) if mtu == Some(tree.mtu) && part.is_empty() => {
+                    before.push(Before::Nothing);
+                }
                 (Some(scheduler), Some(tree), Some(mut part)) if mtu == Some(tree.mtu) => {
                     part.exchange(tree);
                     if let Err(error) = scheduler.apply_part(tree, &part) {
@@ -988,15 +1002,20 @@ impl Kernel {
     }
 
     /// Counts lines as divided that changes put the first class of an allocation on; returns these.
-    fn divide(&mut self, state: &State, changes: &[&Change]) -> Vec<(Direction, LineSlot)> {
+    fn divide(&mut self, state: &State, changes: &[&Change]) -> Vec<Division> {
         let mut new = Vec::new();
         for change in changes {
             let Change::PutAllocation(allocation) = change else { continue };
             for direction in Direction::BOTH {
+                let session = dividing(state, allocation, direction);
                 new.extend(
-                    dividing(state, allocation, direction)
-                        .filter(|slot| self.divided[direction as usize].insert(*slot))
-                        .map(|slot| (direction, slot)),
+                    session
+                        .filter(|session| self.divided[direction as usize].insert(LineSlot(session.slot)))
+                        .map(|session| Division {
+                            direction,
+                            slot: LineSlot(session.slot),
+                            session: session.name.clone(),
+                        }),
                 );
             }
         }
@@ -1004,9 +1023,9 @@ impl Kernel {
     }
 
     /// Takes that back.
-    fn unite(&mut self, lines: &[(Direction, LineSlot)]) {
-        for (direction, slot) in lines {
-            self.divided[*direction as usize].remove(slot);
+    fn unite(&mut self, lines: &[Division]) {
+        for line in lines {
+            self.divided[line.direction as usize].remove(&line.slot);
         }
     }
 
@@ -1019,15 +1038,11 @@ impl Kernel {
     }
 
     /// Sends the rests of lines that have been divided, or are so no more, to their classes of now.
-    fn move_rests(&mut self, state: &State, lines: &[(Direction, LineSlot)]) {
-        if lines.is_empty() {
-            return;
-        }
-        let slots: BTreeSet<u16> = lines.iter().map(|(_, slot)| slot.0).collect();
-        for session in state.sessions.values().filter(|session| slots.contains(&session.slot)) {
+    fn move_rests(&mut self, state: &State, lines: &[Division]) {
+        let names: BTreeSet<_> = lines.iter().map(|line| &line.session).collect();
+        for session in names.into_iter().filter_map(|name| state.sessions.get(name)) {
             self.maps.put_line_classes(session.slot, self.line_classes(session));
-            let on_it = state.allocations.values().filter(|of| of.session.as_ref() == Some(&session.name));
-            for allocation in on_it {
+            for allocation in state.allocations_on(&session.name) {
                 self.maps.change_classes(allocation.slot, self.records(state, allocation));
             }
         }
@@ -1042,7 +1057,7 @@ impl Kernel {
         ends: usize,
         done: &mut usize,
         before: &mut Vec<Before>,
-        divided: &mut Vec<(Direction, LineSlot)>,
+        divided: &mut Vec<Division>,
     ) -> Result<(), GatewayError> {
         // Packets leave a class before it goes, and find it before they come. Rules go and come together:
         // many are laid out at once.
@@ -1214,12 +1229,8 @@ fn tree(state: &State, divided: &Divided, direction: Direction, link: BitsPerSec
     let mut lines: Vec<_> =
         state.sessions.values().map(|session| line_class(state, divided, session, direction)).collect();
     lines.sort_unstable_by_key(|line| line.slot);
-    let mut leaves: Vec<_> = state
-        .allocations
-        .values()
-        .filter(|allocation| allocation.has_class(direction))
-        .map(|allocation| leaf(state, allocation, direction))
-        .collect();
+    let mut leaves: Vec<_> =
+        state.allocations.values().filter_map(|allocation| leaf(state, allocation, direction)).collect();
     leaves.sort_unstable_by_key(|leaf| leaf.slot);
     Tree { link, rest: state.network.link_rest(direction), mtu, lines, leaves }
 }
@@ -1237,13 +1248,13 @@ fn tree_part(state: &State, divided: &Divided, direction: Direction, changes: &[
             Change::PutSession(session) => put_line(&mut part, state.sessions.get(&session.name)?),
             Change::DeleteSession(_) => return None,
             Change::PutAllocation(allocation) | Change::EndAllocation(allocation) => {
+                let Some(slot) = class_slot(allocation, direction) else { continue };
                 if let Some(name) = &allocation.session {
                     put_line(&mut part, state.sessions.get(name)?);
                 }
-                // What ends comes first, and its slot may have been given to what comes.
-                let live = state.allocations.get(&allocation.id).filter(|live| live.has_class(direction));
-                part.leaves
-                    .insert(AllocationSlot(allocation.slot), live.map(|live| leaf(state, live, direction)));
+                // What ends comes first, and its class may have been given to what comes.
+                let live = state.allocations.get(&allocation.id);
+                part.leaves.insert(slot, live.and_then(|live| leaf(state, live, direction)));
             }
             Change::PutProvider(_)
             | Change::DeleteProvider(_)
@@ -1257,9 +1268,9 @@ fn tree_part(state: &State, divided: &Divided, direction: Direction, changes: &[
 }
 
 /// The line that an allocation divides in a direction; none: it has no class there, or is on none.
-fn dividing(state: &State, allocation: &Allocation, direction: Direction) -> Option<LineSlot> {
+fn dividing<'a>(state: &'a State, allocation: &Allocation, direction: Direction) -> Option<&'a Session> {
     let session = allocation.session.as_ref().filter(|_| allocation.has_class(direction))?;
-    state.sessions.get(session).map(|session| LineSlot(session.slot))
+    state.sessions.get(session)
 }
 
 fn line_class(state: &State, divided: &Divided, session: &Session, direction: Direction) -> LineClass {
@@ -1275,16 +1286,23 @@ fn line_class(state: &State, divided: &Divided, session: &Session, direction: Di
     }
 }
 
-fn leaf(state: &State, allocation: &Allocation, direction: Direction) -> Leaf {
+/// Place among the class numbers of an allocation; none: it has no class in that direction.
+fn class_slot(allocation: &Allocation, direction: Direction) -> Option<ClassSlot> {
+    allocation.class.filter(|_| allocation.has_class(direction)).map(ClassSlot)
+}
+
+/// The leaf of an allocation that has a class.
+fn leaf(state: &State, allocation: &Allocation, direction: Direction) -> Option<Leaf> {
+    let slot = class_slot(allocation, direction)?;
     let session = allocation.session.as_ref().and_then(|name| state.sessions.get(name));
-    Leaf {
-        slot: AllocationSlot(allocation.slot),
+    Some(Leaf {
+        slot,
         line: session.map(|session| LineSlot(session.slot)),
         guaranteed: *allocation.level.guaranteed.get(direction),
         maximum: *allocation.level.maximum.get(direction),
         priority: allocation.level.priority,
         queue: None,
-    }
+    })
 }
 
 /// Bytes by which the clock of a shaped maximum may run ahead.

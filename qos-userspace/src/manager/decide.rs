@@ -249,9 +249,8 @@ fn remove_session(state: &State, name: &Name) -> Result<Decision, Refusal> {
     if !state.sessions.contains_key(name) {
         return Err(Refusal::unknown("name", "session", name, &mut state.sessions.keys()));
     }
-    let allocations =
-        state.allocations.values().filter(|allocation| allocation.session.as_ref() == Some(name));
-    refuse_in_use("session", name, "allocation", allocations.map(|allocation| allocation.id))?;
+    let allocations = state.allocations_on(name).map(|allocation| allocation.id);
+    refuse_in_use("session", name, "allocation", allocations)?;
     Ok(only(Change::DeleteSession(name.clone())))
 }
 

@@ -54,12 +54,37 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
         status: Status::Available,
         reason: None,
         slot: free_slot(state, SlotKind::Allocation)?,
+        class: None,
     };
+    allocation.class = class(state, &allocation)?;
     check_rules(state, &allocation, &mut warnings)?;
     admit(state, provider, session, &allocation, &mut warnings)?;
     allocation.delay_bound_us = check_delay(state, session, &allocation, &mut warnings)?;
     check_loss(session, &allocation, &mut warnings)?;
     Ok(Decision { changes: vec![Change::PutAllocation(allocation)], warnings })
+}
+
+/// The place among the class numbers of an allocation that needs one.
+fn class(state: &State, allocation: &Allocation) -> Result<Option<u16>, Refusal> {
+    if !allocation.needs_class() {
+        return Ok(None);
+    }
+    let level = &allocation.level;
+    free_slot(state, SlotKind::Class).map(Some).map_err(|mut refusal| {
+        let (field, value) = match given(&level.guaranteed).next() {
+            Some((direction, rate)) => {
+                (format!("level.guaranteed.{}", direction_field(direction)), rate.to_string())
+            }
+            None => ("level.enforcement".to_owned(), "shape".to_owned()),
+        };
+        refusal.message = format!(
+            "{field}: {value} takes a class of the scheduler, which holds {} allocations at most, and all of \
+             these are in use: ask for `police` without a guarantee, which takes none",
+            SlotKind::Class.last()
+        );
+        (refusal.field, refusal.value) = (Some(field), Some(value));
+        refusal
+    })
 }
 
 /// Checks a level that a profile stands for, as far as it can be checked without a request.

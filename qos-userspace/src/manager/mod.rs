@@ -27,7 +27,7 @@ pub(crate) mod tests;
 
 pub use decide::decide;
 pub use refusal::{Refusal, RefusalCode};
-pub use slots::{LINE_SLOTS, SlotKind};
+pub use slots::{CLASS_SLOTS, LINE_SLOTS, SlotKind};
 pub use state::State;
 
 /// On which end of the lines the gateway stands.

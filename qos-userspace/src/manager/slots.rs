@@ -1,7 +1,7 @@
 //! Slots: indices in the kernel's maps, given out longest free first.
 //!
-//! A packet in flight carries its allocation's slot in `skb->mark`, and a class number follows from
-//! a slot, so a slot that was just freed must not name something else at once. Slots that were
+//! A packet in flight carries its allocation's slot in `skb->mark`, and its class number follows from
+//! another, so a slot that was just freed must not name something else at once. Slots that were
 //! never used go first, in ascending order; then those that were freed, in the order in which they
 //! were. The store keeps the freed ones in that order, so a restart changes nothing.
 
@@ -11,6 +11,8 @@ use qos_common::abi::{ALLOCATION_SLOTS, APPLICATION_SLOTS, PROVIDER_SLOTS};
 
 /// Lines that have a place among the class numbers.
 pub const LINE_SLOTS: u32 = 10_241;
+/// Allocations that have one, place zero ("none") among them.
+pub const CLASS_SLOTS: u32 = 1 << 14;
 
 /// What a slot is for. Slots of different kinds have nothing to do with each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,13 +23,16 @@ pub enum SlotKind {
     Application,
     /// Sessions, 1 to 10,240.
     Session,
-    /// Allocations, 1 to 16,383.
+    /// Allocations, 1 to 65,535.
     Allocation,
+    /// Allocations with a class at egress, 1 to 16,383.
+    Class,
 }
 
 impl SlotKind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::Provider, Self::Application, Self::Session, Self::Allocation];
+    pub const ALL: [Self; 5] =
+        [Self::Provider, Self::Application, Self::Session, Self::Allocation, Self::Class];
 
     /// Its name, in the singular.
     #[must_use]
@@ -37,6 +42,7 @@ impl SlotKind {
             Self::Application => "application",
             Self::Session => "session",
             Self::Allocation => "allocation",
+            Self::Class => "class",
         }
     }
 
@@ -48,6 +54,7 @@ impl SlotKind {
             Self::Application => APPLICATION_SLOTS,
             Self::Session => LINE_SLOTS,
             Self::Allocation => ALLOCATION_SLOTS,
+            Self::Class => CLASS_SLOTS,
         };
         (slots - 1) as u16
     }

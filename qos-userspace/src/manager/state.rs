@@ -96,15 +96,19 @@ impl State {
             }
             Change::PutAllocation(allocation) => {
                 let old = self.forget(allocation.id);
+                let old = old.map(|old| (old.slot, old.class));
                 let session = session_of(&self.sessions, allocation);
                 self.index.add(&self.network, session, allocation);
                 self.allocations.insert(allocation.id, allocation.clone());
                 self.next_allocation = self.next_allocation.max(AllocationId(allocation.id.0 + 1));
-                self.exchange(SlotKind::Allocation, old.map(|old| old.slot), Some(allocation.slot));
+                self.exchange(SlotKind::Allocation, old.map(|(slot, _)| slot), Some(allocation.slot));
+                self.exchange(SlotKind::Class, old.and_then(|(_, class)| class), allocation.class);
             }
             Change::EndAllocation(allocation) => {
-                let old = self.forget(allocation.id);
-                self.exchange(SlotKind::Allocation, old.map(|old| old.slot), None);
+                if let Some(old) = self.forget(allocation.id) {
+                    self.exchange(SlotKind::Allocation, Some(old.slot), None);
+                    self.exchange(SlotKind::Class, old.class, None);
+                }
             }
         }
     }
@@ -167,6 +171,12 @@ impl State {
     #[must_use]
     pub fn line_of(&self, address: IpAddr) -> Option<&Name> {
         self.index.session_around(&IpNet::from(address))
+    }
+
+    /// Allocations on a line, by number.
+    pub fn allocations_on(&self, session: &Name) -> impl Iterator<Item = &Allocation> {
+        let ids = self.index.lines.get(session).into_iter().flat_map(|line| &line.allocations);
+        ids.filter_map(|id| self.allocations.get(id))
     }
 
     /// Rate of a line's class: its guarantees, the smallest rate of its other classes, and what its
@@ -261,12 +271,7 @@ impl State {
 
     fn put_session(&mut self, session: &Session) {
         // The allocations of a line that changes are taken off and put back.
-        let carried: Vec<Allocation> = if self.sessions.contains_key(&session.name) {
-            let on_line = |allocation: &&Allocation| allocation.session.as_ref() == Some(&session.name);
-            self.allocations.values().filter(on_line).cloned().collect()
-        } else {
-            Vec::new()
-        };
+        let carried: Vec<Allocation> = self.allocations_on(&session.name).cloned().collect();
         for allocation in &carried {
             self.index.remove(&self.network, session_of(&self.sessions, allocation), allocation);
         }
@@ -323,6 +328,7 @@ pub(super) struct Index {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Line {
     pub(super) load: Directed<Load>,
+    allocations: BTreeSet<AllocationId>,
     /// Delay budgets by priority, in ns.
     budgets: [BTreeSet<(u64, AllocationId)>; PRIORITIES],
     /// The line's entries in [`Index::room`].
@@ -412,6 +418,7 @@ impl Index {
         }
         if let Some(session) = session {
             let line = self.lines.entry(session.name.clone()).or_default();
+            line.allocations.insert(allocation.id);
             for direction in Direction::BOTH {
                 if let Some(share) = Share::of(network, Some(session), allocation, direction) {
                     line.load.get_mut(direction).add(&share);
@@ -447,6 +454,7 @@ impl Index {
             }
         }
         if let Some(line) = session.and_then(|session| self.lines.get_mut(&session.name)) {
+            line.allocations.remove(&allocation.id);
             for direction in Direction::BOTH {
                 if let Some(share) = Share::of(network, session, allocation, direction) {
                     line.load.get_mut(direction).remove(&share);

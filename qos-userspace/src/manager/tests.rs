@@ -950,6 +950,52 @@ fn full_maps_are_refused() {
 }
 
 #[test]
+fn what_needs_a_class_is_refused_where_none_is_left_and_the_rest_is_granted() {
+    let mut state = town().0;
+    let asked = |number: u32, enforcement| {
+        let near = std::net::Ipv4Addr::from(0x0a00_0000 + number);
+        let level = LevelRequest {
+            maximum: Directed { up: None, down: Some(rate("1mbit")) },
+            enforcement: Some(enforcement),
+            ..LevelRequest::default()
+        };
+        GrantRequest { level, ..request("acme", &format!("down from 198.51.100.0/24 to {near}")) }
+    };
+    let policed = grant(&mut state, asked(0, Enforcement::Police));
+    assert_eq!((policed.slot, policed.class), (1, None));
+    for number in 1..=16_383 {
+        let shaped = grant(&mut state, asked(number, Enforcement::Shape));
+        assert_eq!((shaped.slot, shaped.class), (number as u16 + 1, Some(number as u16)));
+    }
+    let refusal = refused_grant(&state, asked(16_384, Enforcement::Shape));
+    assert_eq!(
+        (refusal.code, refusal.field.as_deref()),
+        (RefusalCode::InsufficientSlots, Some("level.enforcement"))
+    );
+    assert_eq!(
+        refusal.message,
+        "level.enforcement: shape takes a class of the scheduler, which holds 16383 allocations at most, and all of \
+         these are in use: ask for `police` without a guarantee, which takes none"
+    );
+    let mut sure = asked(16_384, Enforcement::Police);
+    sure.level.guaranteed.down = Some(rate("1mbit"));
+    let refusal = refused_grant(&state, sure);
+    assert_eq!(
+        (refusal.field.as_deref(), refusal.value.as_deref()),
+        (Some("level.guaranteed.down"), Some("1 Mbit/s"))
+    );
+    let policed = grant(&mut state, asked(16_384, Enforcement::Police));
+    assert_eq!((policed.slot, policed.class), (16_385, None));
+
+    // The class that has been free for the longest goes first, whatever slots are free.
+    for id in [100, 50] {
+        carry_out(&mut state, Command::Revoke { id: AllocationId(id) });
+    }
+    let next = grant(&mut state, asked(99, Enforcement::Shape));
+    assert_eq!((next.slot, next.class), (16_386, Some(99)));
+}
+
+#[test]
 fn slots_of_allocations_wait_their_turn() {
     let mut state = town().0;
     let asked = |host: u8| request("acme", &format!("down from 198.51.100.{host} to 192.0.2.1"));
@@ -1137,6 +1183,7 @@ fn check(state: &State) {
             SlotKind::Application => state.applications.values().map(|item| item.slot).collect(),
             SlotKind::Session => state.sessions.values().map(|item| item.slot).collect(),
             SlotKind::Allocation => state.allocations.values().map(|item| item.slot).collect(),
+            SlotKind::Class => state.allocations.values().filter_map(|item| item.class).collect(),
         }
     };
     for kind in SlotKind::ALL {

@@ -6,6 +6,7 @@
 //! (`sqlite3 -readonly`): rates, times and names are columns, and the view `allocation_status`
 //! lists allocations with those that ended. Selectors and prefixes are JSON lists of their text form.
 
+use std::collections::HashMap;
 use std::fmt::Display;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Read as _, Write as _};
@@ -35,7 +36,8 @@ pub const HISTORY_LIMIT: u32 = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Statement `n` brings a file of version `n` to version `n + 1`.
-const MIGRATIONS: [&str; 2] = [include_str!("schema-1.sql"), include_str!("schema-2.sql")];
+const MIGRATIONS: [&str; 3] =
+    [include_str!("schema-1.sql"), include_str!("schema-2.sql"), include_str!("schema-3.sql")];
 
 /// An SQLite file that this process owns.
 #[derive(Debug)]
@@ -144,10 +146,12 @@ impl SqliteStore {
     ) -> Result<Vec<T>, StoreError> {
         let at = |source| explain(&self.path, "reading a table", source);
         let mut statement = self.connection.prepare(query).map_err(at)?;
+        let names = statement.column_names().into_iter().map(str::to_owned);
+        let columns: HashMap<String, usize> = names.zip(0..).collect();
         let mut rows = statement.query([]).map_err(at)?;
         let mut found = Vec::new();
         while let Some(row) = rows.next().map_err(at)? {
-            let item = read(&Reader { row }).map_err(|reason| StoreError::BadRow {
+            let item = read(&Reader { row, columns: &columns }).map_err(|reason| StoreError::BadRow {
                 path: self.path.clone(),
                 table,
                 key: key.iter().map(|column| text_of(row, column)).collect::<Vec<_>>().join(" "),
@@ -170,7 +174,7 @@ impl Store for SqliteStore {
                 let kind: String = row.get("kind")?;
                 let kind = SlotKind::ALL.into_iter().find(|known| known.name() == kind);
                 let kind = kind.ok_or("column kind: not known")?;
-                Ok((kind, row.slot(kind)?))
+                Ok((kind, row.slot("slot", kind)?))
             },
         )?;
         state.restore_freed_slots(freed);
@@ -199,6 +203,9 @@ impl Store for SqliteStore {
         let allocations =
             self.rows("allocations", "SELECT * FROM allocations ORDER BY id", &["id"], |row| {
                 let allocation = read_allocation(row, Status::Available)?;
+                if allocation.needs_class() != allocation.class.is_some() {
+                    return Err("column class: it does not agree with the level".to_owned());
+                }
                 check_references(&state, &allocation)?;
                 Ok(allocation)
             })?;
@@ -344,6 +351,10 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
         Change::PutAllocation(allocation) => {
             let id = integer(allocation.id.0);
             take_slot(transaction, SlotKind::Allocation, "id = ?1", &[&id], allocation.slot)?;
+            match allocation.class {
+                Some(class) => take_slot(transaction, SlotKind::Class, "id = ?1", &[&id], class)?,
+                None => free_slot(transaction, SlotKind::Class, "id = ?1", &[&id], None)?,
+            }
             transaction.prepare_cached("DELETE FROM history WHERE id = ?1")?.execute([&id])?;
             upsert(transaction, "allocations", &["id"], allocation_columns(allocation))?;
             transaction
@@ -355,7 +366,9 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
             Ok(())
         }
         Change::EndAllocation(allocation) => {
-            delete(transaction, SlotKind::Allocation, "id = ?1", &[&integer(allocation.id.0)])?;
+            let id = integer(allocation.id.0);
+            free_slot(transaction, SlotKind::Class, "id = ?1", &[&id], None)?;
+            delete(transaction, SlotKind::Allocation, "id = ?1", &[&id])?;
             let mut columns = allocation_columns(allocation);
             columns.push(("ended_at", option(allocation.ended_at.as_ref(), text)));
             columns.push(("reason", option(allocation.reason.as_ref(), text)));
@@ -375,8 +388,13 @@ fn table(kind: SlotKind) -> &'static str {
         SlotKind::Provider => "providers",
         SlotKind::Application => "applications",
         SlotKind::Session => "sessions",
-        SlotKind::Allocation => "allocations",
+        SlotKind::Allocation | SlotKind::Class => "allocations",
     }
+}
+
+/// The column of that table.
+fn column(kind: SlotKind) -> &'static str {
+    if kind == SlotKind::Class { "class" } else { "slot" }
 }
 
 /// Takes `slot` from the free ones for the row that is about to be written, and frees what the row
@@ -415,9 +433,10 @@ fn free_slot(
     key: &[&dyn rusqlite::ToSql],
     kept: Option<u16>,
 ) -> rusqlite::Result<()> {
-    let find = format!("SELECT slot FROM {} WHERE {condition}", table(kind));
-    let slot: Option<u16> = transaction.prepare_cached(&find)?.query_row(key, |row| row.get(0)).optional()?;
-    if let Some(slot) = slot.filter(|slot| Some(*slot) != kept) {
+    let find = format!("SELECT {} FROM {} WHERE {condition}", column(kind), table(kind));
+    let found: Option<Option<u16>> =
+        transaction.prepare_cached(&find)?.query_row(key, |row| row.get(0)).optional()?;
+    if let Some(slot) = found.flatten().filter(|slot| Some(*slot) != kept) {
         // Replacing gives the row a new, higher sequence number.
         transaction
             .prepare_cached("INSERT OR REPLACE INTO freed_slots (kind, slot) VALUES (?1, ?2)")?
@@ -524,6 +543,7 @@ fn allocation_columns(allocation: &Allocation) -> Vec<Column> {
         ("granted_at", text(allocation.granted_at)),
         ("expires_at", option(allocation.expires_at, text)),
         ("slot", integer(allocation.slot.into())),
+        ("class", option(allocation.class, |class| integer(class.into()))),
     ];
     columns.extend(level_columns(&allocation.level));
     columns
@@ -552,11 +572,14 @@ fn json<T: serde::Serialize>(values: &[T]) -> Value {
 /// A row that is being read. What is wrong with a column is said with its name.
 struct Reader<'a, 'b> {
     row: &'a Row<'b>,
+    /// Where each column is. SQLite would look through all their names.
+    columns: &'a HashMap<String, usize>,
 }
 
 impl Reader<'_, '_> {
     fn get<T: FromSql>(&self, column: &str) -> Result<T, String> {
-        self.row.get(column).map_err(|error| format!("column {column}: {error}"))
+        let at = *self.columns.get(column).ok_or_else(|| format!("column {column}: it is missing"))?;
+        self.row.get(at).map_err(|error| format!("column {column}: {error}"))
     }
 
     fn parse<T: FromStr<Err: Display>>(&self, column: &str) -> Result<T, String> {
@@ -586,10 +609,16 @@ impl Reader<'_, '_> {
         serde_json::from_str(&text).map_err(|error| format!("column {column}: {error}"))
     }
 
-    fn slot(&self, kind: SlotKind) -> Result<u16, String> {
-        let slot: u16 = self.number("slot")?;
-        let fits = (1..=kind.last()).contains(&slot);
-        fits.then_some(slot).ok_or_else(|| format!("column slot: {slot} is out of range"))
+    fn slot(&self, column: &str, kind: SlotKind) -> Result<u16, String> {
+        self.slot_option(column, kind)?.ok_or_else(|| format!("column {column}: nothing is there"))
+    }
+
+    fn slot_option(&self, column: &str, kind: SlotKind) -> Result<Option<u16>, String> {
+        let slot: Option<u16> = self.number_option(column)?;
+        match slot.filter(|slot| !(1..=kind.last()).contains(slot)) {
+            Some(slot) => Err(format!("column {column}: {slot} is out of range")),
+            None => Ok(slot),
+        }
     }
 
     fn rates(&self, up: &str, down: &str) -> Result<Directed<Option<BitsPerSecond>>, String> {
@@ -619,7 +648,7 @@ fn read_provider(row: &Reader<'_, '_>) -> Result<Provider, String> {
         },
         networks: row.json("networks")?,
         aggregate: row.rates("aggregate_up", "aggregate_down")?,
-        slot: row.slot(SlotKind::Provider)?,
+        slot: row.slot("slot", SlotKind::Provider)?,
     })
 }
 
@@ -627,7 +656,7 @@ fn read_application(row: &Reader<'_, '_>) -> Result<Application, String> {
     Ok(Application {
         provider: row.parse("provider")?,
         name: row.parse("name")?,
-        slot: row.slot(SlotKind::Application)?,
+        slot: row.slot("slot", SlotKind::Application)?,
     })
 }
 
@@ -645,7 +674,7 @@ fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
         overhead: row.number("overhead")?,
         delay_us: row.number("delay_us")?,
         loss_ppm: row.number("loss_ppm")?,
-        slot: row.slot(SlotKind::Session)?,
+        slot: row.slot("slot", SlotKind::Session)?,
     })
 }
 
@@ -701,7 +730,8 @@ fn read_allocation(row: &Reader<'_, '_>, status: Status) -> Result<Allocation, S
         ended_at: if has_ended { row.parse_option("ended_at")? } else { None },
         status,
         reason: if has_ended { row.get("reason")? } else { None },
-        slot: row.slot(SlotKind::Allocation)?,
+        slot: row.slot("slot", SlotKind::Allocation)?,
+        class: row.slot_option("class", SlotKind::Class)?,
     })
 }
 

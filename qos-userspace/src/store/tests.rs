@@ -15,9 +15,9 @@ use proptest::test_runner::TestRunner;
 use rusqlite::Connection;
 
 use super::{SqliteStore, Store, StoreError};
-use crate::domain::{AllocationId, Status};
+use crate::domain::{AllocationId, BitsPerSecond, Directed, Enforcement, Status};
 use crate::manager::tests::{any_history, grant_on_line, network, town};
-use crate::manager::{Change, Command, State, decide};
+use crate::manager::{Change, Command, LevelRequest, State, decide};
 
 fn now() -> Timestamp {
     "2026-01-01T00:00:00.123456789Z".parse().unwrap()
@@ -59,6 +59,47 @@ fn what_was_written_is_read_back() {
     let loaded = reopened(&path);
     assert!(loaded == state, "{loaded:?}\n{state:?}");
     assert_eq!(loaded.next_allocation, AllocationId(6));
+}
+
+/// Before version 3 a class had the number of its allocation's slot.
+#[test]
+fn allocations_of_an_earlier_version_keep_their_classes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.db");
+    let (mut store, mut state) = filled(&path);
+    let policed = |host| {
+        let Command::Grant(mut request) = grant_on_line(host) else { panic!("a grant") };
+        request.level = LevelRequest {
+            maximum: Directed { up: None, down: Some(BitsPerSecond(1_000_000)) },
+            enforcement: Some(Enforcement::Police),
+            ..LevelRequest::default()
+        };
+        Command::Grant(request)
+    };
+    for host in 1..=6 {
+        let command = if host % 2 == 0 { policed(host) } else { grant_on_line(host) };
+        carry_out(&mut store, &mut state, &command, now());
+    }
+    for id in [5, 2] {
+        carry_out(&mut store, &mut state, &Command::Revoke { id: AllocationId(id) }, now());
+    }
+    drop(store);
+    let earlier = "DROP INDEX allocations_by_class; ALTER TABLE allocations DROP COLUMN class;
+         ALTER TABLE history DROP COLUMN class; DELETE FROM freed_slots WHERE kind = 'class';
+         PRAGMA user_version = 2";
+    Connection::open(&path).unwrap().execute_batch(earlier).unwrap();
+    let mut store = SqliteStore::open(&path).unwrap();
+    let mut state = store.load(network()).unwrap();
+    let classes: Vec<_> = state.allocations.values().map(|known| (known.slot, known.class)).collect();
+    assert_eq!(classes, [(1, Some(1)), (3, Some(3)), (4, None), (6, None)]);
+    assert!(store.history(5).unwrap().iter().all(|ended| ended.class.is_none()));
+    for host in 7..=8 {
+        carry_out(&mut store, &mut state, &grant_on_line(host), now());
+    }
+    let classes: Vec<_> = state.allocations.values().map(|known| (known.slot, known.class)).skip(4).collect();
+    assert_eq!(classes, [(7, Some(4)), (8, Some(6))], "not those that were freed last");
+    drop(store);
+    assert!(reopened(&path) == state);
 }
 
 #[test]
@@ -163,8 +204,8 @@ fn a_file_that_is_not_ours_is_told_from_a_damaged_one() {
     drop(filled(&path));
     Connection::open(&path).unwrap().execute_batch("PRAGMA user_version = 9").unwrap();
     let error = open().unwrap_err();
-    assert!(matches!(error, StoreError::TooNew { found: 9, known: 2, .. }), "{error}");
-    assert!(error.to_string().contains("schema version 9, this qosd knows versions up to 2"), "{error}");
+    assert!(matches!(error, StoreError::TooNew { found: 9, known: 3, .. }), "{error}");
+    assert!(error.to_string().contains("schema version 9, this qosd knows versions up to 3"), "{error}");
 
     let error = SqliteStore::open(folder.path().join("no/such/folder/state.db")).unwrap_err();
     assert!(matches!(error, StoreError::CannotOpen { .. }), "{error}");
@@ -229,6 +270,8 @@ fn a_bad_row_is_named() {
             "`sideways` is not understood",
         ),
         ("UPDATE allocations SET granted_at = 'yesterday'", "allocations", "1", "column granted_at"),
+        ("UPDATE allocations SET class = NULL", "allocations", "1", "column class: it does not agree"),
+        ("UPDATE allocations SET class = 16384", "allocations", "1", "class: 16384 is out of range"),
         ("UPDATE allocations SET dscp = 99", "allocations", "1", "dscp: 99 is out of range"),
         ("UPDATE allocations SET session = 'dsl-9'", "allocations", "1", "there is no session dsl-9"),
         ("UPDATE allocations SET provider = 'nobody'", "allocations", "1", "there is no provider nobody"),

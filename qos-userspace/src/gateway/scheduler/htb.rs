@@ -30,7 +30,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use self::change::{Change, changes};
 use self::class::{Class, DEFAULT, Discipline, Id, Kind, Queue, ROOT};
 use self::message::{Found, Qdisc};
-use super::{AllocationSlot, ClassStatistics, Drift, LineSlot, Part, Scheduler, SchedulerError, Tree};
+use super::{ClassSlot, ClassStatistics, Drift, LineSlot, Part, Scheduler, SchedulerError, Tree};
 use crate::gateway::link::{Framing, Link};
 use crate::gateway::netlink::{Answer, BATCH, NetlinkError, Refusal, RouteSocket};
 
@@ -210,7 +210,7 @@ impl Scheduler for Htb {
         result.map(|()| drifts)
     }
 
-    fn statistics(&self) -> Result<Vec<(AllocationSlot, ClassStatistics)>, SchedulerError> {
+    fn statistics(&self) -> Result<Vec<(ClassSlot, ClassStatistics)>, SchedulerError> {
         let Some(state) = &self.state else { return Ok(Vec::new()) };
         // HTB counts what a queue refuses, not what fq_codel drops later: its own count has both.
         let mut drops = HashMap::new();
@@ -261,7 +261,7 @@ impl Scheduler for Htb {
         if divided { Id::rest(line).handle() } else { Id::undivided(line).handle() }
     }
 
-    fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32 {
+    fn leaf_class(&self, slot: ClassSlot, line: Option<LineSlot>) -> u32 {
         Id::leaf(slot, line).handle()
     }
 }
@@ -764,7 +764,7 @@ fn by_id(classes: impl IntoIterator<Item = Class>) -> BTreeMap<Id, Class> {
 /// number twice.
 fn leaving<'a>(from: &'a [Class], wanted: &[Class]) -> Vec<&'a Class> {
     let wants = |id| wanted.binary_search_by_key(&id, |class| class.id).is_ok();
-    let elsewhere: HashSet<AllocationSlot> = wanted.iter().filter_map(Class::allocation).collect();
+    let elsewhere: HashSet<ClassSlot> = wanted.iter().filter_map(Class::allocation).collect();
     let is_leaving = |class: &&Class| match (class.allocation(), class.undivided()) {
         (Some(slot), _) => class.is_leaf() && !elsewhere.contains(&slot) && class.parent().is_some_and(wants),
         (_, Some(line)) => wants(Id::rest(line)),

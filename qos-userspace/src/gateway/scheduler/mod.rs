@@ -10,9 +10,9 @@ use qos_common::length::LinkLayer;
 
 pub mod htb;
 
-/// Slot of an allocation: its index in the kernel's maps, 1..16,384.
+/// Place of an allocation among the class numbers, 1..16,384. Those that need no class have none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct AllocationSlot(pub u16);
+pub struct ClassSlot(pub u16);
 
 /// Slot of a line, 1..=10,240. A slot keeps its class numbers for as long as the line exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -29,7 +29,7 @@ pub struct Tree {
     pub mtu: u32,
     /// Lines, by slot, in ascending order, each slot once.
     pub lines: Vec<LineClass>,
-    /// Allocations with a class of their own, by slot, in ascending order, each slot once.
+    /// Allocations with a class of their own, by its place, in ascending order, each once.
     pub leaves: Vec<Leaf>,
 }
 
@@ -47,10 +47,16 @@ pub struct Part {
     /// Lines, those of the allocations below among them.
     pub lines: BTreeMap<LineSlot, Option<LineClass>>,
     /// Allocations.
-    pub leaves: BTreeMap<AllocationSlot, Option<Leaf>>,
+    pub leaves: BTreeMap<ClassSlot, Option<Leaf>>,
 }
 
 impl Part {
+    /// Whether there is no difference.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty() && self.leaves.is_empty()
+    }
+
     /// Puts its entries into a tree and takes those out that were there.
     pub fn exchange(&mut self, tree: &mut Tree) {
         for (slot, entry) in &mut self.lines {
@@ -96,8 +102,8 @@ pub struct LineClass {
 /// An allocation's class.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leaf {
-    /// Slot of the allocation.
-    pub slot: AllocationSlot,
+    /// Its place among the class numbers.
+    pub slot: ClassSlot,
     /// The line it is sent into; none: the allocation stands beside the lines, under the link.
     pub line: Option<LineSlot>,
     /// Guaranteed capacity; none: the smallest that the scheduler takes.
@@ -227,7 +233,7 @@ pub trait Scheduler: Send {
     ///
     /// # Errors
     /// Where the kernel can't be asked.
-    fn statistics(&self) -> Result<Vec<(AllocationSlot, ClassStatistics)>, SchedulerError>;
+    fn statistics(&self) -> Result<Vec<(ClassSlot, ClassStatistics)>, SchedulerError>;
 
     /// Removes everything this scheduler made and leaves the interface as it was found.
     ///
@@ -246,5 +252,5 @@ pub trait Scheduler: Send {
     fn rest_class(&self, line: LineSlot, divided: bool) -> u32;
 
     /// `skb->priority` of the class of an allocation on a line, or on none.
-    fn leaf_class(&self, slot: AllocationSlot, line: Option<LineSlot>) -> u32;
+    fn leaf_class(&self, slot: ClassSlot, line: Option<LineSlot>) -> u32;
 }

@@ -29,7 +29,7 @@ pub(crate) fn config(bpffs_dir: PathBuf, observe: bool) -> GatewayConfig {
         interfaces: vec![interface(LAN, Role::Lan), interface(WAN, Role::Wan)],
         bpffs_dir,
         observe,
-        mark_mask: 0xffff_e000,
+        mark_mask: 0xffff_f000,
         tc_hooks: TcHooks::Auto,
         nat: false,
     }

@@ -168,7 +168,7 @@ impl Loaded {
     fn new() -> Result<Self> {
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}", std::process::id()));
         let mut object = Object::load(&pins)?;
-        let mark = MarkLayout::new(0xffff_e000, 0).context("19 bits")?;
+        let mark = MarkLayout::new(0xffff_f000, 0).context("20 bits")?;
         let mut settings: Array<_, abi::Settings> = object.take("settings")?;
         settings.set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)?;
         let classifier = Classifier::new(object.rule_maps()?)?;

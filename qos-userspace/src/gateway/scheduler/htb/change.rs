@@ -231,7 +231,7 @@ mod tests {
 
     use super::super::class::{Kind, classes, ids};
     use super::*;
-    use crate::gateway::scheduler::{AllocationSlot, Leaf, LineClass, LineSlot, Part, Tree};
+    use crate::gateway::scheduler::{ClassSlot, Leaf, LineClass, LineSlot, Part, Tree};
     use crate::manager::capacity::{SMALLEST_REST, UNGUARANTEED_RATE};
 
     /// A valid tree: each line's guarantees and rest within its rate, all within the link.
@@ -261,7 +261,7 @@ mod tests {
             let leaves: Vec<Leaf> = leaves
                 .into_iter()
                 .map(|(slot, (line, guaranteed, maximum, priority))| Leaf {
-                    slot: AllocationSlot(slot),
+                    slot: ClassSlot(slot),
                     line: lines.get(usize::from(line)).map(|line| line.slot),
                     guaranteed: guaranteed.map(megabits),
                     maximum: maximum.map(megabits),

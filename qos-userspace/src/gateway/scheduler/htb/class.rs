@@ -37,7 +37,8 @@ use qos_common::abi::LINE_SLOTS;
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
 
 use crate::domain::units::BitsPerSecond;
-use crate::gateway::scheduler::{AllocationSlot, LineClass, LineSlot, Part, Tree};
+use crate::gateway::scheduler::{ClassSlot, LineClass, LineSlot, Part, Tree};
+use crate::manager::CLASS_SLOTS;
 use crate::manager::capacity::{UNGUARANTEED_RATE, class_burst};
 
 /// Major number of our root, of all its classes, and by which it is known as ours.
@@ -52,6 +53,7 @@ const FIRST_LEAF: u16 = 0x4000;
 const LAST_LINE_SLOT: u16 = GROUP_LINES * (LAST_GROUP + 1);
 const _: () = assert!(LAST_LINE_SLOT as u32 + 1 == LINE_SLOTS);
 const LAST_LEAF_SLOT: u16 = 0x3fff;
+const _: () = assert!(LAST_LEAF_SLOT as u32 + 1 == CLASS_SLOTS);
 
 /// Lines of one group.
 const GROUP_LINES: u16 = 1_024;
@@ -165,10 +167,9 @@ impl Class {
     }
 
     /// Whether it is the class of an allocation.
-    pub(super) fn allocation(&self) -> Option<AllocationSlot> {
+    pub(super) fn allocation(&self) -> Option<ClassSlot> {
         let minor = self.id.minor;
-        (minor > FIRST_LEAF && minor <= FIRST_LEAF + LAST_LEAF_SLOT)
-            .then(|| AllocationSlot(minor - FIRST_LEAF))
+        (minor > FIRST_LEAF && minor <= FIRST_LEAF + LAST_LEAF_SLOT).then(|| ClassSlot(minor - FIRST_LEAF))
     }
 
     /// The line that it is all of; none: it is something else.
@@ -254,7 +255,7 @@ impl Id {
     }
 
     /// An allocation on a line, or on none.
-    pub(super) fn leaf(slot: AllocationSlot, line: Option<LineSlot>) -> Self {
+    pub(super) fn leaf(slot: ClassSlot, line: Option<LineSlot>) -> Self {
         Self { group: line.map_or(0, group), minor: FIRST_LEAF.wrapping_add(slot.0) }
     }
 
@@ -305,7 +306,7 @@ fn queue_handle(id: Id) -> u16 {
 static UNDIVIDED_QUEUES: LazyLock<Vec<u16>> = LazyLock::new(|| {
     let rests = (1..=LAST_LINE_SLOT).map(|slot| Id::rest(LineSlot(slot)));
     let defaults = (0..=LAST_GROUP).map(|group| Id { group, minor: DEFAULT });
-    let leaves = (1..=LAST_LEAF_SLOT).map(|slot| Id::leaf(AllocationSlot(slot), None));
+    let leaves = (1..=LAST_LEAF_SLOT).map(|slot| Id::leaf(ClassSlot(slot), None));
     let taken: HashSet<u16> = rests.chain(defaults).chain(leaves).map(queue_handle).collect();
     // Zero is none, and the last one is that of ingress and clsact.
     let free = (1..u16::MAX).filter(|handle| qdisc_list(*handle) != qdisc_list(ROOT));
@@ -612,32 +613,30 @@ fn check(tree: &Tree, lines: &LineIndex) -> Result<(), String> {
     for (index, leaf) in tree.leaves.iter().enumerate() {
         let slot = leaf.slot.0;
         if slot == 0 || slot > LAST_LEAF_SLOT {
-            return Err(format!("allocation slot {slot} is not within 1 and {LAST_LEAF_SLOT}"));
+            return Err(format!("class slot {slot} is not within 1 and {LAST_LEAF_SLOT}"));
         }
         if index > 0 && tree.leaves[index - 1].slot >= leaf.slot {
-            return Err(format!("allocation slot {slot} is out of order or there twice"));
+            return Err(format!("class slot {slot} is out of order or there twice"));
         }
         if let Some(line) = leaf.line {
             let Some(found) = lines.find(tree, line) else {
-                return Err(format!("allocation slot {slot}: there is no line slot {}", line.0));
+                return Err(format!("class slot {slot}: there is no line slot {}", line.0));
             };
             if !found.divided {
-                return Err(format!("allocation slot {slot}: line slot {} is not divided", line.0));
+                return Err(format!("class slot {slot}: line slot {} is not divided", line.0));
             }
         }
         if leaf.priority > 7 {
-            return Err(format!("allocation slot {slot}: priority {} is above 7", leaf.priority));
+            return Err(format!("class slot {slot}: priority {} is above 7", leaf.priority));
         }
         if let Some(maximum) = leaf.maximum {
             if too_slow(maximum) {
-                return Err(format!("allocation slot {slot}: maximum {maximum} is below 8 bit/s"));
+                return Err(format!("class slot {slot}: maximum {maximum} is below 8 bit/s"));
             }
             if let Some(guaranteed) = leaf.guaranteed
                 && guaranteed > maximum
             {
-                return Err(format!(
-                    "allocation slot {slot}: guaranteed {guaranteed} exceeds maximum {maximum}"
-                ));
+                return Err(format!("class slot {slot}: guaranteed {guaranteed} exceeds maximum {maximum}"));
             }
         }
     }
@@ -667,7 +666,7 @@ mod tests {
 
     fn leaf(slot: u16, line: Option<u16>) -> Leaf {
         Leaf {
-            slot: AllocationSlot(slot),
+            slot: ClassSlot(slot),
             line: line.map(LineSlot),
             guaranteed: Some(BitsPerSecond(5 * MEGABIT)),
             maximum: Some(BitsPerSecond(10 * MEGABIT)),
@@ -982,12 +981,12 @@ mod tests {
             ("line slot 1: rate 6 Mbit/s exceeds its ceiling of 5 Mbit/s", |tree| {
                 tree.lines[0].ceil = BitsPerSecond(5 * MEGABIT);
             }),
-            ("allocation slot 0 is not within 1 and 16383", |tree| tree.leaves[0].slot = AllocationSlot(0)),
-            ("allocation slot 16384 is not within", |tree| tree.leaves[2].slot = AllocationSlot(16_384)),
-            ("allocation slot 1 is out of order", |tree| tree.leaves[1].slot = AllocationSlot(1)),
-            ("allocation slot 1: there is no line slot 7", |tree| tree.leaves[0].line = Some(LineSlot(7))),
-            ("allocation slot 1: priority 8 is above 7", |tree| tree.leaves[0].priority = 8),
-            ("allocation slot 1: guaranteed 5 Mbit/s exceeds maximum 4 Mbit/s", |tree| {
+            ("class slot 0 is not within 1 and 16383", |tree| tree.leaves[0].slot = ClassSlot(0)),
+            ("class slot 16384 is not within", |tree| tree.leaves[2].slot = ClassSlot(16_384)),
+            ("class slot 1 is out of order", |tree| tree.leaves[1].slot = ClassSlot(1)),
+            ("class slot 1: there is no line slot 7", |tree| tree.leaves[0].line = Some(LineSlot(7))),
+            ("class slot 1: priority 8 is above 7", |tree| tree.leaves[0].priority = 8),
+            ("class slot 1: guaranteed 5 Mbit/s exceeds maximum 4 Mbit/s", |tree| {
                 tree.leaves[0].maximum = Some(BitsPerSecond(4 * MEGABIT));
             }),
             ("line slot 1: guarantees of 21 Mbit/s exceed its ceiling of 20 Mbit/s", |tree| {

@@ -127,7 +127,7 @@ fn one_change_is_one_message() {
         ("queue", 1, |tree| tree.leaves[0].queue = Some(ByteCount(50_000))),
         ("maximum and queue", 2, |tree| tree.leaves[0].maximum = Some(BitsPerSecond(19 * MEGABIT))),
         ("new allocation: class and queue", 2, |tree| {
-            tree.leaves.push(Leaf { slot: AllocationSlot(77), ..leaf(77, Some(1), 1) });
+            tree.leaves.push(Leaf { slot: ClassSlot(77), ..leaf(77, Some(1), 1) });
         }),
         ("revoked", 1, |tree| {
             tree.leaves.pop();
@@ -189,7 +189,7 @@ fn a_contradiction_is_found_before_anything_is_sent() {
         tree.leaves[0].line = Some(LineSlot(5));
         for _ in 0..2 {
             let error = htb.apply(&tree).expect_err("refused").to_string();
-            assert_eq!(error, "qos0: allocation slot 1: there is no line slot 5");
+            assert_eq!(error, "qos0: class slot 1: there is no line slot 5");
         }
         assert_eq!(htb.changes_sent(), 0);
         assert!(roots(link).is_empty());
@@ -348,7 +348,7 @@ fn a_part_is_applied_alone() {
         htb.apply(&tree).expect("applied");
         let part = |lines: &[u16], leaves: &[u16]| Part {
             lines: lines.iter().map(|slot| (LineSlot(*slot), None)).collect(),
-            leaves: leaves.iter().map(|slot| (AllocationSlot(*slot), None)).collect(),
+            leaves: leaves.iter().map(|slot| (ClassSlot(*slot), None)).collect(),
         };
         // What is not in the part is not looked at.
         tree.lines[0].ceil = BitsPerSecond(30 * MEGABIT);
@@ -534,7 +534,7 @@ fn a_revoked_class_drains_first() {
         tree.leaves[0].queue = Some(ByteCount(1_000_000));
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
-        let sender = sender(htb.leaf_class(AllocationSlot(1), Some(LineSlot(1))));
+        let sender = sender(htb.leaf_class(ClassSlot(1), Some(LineSlot(1))));
         for _ in 0..100 {
             sender.send(&[0; PAYLOAD]).expect("sent");
         }
@@ -577,7 +577,7 @@ fn five_megabits_are_five_megabits() {
         let tree = traffic_tree();
         let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
         htb.apply(&tree).expect("applied");
-        let class = htb.leaf_class(AllocationSlot(1), Some(LineSlot(1)));
+        let class = htb.leaf_class(ClassSlot(1), Some(LineSlot(1)));
         let flood = flood(class, Duration::from_millis(2_400));
         let rate = rate_of(receiver, Duration::from_millis(300), Duration::from_secs(2));
         let statistics = htb.statistics().expect("dump");
@@ -585,7 +585,7 @@ fn five_megabits_are_five_megabits() {
         println!("{rate:.0} bit/s of 5,000,000; {statistics:?}");
         assert!((rate - 5e6).abs() < 5e4, "{rate} bit/s");
         let (slot, statistics) = statistics[0];
-        assert_eq!(slot, AllocationSlot(1));
+        assert_eq!(slot, ClassSlot(1));
         // 24 ms at 5 Mbit/s.
         assert!((1..=15_140).contains(&statistics.backlog), "{statistics:?}");
         assert!(statistics.drops > 0 && statistics.packets > 800, "{statistics:?}");
@@ -615,8 +615,8 @@ fn guarantee_then_excess_then_rest_of(slot: u16) {
         // A machine that stops a sender for 30 ms takes half a percent of it.
         let window = Duration::from_millis(5_600);
         let handles = [
-            htb.leaf_class(AllocationSlot(1), Some(LineSlot(slot))),
-            htb.leaf_class(AllocationSlot(2), Some(LineSlot(slot))),
+            htb.leaf_class(ClassSlot(1), Some(LineSlot(slot))),
+            htb.leaf_class(ClassSlot(2), Some(LineSlot(slot))),
             htb.rest_class(LineSlot(slot), true),
         ];
         let floods: Vec<_> =
@@ -658,12 +658,12 @@ fn a_line_that_is_divided_keeps_its_former_class_until_there_is_leisure() {
         let divided = LineClass { divided: true, ..line(1) };
         let mut part = Part {
             lines: [(LineSlot(1), Some(divided))].into(),
-            leaves: [(AllocationSlot(1), Some(leaf(1, Some(1), 0)))].into(),
+            leaves: [(ClassSlot(1), Some(leaf(1, Some(1), 0)))].into(),
         };
         part.exchange(&mut tree);
         let wanted = Part {
             lines: [(LineSlot(1), tree.lines.first().cloned())].into(),
-            leaves: [(AllocationSlot(1), tree.leaves.first().cloned())].into(),
+            leaves: [(ClassSlot(1), tree.leaves.first().cloned())].into(),
         };
         htb.apply_part(&tree, &wanted).expect("divided");
         let ids = |htb: &Htb| -> Vec<String> {
@@ -707,7 +707,7 @@ fn line(slot: u16) -> LineClass {
 
 fn leaf(slot: u16, line: Option<u16>, priority: u8) -> Leaf {
     Leaf {
-        slot: AllocationSlot(slot),
+        slot: ClassSlot(slot),
         line: line.map(LineSlot),
         guaranteed: Some(BitsPerSecond(100_000)),
         maximum: Some(BitsPerSecond(10 * MEGABIT)),
