@@ -11,7 +11,9 @@ mod classify;
 mod forwarding;
 mod gateway;
 mod live;
+mod nftables;
 mod programs;
+mod rules;
 mod scale;
 mod world;
 
@@ -71,6 +73,9 @@ enum What {
         /// Rounds that the medians are taken over.
         #[arg(long, default_value_t = 9, value_parser = at_least_one())]
         rounds: usize,
+        /// Measures the IPv6 set that is made of this one: each bit of an address becomes four.
+        #[arg(long)]
+        ipv6: bool,
     },
     /// The real qosd with many lines and many shaped allocations on one root.
     Scale {
@@ -110,8 +115,8 @@ fn main() -> Result<()> {
             boxes::print(&report);
             json.map_or(Ok(()), |path| write_json(&report, &path))
         }
-        What::Classify { rules, trace, json, count, rounds } => {
-            let report = classify::measure(&classify::Options { rules, trace, count, rounds })?;
+        What::Classify { rules, trace, json, count, rounds, ipv6 } => {
+            let report = classify::measure(&classify::Options { rules, trace, count, rounds, ipv6 })?;
             classify::print(&report);
             json.map_or(Ok(()), |path| write_json(&report, &path))
         }
@@ -178,4 +183,13 @@ fn print(report: &Report) {
 fn median(values: &mut [f64]) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A table that can be put into a document as it is.
+fn markdown(header: &[String], rows: &[Vec<String>]) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(header);
+    table.add_rows(rows);
+    format!("{table}\n")
 }
