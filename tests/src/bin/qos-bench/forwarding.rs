@@ -29,8 +29,6 @@ const FLOWS: u32 = 1_000;
 const ROUND: Duration = Duration::from_millis(300);
 /// The sink's interface.
 const SINK_LINK: &str = "wan-peer";
-/// How long nftables may take to load.
-const NFT_TIME: Duration = Duration::from_secs(30);
 
 /// What one gateway forwards.
 #[derive(Debug, Serialize)]
@@ -198,7 +196,7 @@ impl Gateway {
             "}\n}\nchain forward { type filter hook forward priority 0; \
              limit name ip saddr . ip daddr . udp dport map @limits drop\n}\n}\n",
         );
-        Ok(match nftables::load(&self.router.namespace, &text, NFT_TIME)? {
+        Ok(match nftables::load(&self.router.namespace, &text)? {
             ControlFlow::Continue(_) => ControlFlow::Continue(()),
             ControlFlow::Break(reason) => ControlFlow::Break(reason),
         })
@@ -206,8 +204,8 @@ impl Gateway {
 
     /// Packets a second that left the WAN interface during one round.
     fn run(&mut self) -> Result<f64> {
-        let (_, rate) = self.driver.forward(&self.router.path(), ROUND).context(self.name)?;
-        Ok(rate)
+        let forwarded = self.driver.forward(&self.router.path(), ROUND).context(self.name)?;
+        Ok(forwarded.per_second)
     }
 }
 

@@ -169,7 +169,7 @@ impl Driver {
 }
 
 /// CPU time of this thread in ns.
-fn cpu_time() -> Result<f64> {
+pub(crate) fn cpu_time() -> Result<f64> {
     let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)?;
     Ok(time.tv_sec() as f64 * 1e9 + time.tv_nsec() as f64)
 }

@@ -7,6 +7,9 @@ use qos_tests::random::Random;
 /// First UDP port of a rule, and how many it covers.
 pub(crate) const PORTS: (u16, u16) = (5_000, 100);
 
+/// First bytes of the addresses of a router and its neighbours: benchmarks have 198.18.0.0/15 (RFC 2544).
+pub(crate) const ROUTER: [u8; 2] = [198, 18];
+
 /// Headers of a packet, as the driving program writes them: Ethernet, IPv6 and eight bytes as of UDP. Behind
 /// shorter ones are zeros.
 pub(crate) const HEADERS: usize = 62;
