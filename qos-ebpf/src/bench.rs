@@ -23,11 +23,14 @@ use aya_ebpf::programs::{TcContext, XdpContext};
 use crate::packet::{Bytes, Packet, parse};
 
 const MMAPABLE: usize = 1 << 10;
-const HEADERS: usize = 42;
+/// Ethernet, IPv6 and UDP; shorter headers have zeros behind them.
+const HEADERS: usize = 62;
+/// Ethernet, IPv4 and UDP, which is all that a frame of 60 bytes has room for.
+const HEADERS_V4: usize = 42;
 /// Has room for the headers that any kind of box forwards: two tags, IPv6, UDP.
 const HEAD: usize = 96;
 
-/// A packet of the list: Ethernet, IPv4 and UDP headers, and the mark it comes with at tc.
+/// A packet of the list: Ethernet, IP and UDP headers, and the mark it comes with at tc.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
@@ -49,6 +52,15 @@ pub struct Head {
 pub struct Flow {
     source: u32,
     destination: u32,
+    ports: u32,
+    protocol: u32,
+}
+
+/// The same of an IPv6 packet.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Flow6 {
+    addresses: [u32; 8],
     ports: u32,
     protocol: u32,
 }
@@ -75,6 +87,10 @@ static PARSED: PerCpuArray<Packet, 1> = PerCpuArray::new();
 static PREFIXES: LpmTrie<u32, u32, { 1 << 20 }> = LpmTrie::new();
 #[btf_map(name = "flows")]
 static FLOWS: HashMap<Flow, u32, { 1 << 17 }> = HashMap::new();
+#[btf_map(name = "prefixes6")]
+static PREFIXES6: LpmTrie<[u32; 4], u32, { 1 << 20 }> = LpmTrie::new();
+#[btf_map(name = "flows6")]
+static FLOWS6: HashMap<Flow6, u32, { 1 << 17 }> = HashMap::new();
 /// What else a machine has in its caches: 8 MB, by lines, and where this CPU reads next.
 #[btf_map(name = "others")]
 static OTHERS: Array<Line, { 1 << OTHERS_BITS }, MMAPABLE> = Array::new();
@@ -109,6 +125,11 @@ fn write(bytes: Bytes, step: &Step) {
     if let Some(place) = bytes.locate::<[u8; HEADERS]>(0) {
         // SAFETY: `locate` checked that all of it is in the packet.
         unsafe { *place = step.headers };
+    } else if let (Some(place), Some(headers)) =
+        (bytes.locate::<[u8; HEADERS_V4]>(0), step.headers.first_chunk())
+    {
+        // SAFETY: as above.
+        unsafe { *place = *headers };
     }
 }
 
@@ -174,12 +195,39 @@ pub fn bench_hash(ctx: XdpContext) -> u32 {
     }
 }
 
+/// As [`bench_lpm`], of IPv6 packets.
+#[xdp(frags)]
+pub fn bench_lpm6(ctx: XdpContext) -> u32 {
+    let destination = Bytes::new(ctx.data(), ctx.data_end()).read::<[u32; 4]>(38);
+    match destination.and_then(|address| PREFIXES6.get(&Prefix::new(128, address))) {
+        Some(_) => XDP_PASS,
+        None => XDP_DROP,
+    }
+}
+
+/// As [`bench_hash`], of IPv6 packets.
+#[xdp(frags)]
+pub fn bench_hash6(ctx: XdpContext) -> u32 {
+    match flow6(Bytes::new(ctx.data(), ctx.data_end())).and_then(|flow| FLOWS6.get_ptr(flow)) {
+        Some(_) => XDP_PASS,
+        None => XDP_DROP,
+    }
+}
+
 #[inline(always)]
 fn flow(bytes: Bytes) -> Option<Flow> {
     // Behind an Ethernet header: the protocol, both addresses, both ports.
     let protocol = u32::from(bytes.read::<[u8; 2]>(23)?[0]);
     let [source, destination, ports] = bytes.read::<[u32; 3]>(26)?;
     Some(Flow { source, destination, ports, protocol })
+}
+
+#[inline(always)]
+fn flow6(bytes: Bytes) -> Option<Flow6> {
+    let protocol = u32::from(bytes.read::<[u8; 2]>(20)?[0]);
+    let addresses = bytes.read::<[u32; 8]>(22)?;
+    let ports = bytes.read::<u32>(54)?;
+    Some(Flow6 { addresses, ports, protocol })
 }
 
 /// Writes the same packet always, whatever its headers are, and goes on with the target: the stack

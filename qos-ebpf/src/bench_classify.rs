@@ -46,7 +46,7 @@ static FOUND: Array<Answer, ANSWERS, MMAPABLE> = Array::new();
 #[btf_map(name = "bench_found")]
 static NEXT: Array<u32, 1, MMAPABLE> = Array::new();
 
-/// The look-up alone, of the addresses, ports and protocol of an IPv4 packet behind an Ethernet header.
+/// The look-up alone, of the addresses, ports and protocol of an IP packet behind an Ethernet header.
 /// Time stands still: every allocation lives.
 #[xdp(frags)]
 pub fn bench_classify(ctx: XdpContext) -> u32 {
@@ -77,19 +77,30 @@ pub fn bench_answer(ctx: XdpContext) -> u32 {
 
 #[inline(always)]
 fn look_up(bytes: Bytes) -> Option<&'static mut Search> {
-    let protocol = bytes.read::<[u8; 2]>(23)?[0];
-    let [source, destination] = bytes.read::<[[u8; 4]; 2]>(26)?;
-    let [source_port, destination_port] = bytes.read::<[u16; 2]>(34)?;
     let search = maps::search()?;
     search.begin(Direction::Upstream as u32);
     let key = &mut search.packet.key;
-    key.source = Address::v4(source);
-    key.destination = Address::v4(destination);
-    key.family = Family::V4 as u32;
-    key.source_port = u16::from_be(source_port);
-    key.destination_port = u16::from_be(destination_port);
+    let ports = match bytes.read::<[u8; 2]>(12)? {
+        [0x86, 0xdd] => {
+            let [source, destination] = bytes.read::<[[u8; 16]; 2]>(22)?;
+            key.source = Address::v6(source);
+            key.destination = Address::v6(destination);
+            key.family = Family::V6 as u32;
+            key.protocol = bytes.read::<[u8; 2]>(20)?[0];
+            bytes.read::<[u16; 2]>(54)?
+        }
+        _ => {
+            let [source, destination] = bytes.read::<[[u8; 4]; 2]>(26)?;
+            key.source = Address::v4(source);
+            key.destination = Address::v4(destination);
+            key.family = Family::V4 as u32;
+            key.protocol = bytes.read::<[u8; 2]>(23)?[0];
+            bytes.read::<[u16; 2]>(34)?
+        }
+    };
+    key.source_port = u16::from_be(ports[0]);
+    key.destination_port = u16::from_be(ports[1]);
     key.length = 46;
-    key.protocol = protocol;
     key.dscp = 0;
     search.now_ns = 1;
     classify::<false>(search);

@@ -4,26 +4,28 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
 use flate2::read::GzDecoder;
 use ipnet::{IpNet, Ipv4Net};
-use qos_common::classify::has_ports;
+use qos_common::classify::{Family, has_ports};
 use qos_userspace::domain::Direction;
 use qos_userspace::domain::selector::{Range16, Selector};
 
 use crate::random::Random;
 
-/// What a rule sees of an IPv4 packet. Ports are zero where the protocol has none.
+/// What a rule sees of a packet. Ports are zero where the protocol has none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tuple {
-    /// Source address.
-    pub source: u32,
-    /// Destination address.
-    pub destination: u32,
+    /// Of both addresses.
+    pub family: Family,
+    /// Source address, left-aligned: an IPv4 address is in the first 32 bits.
+    pub source: u128,
+    /// Destination address, likewise.
+    pub destination: u128,
     /// Source port.
     pub source_port: u16,
     /// Destination port.
@@ -33,19 +35,85 @@ pub struct Tuple {
 }
 
 impl Tuple {
-    fn new(source: u32, destination: u32, ports: [u16; 2], protocol: u8) -> Self {
+    /// A packet of addresses as [`Tuple::source`].
+    #[must_use]
+    pub const fn new(
+        family: Family,
+        [source, destination]: [u128; 2],
+        ports: [u16; 2],
+        protocol: u8,
+    ) -> Self {
         let [source_port, destination_port] = if has_ports(protocol) { ports } else { [0; 2] };
-        Self { source, destination, source_port, destination_port, protocol }
+        Self { family, source, destination, source_port, destination_port, protocol }
     }
+
+    /// A packet of IPv4 addresses.
+    #[must_use]
+    pub const fn v4([source, destination]: [u32; 2], ports: [u16; 2], protocol: u8) -> Self {
+        Self::new(Family::V4, [left_aligned(source), left_aligned(destination)], ports, protocol)
+    }
+
+    /// Source and destination.
+    #[must_use]
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        [self.source, self.destination].map(|bits| address(self.family, bits))
+    }
+}
+
+/// An IPv4 address as [`Tuple::source`].
+const fn left_aligned(address: u32) -> u128 {
+    (address as u128) << 96
+}
+
+/// An address as [`Tuple::source`].
+fn address(family: Family, bits: u128) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::from_bits((bits >> 96) as u32).into(),
+        Family::V6 => Ipv6Addr::from_bits(bits).into(),
+    }
+}
+
+/// The first bits of an address of either family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Prefix {
+    /// As [`Tuple::source`]; zero behind the prefix.
+    pub bits: u128,
+    /// How many there are.
+    pub length: u8,
+}
+
+impl Prefix {
+    fn new(address: u128, length: u8) -> Self {
+        Self { bits: address & !host_mask(length), length }
+    }
+
+    /// Tells whether the address begins with the prefix.
+    #[must_use]
+    pub const fn contains(self, address: u128) -> bool {
+        (self.bits ^ address).leading_zeros() >= self.length as u32
+    }
+}
+
+impl From<Ipv4Net> for Prefix {
+    fn from(net: Ipv4Net) -> Self {
+        Self::new(left_aligned(net.addr().to_bits()), net.prefix_len())
+    }
+}
+
+/// Ones behind a prefix.
+fn host_mask(length: u8) -> u128 {
+    u128::MAX.checked_shr(u32::from(length)).unwrap_or(0)
 }
 
 /// A rule. Of those that match a packet the first of the set counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TupleRule {
+    /// Of both prefixes.
+    pub family: Family,
     /// Source prefix.
-    pub source: Ipv4Net,
+    pub source: Prefix,
     /// Destination prefix.
-    pub destination: Ipv4Net,
+    pub destination: Prefix,
     /// First and last source port.
     pub source_ports: [u16; 2],
     /// First and last destination port.
@@ -54,22 +122,37 @@ pub struct TupleRule {
     pub protocol: Option<u8>,
 }
 
-const ALL_PORTS: [u16; 2] = [0, u16::MAX];
+/// What a rule says of a port that says nothing.
+pub const ALL_PORTS: [u16; 2] = [0, u16::MAX];
 
 impl TupleRule {
     /// Tells whether the rule matches. Written apart from the classifier's own comparison, which is
     /// checked against it.
     #[must_use]
     pub fn matches(&self, packet: &Tuple) -> bool {
-        let names_ports = self.source_ports != ALL_PORTS || self.destination_ports != ALL_PORTS;
         let within = |port: u16, [first, last]: [u16; 2]| first <= port && port <= last;
-        self.source.contains(&Ipv4Addr::from_bits(packet.source))
-            && self.destination.contains(&Ipv4Addr::from_bits(packet.destination))
+        self.family == packet.family
+            && self.source.contains(packet.source)
+            && self.destination.contains(packet.destination)
             && self.protocol.is_none_or(|protocol| protocol == packet.protocol)
-            && (!names_ports
+            && (!self.names_ports()
                 || has_ports(packet.protocol)
                     && within(packet.source_port, self.source_ports)
                     && within(packet.destination_port, self.destination_ports))
+    }
+
+    fn names_ports(&self) -> bool {
+        self.source_ports != ALL_PORTS || self.destination_ports != ALL_PORTS
+    }
+
+    /// Source and destination prefix.
+    ///
+    /// # Panics
+    /// Where a prefix is longer than an address of the rule's family.
+    #[must_use]
+    pub fn networks(&self) -> [IpNet; 2] {
+        [self.source, self.destination]
+            .map(|prefix| IpNet::new_assert(address(self.family, prefix.bits), prefix.length))
     }
 
     /// The same as a selector of upstream packets.
@@ -80,11 +163,12 @@ impl TupleRule {
         let range = |[first, last]: [u16; 2]| -> Result<_> {
             Ok(if [first, last] == ALL_PORTS { None } else { Some(Range16::new(first, last)?) })
         };
+        let [source, destination] = self.networks();
         let selector = Selector {
             direction: Some(Direction::Upstream),
             protocol: self.protocol,
-            source: Some(IpNet::V4(self.source)),
-            destination: Some(IpNet::V4(self.destination)),
+            source: Some(source),
+            destination: Some(destination),
             source_ports: range(self.source_ports)?,
             destination_ports: range(self.destination_ports)?,
             ..Selector::default()
@@ -95,14 +179,85 @@ impl TupleRule {
 
     /// A packet that the rule matches, and perhaps an earlier one too.
     fn packet(&self, random: &mut Random) -> Tuple {
-        let mut within =
-            |net: Ipv4Net| net.network().to_bits() | random.next() as u32 & net.hostmask().to_bits();
-        let (source, destination) = (within(self.source), within(self.destination));
+        let addresses = [self.source, self.destination].map(|prefix| {
+            let bits = match self.family {
+                Family::V4 => left_aligned(random.next() as u32),
+                Family::V6 => u128::from(random.next()) << 64 | u128::from(random.next()),
+            };
+            prefix.bits | bits & host_mask(prefix.length)
+        });
         let mut port = |[first, last]: [u16; 2]| first + random.below(u64::from(last - first) + 1) as u16;
         let ports = [port(self.source_ports), port(self.destination_ports)];
-        // What is left open is mostly TCP.
-        let protocol = self.protocol.unwrap_or_else(|| random.choose(&[6, 6, 6, 17, 47]));
-        Tuple::new(source, destination, ports, protocol)
+        // What is left open is mostly TCP, and what names ports has some.
+        let protocol = self.protocol.unwrap_or_else(|| match self.names_ports() {
+            true => random.choose(&[6, 6, 6, 17]),
+            false => random.choose(&[6, 6, 6, 17, 47]),
+        });
+        Tuple::new(self.family, addresses, ports, protocol)
+    }
+}
+
+/// Makes IPv6 sets and packets of the same shapes as IPv4 ones.
+///
+/// Each bit of an address becomes four, which depend on the seed, on the bit and on all bits before it, and
+/// never are the same for both values of the bit. So a prefix /n becomes a /4n, /0 stays /0 and /32 becomes
+/// /128; prefixes contain one another, and packets lie within them, exactly as before. What else a rule says
+/// stays, but that ICMP becomes ICMPv6. A set, its trace and the answers to it keep their places.
+#[derive(Clone, Copy, Debug)]
+pub struct Widening {
+    /// Sets of the same seed go together.
+    pub seed: u64,
+}
+
+impl Widening {
+    fn bits(self, address: u128) -> u128 {
+        (0..32).fold(0, |wide, place| {
+            // Bits before this one, behind a one that tells how many they are.
+            let before = (address >> 96 | 1 << 32) >> (32 - place);
+            let number = Random::new(self.seed ^ before as u64).next();
+            let (low, step) = (number % 16, 1 + (number >> 8) % 15);
+            let is_set = address >> (127 - place) & 1 == 1;
+            wide << 4 | u128::from(if is_set { (low + step) % 16 } else { low })
+        })
+    }
+
+    /// The IPv6 prefix of an IPv4 one.
+    #[must_use]
+    pub fn prefix(self, prefix: Prefix) -> Prefix {
+        Prefix::new(self.bits(prefix.bits), 4 * prefix.length)
+    }
+
+    /// The IPv6 rule of an IPv4 one.
+    #[must_use]
+    pub fn rule(self, rule: &TupleRule) -> TupleRule {
+        TupleRule {
+            family: Family::V6,
+            source: self.prefix(rule.source),
+            destination: self.prefix(rule.destination),
+            protocol: rule.protocol.map(widened_protocol),
+            ..*rule
+        }
+    }
+
+    /// The IPv6 packet of an IPv4 one.
+    #[must_use]
+    pub fn packet(self, packet: &Tuple) -> Tuple {
+        Tuple {
+            family: Family::V6,
+            source: self.bits(packet.source),
+            destination: self.bits(packet.destination),
+            protocol: widened_protocol(packet.protocol),
+            ..*packet
+        }
+    }
+}
+
+/// ICMP and ICMPv6 change places.
+const fn widened_protocol(protocol: u8) -> u8 {
+    match protocol {
+        1 => 58,
+        58 => 1,
+        other => other,
     }
 }
 
@@ -131,8 +286,9 @@ pub fn read_rules(path: &Path) -> Result<Vec<TupleRule>> {
             Ok(u8::from_str_radix(digits, 16)?)
         };
         let rule = TupleRule {
-            source: net(0)?,
-            destination: net(1)?,
+            family: Family::V4,
+            source: net(0)?.into(),
+            destination: net(1)?.into(),
             source_ports: ports(2)?,
             destination_ports: ports(5)?,
             protocol: match hexadecimal(mask)? {
@@ -161,7 +317,7 @@ pub fn read_trace(path: &Path) -> Result<Vec<Tuple>> {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = |at: usize| -> Result<u32> { Ok(words.get(at).context("it ends too early")?.parse()?) };
         let port = |at| -> Result<u16> { Ok(u16::try_from(number(at)?)?) };
-        Ok(Tuple::new(number(0)?, number(1)?, [port(2)?, port(3)?], u8::try_from(number(4)?)?))
+        Ok(Tuple::v4([number(0)?, number(1)?], [port(2)?, port(3)?], u8::try_from(number(4)?)?))
     })
 }
 
@@ -196,7 +352,7 @@ pub fn generate(count: usize, seed: u64) -> Vec<TupleRule> {
             ordered.push(rule);
         }
     }
-    ordered.sort_by_key(|rule| 64 - rule.source.prefix_len() - rule.destination.prefix_len());
+    ordered.sort_by_key(|rule| 64 - rule.source.length - rule.destination.length);
     ordered
 }
 
@@ -209,21 +365,24 @@ fn any_rule(random: &mut Random) -> TupleRule {
         (true, 1) => (random.choose(&[24, 32]), random.choose(&[0, 4, 8])),
         (true, _) => (random.choose(&[8, 16]), random.choose(&[0, 8, 16])),
     };
-    let source = net(0x0a00_0000 | random.next() as u32 & 0x00ff_ffff, near);
+    let source = prefix(0x0a00_0000 | random.next() as u32 & 0x00ff_ffff, near);
     // Providers are few, so that their networks meet.
     let provider = Random::new(random.below(2_000)).next() as u32;
-    let destination = net(provider ^ (random.next() as u32 & 0xff), far);
+    let destination = prefix(provider ^ (random.next() as u32 & 0xff), far);
     let (destination_ports, protocol) = match random.below(10) {
         0 => (ALL_PORTS, None),
         1 => (ALL_PORTS, Some(random.choose(&[1, 47, 50]))),
         2 => ([1_024, u16::MAX], Some(17)),
         _ => ([random.choose(&SERVICES); 2], Some(random.choose(&[6, 6, 17]))),
     };
-    TupleRule { source, destination, source_ports: ALL_PORTS, destination_ports, protocol }
+    let family = Family::V4;
+    TupleRule { family, source, destination, source_ports: ALL_PORTS, destination_ports, protocol }
 }
 
-fn net(address: u32, length: u8) -> Ipv4Net {
-    Ipv4Net::new_assert(Ipv4Addr::from_bits(address), length).trunc()
+/// The first bits of an IPv4 address.
+#[must_use]
+pub fn prefix(address: u32, length: u8) -> Prefix {
+    Prefix::new(left_aligned(address), length)
 }
 
 /// `count` packets spread evenly over the rules, each of a flow of its own, in an order that no prefetcher
@@ -237,14 +396,15 @@ pub fn uniform(rules: &[TupleRule], count: usize, seed: u64) -> Vec<Tuple> {
     packets
 }
 
-/// `count` packets of random addresses, ports and protocol.
+/// `count` IPv4 packets of random addresses, ports and protocol.
 #[must_use]
 pub fn flood(count: usize, seed: u64) -> Vec<Tuple> {
     let mut random = Random::new(seed);
     let mut packet = || {
         let (addresses, rest) = (random.next(), random.next());
         let protocol = random.choose(&[6, 17, 1]);
-        Tuple::new((addresses >> 32) as u32, addresses as u32, [rest as u16, (rest >> 16) as u16], protocol)
+        let addresses = [(addresses >> 32) as u32, addresses as u32];
+        Tuple::v4(addresses, [rest as u16, (rest >> 16) as u16], protocol)
     };
     (0..count).map(|_| packet()).collect()
 }
@@ -328,7 +488,56 @@ mod tests {
     fn packets_of_a_rule_match_it() {
         let rules = generate(500, 9);
         assert_eq!(rules, generate(500, 9));
-        let found = first_matches(&rules, &uniform(&rules, 2_000, 1));
-        assert!(found.iter().all(Option::is_some));
+        for rules in [rules.clone(), rules.iter().map(|rule| WIDENING.rule(rule)).collect()] {
+            let packets = uniform(&rules, 2_000, 1);
+            assert_eq!(packets, uniform(&rules, 2_000, 1));
+            assert!(first_matches(&rules, &packets).iter().all(Option::is_some));
+            let mut random = Random::new(2);
+            for rule in &rules {
+                assert!(rule.matches(&rule.packet(&mut random)), "{rule:?}");
+            }
+        }
+    }
+
+    const WIDENING: Widening = Widening { seed: 7 };
+
+    #[test]
+    fn wide_rules_answer_wide_packets_as_narrow_ones_do() {
+        let rules = generate(2_000, 3);
+        let mut packets = uniform(&rules, 2_000, 4);
+        packets.extend(flood(2_000, 5));
+        let wide_rules: Vec<_> = rules.iter().map(|rule| WIDENING.rule(rule)).collect();
+        let wide_packets: Vec<_> = packets.iter().map(|packet| WIDENING.packet(packet)).collect();
+        let answers = first_matches(&rules, &packets);
+        assert_eq!(first_matches(&wide_rules, &wide_packets), answers);
+        assert!(answers.contains(&None) && answers[..2_000].iter().all(Option::is_some));
+        for rule in wide_rules {
+            let selector = rule.selector().unwrap();
+            assert_eq!(selector.source, Some(rule.networks()[0]));
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn widening_keeps_which_prefix_contains_which(
+            [a, b] in proptest::array::uniform2(proptest::prelude::any::<u32>()),
+            common in 0u8..=32,
+            [long, short] in proptest::array::uniform2(0u8..=32),
+            seed in 0u64..4,
+        ) {
+            // Random addresses have little in common.
+            let b = (u64::from(a) >> (32 - common) << (32 - common)) as u32
+                | (u64::from(b) & ((1u64 << (32 - common)) - 1)) as u32;
+            let [narrow_a, narrow_b] = [prefix(a, long), prefix(b, short)];
+            let widening = Widening { seed };
+            let [wide_a, wide_b] = [narrow_a, narrow_b].map(|prefix| widening.prefix(prefix));
+            let contains = |outer: Prefix, inner: Prefix| {
+                outer.length <= inner.length && outer.contains(inner.bits)
+            };
+            proptest::prop_assert_eq!(contains(wide_b, wide_a), contains(narrow_b, narrow_a));
+            proptest::prop_assert_eq!(wide_a == wide_b, narrow_a == narrow_b);
+            proptest::prop_assert_eq!(wide_a.length, 4 * long);
+            proptest::prop_assert_eq!(widening.prefix(narrow_a), wide_a);
+        }
     }
 }

@@ -45,21 +45,27 @@ fn boxes_are_measured_with_qos_and_without() {
     assert_eq!(report["skipped"], Value::Array(Vec::new()));
 }
 
-/// The report of one round of `qos-bench classify`.
-fn classify(arguments: &[&str]) -> Value {
+/// What one round of a benchmark prints, and its report.
+fn one_round(what: &str, arguments: &[&str]) -> (String, Value) {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("classify.json");
+    let file = folder.path().join("report.json");
     let output = Command::new(env!("CARGO_BIN_EXE_qos-bench"))
-        .args(["classify", "--rounds", "1", "--json"])
+        .args([what, "--rounds", "1", "--json"])
         .arg(&file)
         .args(arguments)
         .stdin(Stdio::null())
         .output()
         .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
-    assert!(text.contains("answers of"), "{text}");
-    serde_json::from_slice(&fs::read(&file).unwrap()).unwrap()
+    (text, serde_json::from_slice(&fs::read(&file).unwrap()).unwrap())
+}
+
+/// The report of one round of `qos-bench classify`.
+fn classify(arguments: &[&str]) -> Value {
+    let (text, report) = one_round("classify", arguments);
+    assert!(text.contains("answers compared") && text.contains("| ≤ 0.12"), "{text}");
+    report
 }
 
 #[test]
@@ -72,15 +78,76 @@ fn the_classifier_is_measured_and_every_answer_is_right() {
             assert!(report[format!("{subject}_{traffic}_ns")].as_f64().unwrap() > 0.0, "{report}");
         }
     }
-    for key in ["load_ms", "update_us_p50", "update_us_p99", "kernel_bytes"] {
+    for key in ["empty_ns", "load_ms", "update_us_p50", "update_us_p99", "kernel_bytes"] {
         assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
     }
     assert!(report["verified"]["qos_xdp_lan"].as_u64().unwrap() > 1_000, "{report}");
 }
 
 #[test]
+fn an_ipv6_set_is_measured_beside_the_ipv4_one_it_is_made_of() {
+    let report = classify(&["--count", "500", "--ipv6"]);
+    assert_eq!((&report["family"], &report["mismatches"]), (&"ipv6".into(), &0.into()), "{report}");
+    for key in ["classify_uniform_ns", "lpm_uniform_ns", "hash_uniform_ns", "ipv4_classify_uniform_ns"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
+    }
+    assert!(report["classify_uniform_of_ipv4"].is_number(), "{report}");
+}
+
+/// Whether there is an `nft`; says so where there is none.
+fn has_nft(test: &str) -> bool {
+    let found = Command::new("nft").arg("--version").output().is_ok();
+    if !found {
+        qos_tests::skip::skip(test, "no `nft` (Debian package nftables)");
+    }
+    found
+}
+
+#[test]
+fn a_rule_set_is_forwarded_through_by_qos_and_by_nftables() {
+    let report = classify(&["--count", "500", "--forward"]);
+    for key in ["forward_plain_pps", "forward_qos_pps", "forward_qos_lines_pps"] {
+        assert!(report[key].as_f64().unwrap() > 0.0, "{key}: {report}");
+    }
+    if has_nft("a_rule_set_is_forwarded_through_by_qos_and_by_nftables") {
+        assert!(report["forward_nft_pps"].as_f64().unwrap() > 0.0, "{report}");
+        // All of its packets are of these rules, and few rules overlap.
+        assert!(report["forward_nft_rules"].as_u64().unwrap() > 450, "{report}");
+        assert!(report["forward_nft_matched"].as_f64().unwrap() > 0.9, "{report}");
+    }
+}
+
+#[test]
+fn growth_is_measured_and_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let plot = folder.path().join("growth.svg");
+    let too_many = (qos_common::abi::MAX_RULES + 1).to_string();
+    let counts = format!("10,300,{too_many}");
+    let (text, report) = one_round("growth", &["--counts", &counts, "--svg", plot.to_str().unwrap()]);
+    let points = report["points"].as_array().unwrap();
+    let rules: Vec<_> = points.iter().map(|point| point["rules"].as_u64().unwrap()).collect();
+    assert_eq!(rules, [10, 300], "{report}");
+    assert!(text.contains("| 300 ") && text.contains("10 rules, over LPM"), "{text}");
+    assert!(text.contains(&format!("skipped: {too_many} rules: the classifier takes ")), "{text}");
+    let mut lines = 3;
+    if has_nft("growth_is_measured_and_drawn") {
+        assert!(points.iter().all(|point| point["nftables_matched"].as_f64().unwrap() > 0.9), "{report}");
+        lines = 4;
+    }
+    for point in points {
+        assert_eq!((&point["compared"], &point["mismatches"]), (&100_000.into(), &0.into()), "{report}");
+    }
+    let plot = fs::read_to_string(&plot).unwrap();
+    assert!(plot.starts_with("<svg ") && plot.ends_with("</svg>\n"), "{plot}");
+    let drawn = plot.lines().filter(|line| line.starts_with("<polyline") && line.contains(' ')).count();
+    assert!(drawn >= lines && plot.contains(">nftables, concatenated set<"), "{plot}");
+}
+
+#[test]
 fn nothing_to_measure_is_refused() {
-    for arguments in [["classify", "--rounds"], ["classify", "--count"], ["datapath", "--rounds"]] {
+    for arguments in
+        [["classify", "--rounds"], ["classify", "--count"], ["datapath", "--rounds"], ["growth", "--counts"]]
+    {
         let mut command = Command::new(env!("CARGO_BIN_EXE_qos-bench"));
         let output = command.args(arguments).arg("0").stdin(Stdio::null()).output().unwrap();
         let error = String::from_utf8_lossy(&output.stderr);

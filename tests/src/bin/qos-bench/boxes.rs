@@ -316,12 +316,12 @@ impl Gateway {
                 from: way.from,
                 to: way.to,
             };
-            let (packets, rate) = driver
+            let forwarded = driver
                 .forward(&path, ROUND)
                 .with_context(|| format!("{}, {}", self.work.name(), way.direction))?;
-            way.forwarded += packets;
+            way.forwarded += forwarded.left;
             if counts {
-                way.rates.push(rate);
+                way.rates.push(forwarded.per_second);
             }
         }
         Ok(())

@@ -5,12 +5,12 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use qos_tests::netlink::Netlink;
+use qos_tests::netlink::{Link, Netlink};
 use qos_tests::netns::Namespace;
+use qos_tests::topology::{LAN, WAN};
 use qos_userspace::domain::Direction;
 use qos_userspace::domain::selector::{Range16, Selector};
 use qos_userspace::gateway::Kernel;
@@ -18,17 +18,17 @@ use qos_userspace::gateway::object::remove_pins;
 use qos_userspace::manager::State;
 use serde::Serialize;
 
-use crate::gateway;
 use crate::live::Path;
-use crate::median;
 use crate::programs::{Driver, Step};
-use crate::world;
+use crate::{gateway, median, nftables, world};
 
 /// Rules of every gateway that has any, and flows that meet them.
 const RULES: u32 = 1_000;
 const FLOWS: u32 = 1_000;
 /// Time of one round of one gateway.
 const ROUND: Duration = Duration::from_millis(300);
+/// The sink's interface.
+const SINK_LINK: &str = "wan-peer";
 
 /// What one gateway forwards.
 #[derive(Debug, Serialize)]
@@ -40,16 +40,65 @@ pub(crate) struct Figure {
     pub(crate) ratio_to_plain: f64,
 }
 
-/// A gateway, and what stands around it.
+/// A router in a namespace of its own, between a source and a sink.
+pub(crate) struct Router {
+    pub(crate) namespace: Namespace,
+    /// What packets come in by.
+    pub(crate) lan: Link,
+    sink: Namespace,
+    _source: Namespace,
+}
+
+impl Router {
+    /// Routes IPv4: whatever it has no other way for goes to the sink.
+    pub(crate) fn new() -> Result<Self> {
+        let (namespace, source, sink) =
+            (Namespace::new("gateway")?, Namespace::new("source")?, Namespace::new("sink")?);
+        namespace.set_sysctl("ipv4/ip_forward", "1")?;
+        for key in ["ipv4/conf/all/rp_filter", "ipv4/conf/default/rp_filter"] {
+            namespace.set_sysctl(key, "0")?;
+        }
+        let mut netlink = Netlink::open(&namespace)?;
+        netlink.add_veth(LAN, "lan-peer", &source, 1_500)?;
+        netlink.add_veth(WAN, SINK_LINK, &sink, 1_500)?;
+        let (lan, wan) = (netlink.link(LAN)?, netlink.link(WAN)?);
+        // Of networks that no rule names: what has an address is not forwarded.
+        netlink.add_address(lan.index, "198.18.0.1/24".parse()?)?;
+        netlink.add_address(wan.index, "198.18.1.1/24".parse()?)?;
+        netlink.set_up(lan.index)?;
+        netlink.set_up(wan.index)?;
+        let mut at_source = Netlink::open(&source)?;
+        let peer = at_source.link("lan-peer")?.index;
+        at_source.set_up(peer)?;
+        let mut at_sink = Netlink::open(&sink)?;
+        let wan_peer = at_sink.link(SINK_LINK)?;
+        at_sink.add_address(wan_peer.index, "198.18.1.2/24".parse()?)?;
+        at_sink.set_up(wan_peer.index)?;
+        netlink.add_route("0.0.0.0/0".parse()?, Some("198.18.1.2".parse()?), wan.index)?;
+        Ok(Self { namespace, lan, sink, _source: source })
+    }
+
+    /// Sets what `driver` sends through this router, and ends it at the sink.
+    pub(crate) fn drive(&self, driver: &mut Driver, steps: &[Step]) -> Result<()> {
+        driver.set_steps(steps)?;
+        driver.drop_at(&self.sink, SINK_LINK)
+    }
+
+    /// The way of what the driver sends.
+    pub(crate) fn path(&self) -> Path<'_> {
+        let lan = &self.lan;
+        Path { gateway: &self.namespace, program: "bench_xdp", frame: &[0; 60], from: lan.index, to: WAN }
+    }
+}
+
+/// A gateway, and what comes to it.
 struct Gateway {
     name: &'static str,
-    namespace: Namespace,
-    driver: Driver,
-    lan: u32,
+    /// Dropped before the router.
     kernel: Option<Kernel>,
+    router: Router,
+    driver: Driver,
     pins: Option<PathBuf>,
-    _sink: Namespace,
-    _source: Namespace,
 }
 
 impl Drop for Gateway {
@@ -99,44 +148,15 @@ pub(crate) fn measure(rounds: usize, skipped: &mut Vec<String>) -> Result<Vec<Fi
 impl Gateway {
     /// A router without anything.
     fn plain(name: &'static str) -> Result<Self> {
-        let (namespace, source, sink) =
-            (Namespace::new("gateway")?, Namespace::new("source")?, Namespace::new("sink")?);
-        namespace.set_sysctl("ipv4/ip_forward", "1")?;
-        for key in ["ipv4/conf/all/rp_filter", "ipv4/conf/default/rp_filter"] {
-            namespace.set_sysctl(key, "0")?;
-        }
-        let mut netlink = Netlink::open(&namespace)?;
-        netlink.add_veth("lan0", "lan-peer", &source, 1_500)?;
-        netlink.add_veth("wan0", "wan-peer", &sink, 1_500)?;
-        let (lan, wan) = (netlink.link("lan0")?, netlink.link("wan0")?);
-        netlink.add_address(lan.index, "10.64.0.1/14".parse()?)?;
-        netlink.add_address(wan.index, "198.51.100.1/24".parse()?)?;
-        netlink.set_up(lan.index)?;
-        netlink.set_up(wan.index)?;
-        Netlink::open(&source)?.set_up(Netlink::open(&source)?.link("lan-peer")?.index)?;
-        let mut at_sink = Netlink::open(&sink)?;
-        let wan_peer = at_sink.link("wan-peer")?;
-        at_sink.add_address(wan_peer.index, "198.51.100.2/24".parse()?)?;
-        at_sink.set_up(wan_peer.index)?;
-        netlink.add_route("203.0.113.0/24".parse()?, Some("198.51.100.2".parse()?), wan.index)?;
-        let mut driver = Driver::load()?;
-        let mac = lan.mac;
+        let router = Router::new()?;
+        let mac = router.lan.mac;
         let steps: Vec<_> = world::flows(RULES, FLOWS)
             .into_iter()
             .map(|(rule, flow)| Step { headers: world::headers(rule, flow, mac), reserved: [0; 2], mark: 0 })
             .collect();
-        driver.set_steps(&steps)?;
-        driver.drop_at(&sink, "wan-peer")?;
-        Ok(Self {
-            name,
-            namespace,
-            driver,
-            lan: lan.index,
-            kernel: None,
-            pins: None,
-            _sink: sink,
-            _source: source,
-        })
+        let mut driver = Driver::load()?;
+        router.drive(&mut driver, &steps)?;
+        Ok(Self { name, kernel: None, router, driver, pins: None })
     }
 
     /// A router with our programs and as many policed allocations as there are rules.
@@ -146,7 +166,7 @@ impl Gateway {
         gateway.pins = Some(pins.clone());
         let config = gateway::config(pins, observe);
         let state = state()?;
-        let kernel = gateway.namespace.run(|| Kernel::start(&config, &state))?;
+        let kernel = gateway.router.namespace.run(|| Kernel::start(&config, &state))?;
         gateway.driver.set_target(kernel.object().program_fd("qos_xdp_lan")?, true)?;
         gateway.kernel = Some(kernel);
         Ok(gateway)
@@ -176,33 +196,16 @@ impl Gateway {
             "}\n}\nchain forward { type filter hook forward priority 0; \
              limit name ip saddr . ip daddr . udp dport map @limits drop\n}\n}\n",
         );
-        let file = tempfile::NamedTempFile::new()?;
-        std::fs::write(file.path(), text)?;
-        let mut command = Command::new("nft");
-        command.arg("-f").arg(file.path()).stdin(Stdio::null());
-        let Ok(output) = self.namespace.output(command) else {
-            return Ok(ControlFlow::Break("nftables: no `nft` on this machine".to_owned()));
-        };
-        if output.status.success() {
-            return Ok(ControlFlow::Continue(()));
-        }
-        let reason = String::from_utf8_lossy(&output.stderr);
-        Ok(ControlFlow::Break(format!(
-            "nftables: nft refused the rule set: {}",
-            reason.lines().next().unwrap_or("")
-        )))
+        Ok(match nftables::load(&self.router.namespace, &text)? {
+            ControlFlow::Continue(_) => ControlFlow::Continue(()),
+            ControlFlow::Break(reason) => ControlFlow::Break(reason),
+        })
     }
 
     /// Packets a second that left the WAN interface during one round.
     fn run(&mut self) -> Result<f64> {
-        let path = Path {
-            gateway: &self.namespace,
-            program: "bench_xdp",
-            frame: &[0; 60],
-            from: self.lan,
-            to: "wan0",
-        };
-        self.driver.forward(&path, ROUND).map(|(_, rate)| rate).context(self.name)
+        let forwarded = self.driver.forward(&self.router.path(), ROUND).context(self.name)?;
+        Ok(forwarded.per_second)
     }
 }
 

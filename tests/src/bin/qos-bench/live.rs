@@ -10,7 +10,7 @@ use aya::programs::{TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode};
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
 
-use crate::programs::Driver;
+use crate::programs::{Driver, cpu_time};
 
 /// Packets of one test run.
 const BURST: u32 = 20_000;
@@ -28,6 +28,14 @@ pub(crate) struct Path<'a> {
     pub(crate) to: &'a str,
 }
 
+/// What one way took in some time.
+pub(crate) struct Forwarded {
+    pub(crate) sent: u64,
+    /// Packets that left the gateway.
+    pub(crate) left: u64,
+    pub(crate) per_second: f64,
+}
+
 impl Driver {
     /// Ends all packets but ARP that come to `link` of `namespace`, so that the far end costs every
     /// gateway the same and little.
@@ -39,9 +47,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Sends along `path` for `time` or little longer; returns how many packets left, and how many a
-    /// second.
-    pub(crate) fn forward(&mut self, path: &Path<'_>, time: Duration) -> Result<(u64, f64)> {
+    /// Sends along `path` for `time` or little longer.
+    pub(crate) fn forward(&mut self, path: &Path<'_>, time: Duration) -> Result<Forwarded> {
         let mut netlink = Netlink::open(path.gateway)?;
         let mut left = || -> Result<u64> {
             let counters = netlink.link(path.to)?.counters;
@@ -50,18 +57,34 @@ impl Driver {
         };
         let before = left()?;
         let start = Instant::now();
+        let mut sent = 0;
         path.gateway.run(|| -> Result<()> {
             while start.elapsed() < time {
                 self.live_frames(path)?;
+                sent += u64::from(BURST);
             }
             Ok(())
         })?;
         let took = start.elapsed();
-        let packets = left()? - before;
-        if packets == 0 {
+        let left = left()? - before;
+        if left == 0 {
             bail!("no packet left the gateway by {}", path.to);
         }
-        Ok((packets, packets as f64 / took.as_secs_f64()))
+        Ok(Forwarded { sent, left, per_second: left as f64 / took.as_secs_f64() })
+    }
+
+    /// Sends along `path` for `time` or little longer; returns how many packets, and the CPU time in ns that
+    /// each took, wherever it ended.
+    pub(crate) fn take(&mut self, path: &Path<'_>, time: Duration) -> Result<(u64, f64)> {
+        path.gateway.run(|| {
+            let (start, before) = (Instant::now(), cpu_time()?);
+            let mut packets = 0;
+            while packets == 0 || start.elapsed() < time {
+                self.live_frames(path)?;
+                packets += u64::from(BURST);
+            }
+            Ok((packets, (cpu_time()? - before) / packets as f64))
+        })
     }
 
     /// Puts packets into the stack of the calling thread's namespace.

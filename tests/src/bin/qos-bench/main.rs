@@ -1,6 +1,7 @@
 //! `cargo xtask bench datapath`: what the programs cost a packet, and what is left of forwarding.
 //! `cargo xtask bench boxes`: what each kind of box forwards, with qos and without.
 //! `cargo xtask bench classify`: what the classifier costs a packet, beside one look-up in the kernel's maps.
+//! `cargo xtask bench growth`: the same over the number of rules, and nftables; a table and a plot.
 //! `cargo xtask bench scale`: how long lines and grants take when there are many.
 //!
 //! Every figure stands beside its baseline of the same run: machines are noisy, ratios less so. Those
@@ -8,10 +9,15 @@
 
 mod boxes;
 mod classify;
+mod forward;
 mod forwarding;
 mod gateway;
+mod growth;
 mod live;
+mod nftables;
+mod plot;
 mod programs;
+mod rules;
 mod scale;
 mod world;
 
@@ -71,6 +77,34 @@ enum What {
         /// Rounds that the medians are taken over.
         #[arg(long, default_value_t = 9, value_parser = at_least_one())]
         rounds: usize,
+        /// Measures the IPv6 set that is made of this one: each bit of an address becomes four.
+        #[arg(long)]
+        ipv6: bool,
+        /// Also forwards packets between two veth pairs: with no rules, with these, and with these in a
+        /// concatenated interval set of nftables.
+        #[arg(long, conflicts_with = "ipv6")]
+        forward: bool,
+    },
+    /// What a look-up costs over the number of rules, beside an LPM trie, a hash and a set of nftables of the
+    /// same size.
+    Growth {
+        /// Also writes the figures as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Also draws them.
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+        /// Numbers of rules, with commas between them.
+        #[arg(
+            long,
+            value_delimiter = ',',
+            default_values_t = [10, 100, 1_000, 10_000, 100_000, 1_000_000],
+            value_parser = at_least_one()
+        )]
+        counts: Vec<usize>,
+        /// Rounds that the medians are taken over.
+        #[arg(long, default_value_t = 5, value_parser = at_least_one())]
+        rounds: usize,
     },
     /// The real qosd with many lines and many shaped allocations on one root.
     Scale {
@@ -110,9 +144,16 @@ fn main() -> Result<()> {
             boxes::print(&report);
             json.map_or(Ok(()), |path| write_json(&report, &path))
         }
-        What::Classify { rules, trace, json, count, rounds } => {
-            let report = classify::measure(&classify::Options { rules, trace, count, rounds })?;
+        What::Classify { rules, trace, json, count, rounds, ipv6, forward } => {
+            let options = classify::Options { rules, trace, count, rounds, ipv6, forward };
+            let report = classify::measure(&options)?;
             classify::print(&report);
+            json.map_or(Ok(()), |path| write_json(&report, &path))
+        }
+        What::Growth { json, svg, counts, rounds } => {
+            let report = growth::measure(&counts, rounds)?;
+            growth::print(&report);
+            svg.map_or(Ok(()), |path| growth::draw(&report, &path))?;
             json.map_or(Ok(()), |path| write_json(&report, &path))
         }
         What::Scale { json, lines, allocations } => {
@@ -178,4 +219,13 @@ fn print(report: &Report) {
 fn median(values: &mut [f64]) -> f64 {
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A table that can be put into a document as it is.
+fn markdown(header: &[String], rows: &[Vec<String>]) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    table.set_header(header);
+    table.add_rows(rows);
+    format!("{table}\n")
 }

@@ -1,14 +1,18 @@
 //! The rules and packets of the benchmark: many providers, many subscribers, one rule for each pair.
 
-use qos_common::classify::{Address, CHECK_PORTS, CHECK_PROTOCOL, Direction, Rule, rank};
+use qos_common::classify::{Address, CHECK_PORTS, CHECK_PROTOCOL, Direction, Family, Rule, rank};
 use qos_tests::classbench::Tuple;
 use qos_tests::random::Random;
 
 /// First UDP port of a rule, and how many it covers.
 pub(crate) const PORTS: (u16, u16) = (5_000, 100);
 
-/// Headers of a packet, as the driving program writes them.
-pub(crate) const HEADERS: usize = 42;
+/// First bytes of the addresses of a router and its neighbours: benchmarks have 198.18.0.0/15 (RFC 2544).
+pub(crate) const ROUTER: [u8; 2] = [198, 18];
+
+/// Headers of a packet, as the driving program writes them: Ethernet, IPv6 and eight bytes as of UDP. Behind
+/// shorter ones are zeros.
+pub(crate) const HEADERS: usize = 62;
 
 /// Subscriber of rule `number`, 10.64.0.0/14.
 pub(crate) fn subscriber(number: u32) -> [u8; 4] {
@@ -41,34 +45,47 @@ pub(crate) fn rule(number: u32) -> Rule {
 
 /// A packet of a flow that matches rule `number`.
 pub(crate) fn headers(number: u32, flow: u32, mac: [u8; 6]) -> [u8; HEADERS] {
-    let packet = Tuple {
-        source: u32::from_be_bytes(subscriber(number)),
-        destination: u32::from_be_bytes(provider(number)),
-        source_port: 10_000 + (flow % 50_000) as u16,
-        destination_port: PORTS.0 + (flow % u32::from(PORTS.1)) as u16,
-        protocol: 17,
-    };
-    frame(mac, &packet)
+    let addresses = [subscriber(number), provider(number)].map(u32::from_be_bytes);
+    let ports = [10_000 + (flow % 50_000) as u16, PORTS.0 + (flow % u32::from(PORTS.1)) as u16];
+    frame(mac, &Tuple::v4(addresses, ports, 17))
 }
 
-/// Ethernet to `mac`, IPv4, and eight bytes as of UDP, of a frame of 60 bytes.
+/// Ethernet to `mac`, IP, and eight bytes as of UDP, of a frame of [`frame_length`] bytes.
 pub(crate) fn frame(mac: [u8; 6], packet: &Tuple) -> [u8; HEADERS] {
     let mut bytes = [0; HEADERS];
     bytes[..6].copy_from_slice(&mac);
     bytes[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 2]);
-    bytes[12..14].copy_from_slice(&[8, 0]);
-    bytes[14..18].copy_from_slice(&[0x45, 0, 0, 46]);
-    bytes[22..24].copy_from_slice(&[64, packet.protocol]);
-    bytes[26..30].copy_from_slice(&packet.source.to_be_bytes());
-    bytes[30..34].copy_from_slice(&packet.destination.to_be_bytes());
-    bytes[34..36].copy_from_slice(&packet.source_port.to_be_bytes());
-    bytes[36..38].copy_from_slice(&packet.destination_port.to_be_bytes());
-    bytes[38..40].copy_from_slice(&26u16.to_be_bytes());
-    let sum: u32 =
-        bytes[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    bytes[24..26].copy_from_slice(&(!((sum & 0xffff) as u16 + (sum >> 16) as u16)).to_be_bytes());
+    let transport = match packet.family {
+        Family::V4 => {
+            bytes[12..14].copy_from_slice(&[8, 0]);
+            bytes[14..18].copy_from_slice(&[0x45, 0, 0, 46]);
+            bytes[22..24].copy_from_slice(&[64, packet.protocol]);
+            bytes[26..30].copy_from_slice(&packet.source.to_be_bytes()[..4]);
+            bytes[30..34].copy_from_slice(&packet.destination.to_be_bytes()[..4]);
+            let sum: u32 =
+                bytes[14..34].chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+            let sum = (sum & 0xffff) + (sum >> 16);
+            bytes[24..26].copy_from_slice(&(!((sum & 0xffff) as u16 + (sum >> 16) as u16)).to_be_bytes());
+            34
+        }
+        Family::V6 => {
+            bytes[12..14].copy_from_slice(&[0x86, 0xdd]);
+            bytes[14..22].copy_from_slice(&[0x60, 0, 0, 0, 0, 10, packet.protocol, 64]);
+            bytes[22..38].copy_from_slice(&packet.source.to_be_bytes());
+            bytes[38..54].copy_from_slice(&packet.destination.to_be_bytes());
+            54
+        }
+    };
+    let length = frame_length(&bytes) - transport;
+    bytes[transport..transport + 2].copy_from_slice(&packet.source_port.to_be_bytes());
+    bytes[transport + 2..transport + 4].copy_from_slice(&packet.destination_port.to_be_bytes());
+    bytes[transport + 4..transport + 6].copy_from_slice(&(length as u16).to_be_bytes());
     bytes
+}
+
+/// Bytes of the frame that has these headers.
+pub(crate) fn frame_length(headers: &[u8; HEADERS]) -> usize {
+    if headers[12..14] == [0x86, 0xdd] { 64 } else { 60 }
 }
 
 /// `flows` flows over `rules` rules, in an order that no prefetcher guesses.
