@@ -10,10 +10,10 @@ pub(crate) struct Series<'a> {
     pub(crate) points: Vec<(f64, f64)>,
 }
 
-const WIDTH: f64 = 760.0;
+const WIDTH: f64 = 800.0;
 const HEIGHT: f64 = 460.0;
 /// Where the axes are: left, right, top, bottom.
-const FRAME: [f64; 4] = [72.0, 540.0, 48.0, 404.0];
+const FRAME: [f64; 4] = [72.0, 560.0, 48.0, 404.0];
 /// What is too small for a logarithmic axis is drawn here.
 const LEAST: f64 = 1.0;
 

@@ -15,6 +15,8 @@ use aya::maps::{HashMap as BpfHashMap, LpmTrie, MapData};
 use aya::programs::ProgramFd;
 use aya::{Ebpf, EbpfLoader, Pod};
 use ipnet::IpNet;
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS};
 use qos_common::classify::Family;
 use qos_tests::classbench::{self, ALL_PORTS, Prefix, Tuple, TupleRule, Widening};
@@ -312,6 +314,9 @@ impl Classifier {
     /// What each packet is classified as.
     pub(crate) fn answers(&mut self, driver: &mut Driver, packets: &[Tuple]) -> Result<Vec<Answer>> {
         driver.set_target(&self.program("bench_answer")?, true)?;
+        // Each CPU has a place of its own in the list, and a run that has to wait may go on elsewhere
+        // (`bpf_test_timer_continue`, net/bpf/test_run.c, Linux 6.1).
+        let _here = Pinned::new()?;
         let mut found = Vec::with_capacity(packets.len());
         for packets in packets.chunks(ANSWERS as usize) {
             driver.set_steps(&steps(packets))?;
@@ -321,6 +326,28 @@ impl Classifier {
             found.extend((0..packets.len() as u32).map(|position| self.answers.read(position)));
         }
         Ok(found)
+    }
+}
+
+/// Keeps the calling thread on the CPU where it is, until it is dropped.
+struct Pinned {
+    before: CpuSet,
+}
+
+impl Pinned {
+    fn new() -> Result<Self> {
+        let before = sched_getaffinity(Pid::from_raw(0))?;
+        let mut here = CpuSet::new();
+        here.set(sched_getcpu()?)?;
+        sched_setaffinity(Pid::from_raw(0), &here)?;
+        Ok(Self { before })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // A CPU that is gone since is the kernel's to replace.
+        let _ = sched_setaffinity(Pid::from_raw(0), &self.before);
     }
 }
 
