@@ -196,7 +196,7 @@ fn list<const V6: bool>(search: &mut Search, set: &TableSet, table: &Table) -> O
     // SAFETY: it is a live, aligned word, which userspace replaces by one store.
     let mut slot = unsafe { (&raw const table.root).read_volatile() };
     if slot.is_empty() {
-        let hash = table.hash(V6 as u32, key.source, key.destination);
+        let hash = table.hash(u32::from(V6), key.source, key.destination);
         let word = maps::word(set.position(hash));
         if !word.admits(hash) {
             return None;

@@ -134,13 +134,12 @@ pub(crate) fn slot(position: u32) -> Slot {
 /// A word, read at once.
 #[inline(always)]
 pub(crate) fn word(position: u32) -> Word {
-    match RULE_WORDS.get_ptr(position / 2) {
-        // SAFETY: as for `slot`; the value has two words.
-        Some(pointer) => {
-            Word::from_raw(unsafe { pointer.cast::<u32>().add((position & 1) as usize).read_volatile() })
-        }
-        None => Word::EMPTY,
-    }
+    let Some(pair) = RULE_WORDS.get_ptr(position / 2) else {
+        return Word::EMPTY;
+    };
+    // SAFETY: the map returned a pointer to two live, aligned words. Userspace replaces both by one aligned
+    // 64-bit store, so a volatile load sees the old or the new one.
+    Word::from_raw(unsafe { pair.cast::<u32>().add((position & 1) as usize).read_volatile() })
 }
 
 #[inline(always)]
