@@ -31,7 +31,7 @@ pub const DEFAULT_SOCKET: &str = "/run/qos/qosd.sock";
 
 const DEFAULT_STATE_DIR: &str = "/var/lib/qos";
 const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/qos";
-/// The upper 19 bits: the low 13 stay with the operator's own firewall marks.
+/// The upper 20 bits: the low 12 stay with the operator's own firewall marks.
 const DEFAULT_MARK_MASK: u32 = 0xffff_f000;
 const DEFAULT_SOFT_SHARE: f64 = 0.95;
 const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(5);

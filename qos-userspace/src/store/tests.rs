@@ -454,7 +454,7 @@ fn a_full_disk_refuses_and_changes_nothing() {
         let path = folder.join("state.db");
         let filler = folder.join("filler");
         let (mut store, mut state) = filled(&path);
-        fs::write(&filler, vec![0; 350_000]).unwrap();
+        fs::write(&filler, vec![0; 250_000]).unwrap();
         let mut error = None;
         for host in 0..2_000 {
             let changes = decide(&state, &grant_on_line(host), now()).unwrap().changes;
