@@ -621,6 +621,144 @@ mod tests {
         }
     }
 
+    /// A set that is made to be hard, and packets that suit its rules.
+    fn hard_set(name: &str) -> (Vec<Rule>, Vec<Key>) {
+        let pair = |id: u64| Rule {
+            source: Address::v4([10, 0, 0, 1]),
+            source_length: 32,
+            destination: Address::v4([10, 0, 0, 2]),
+            destination_length: 32,
+            ..open_rule(id)
+        };
+        let ports = |id: u64, first: u64, last: u64| Rule {
+            checks: CHECK_PORTS,
+            destination_ports: [first as u16, last as u16],
+            ..pair(id)
+        };
+        let on_pair = |number: u64| Key {
+            source: Address::v4([10, 0, 0, 1]),
+            destination: Address::v4([10, 0, 0, 2]),
+            destination_port: (number * 131) as u16,
+            source_port: (number * 17) as u16,
+            protocol: 17,
+            ..zero_key()
+        };
+        // Weyl's sequence: spread evenly, and the same each time.
+        let weyl = |number: u64| number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let anywhere = |number: u64| Key {
+            source: Address::v4(((weyl(number) >> 32) as u32).to_be_bytes()),
+            destination: Address::v4((weyl(number) as u32).to_be_bytes()),
+            ..on_pair(number)
+        };
+        let far = |number: u64, family: u8| match family {
+            0 => Address::v4((weyl(number) as u32).to_be_bytes()),
+            _ => Address { high: weyl(number), low: weyl(number + 7) },
+        };
+        let nested = |family: u8, most: u64| {
+            (0..=most).map(move |length| Rule {
+                destination: far(1, family).prefix(length as u32),
+                destination_length: length as u8,
+                family,
+                ..open_rule(most + 1 - length)
+            })
+        };
+        match name {
+            "one bucket: lengths of packets on one pair" => {
+                let rules = (1..=2_000).map(|id| Rule { lengths: [id as u16, id as u16 + 9], ..pair(id) });
+                (rules.collect(), (0..2_000).map(|n| Key { length: n as u16, ..on_pair(n) }).collect())
+            }
+            "uniform prefix lengths" => {
+                let rules = (1..=20_000u64).map(|id| {
+                    let (source_length, destination_length) = ((id % 33) as u8, (id / 33 % 33) as u8);
+                    Rule {
+                        source: far(id, 0).prefix(u32::from(source_length)),
+                        destination: far(id + 9, 0).prefix(u32::from(destination_length)),
+                        source_length,
+                        destination_length,
+                        ..open_rule(id)
+                    }
+                });
+                (rules.collect(), (0..2_000).map(anywhere).collect())
+            }
+            "64k single ports on one pair" => (
+                (1..=65_535).map(|port| ports(port, port, port)).collect(),
+                (0..2_000).map(on_pair).collect(),
+            ),
+            "hundreds of ranges on one pair" => {
+                let rules = (1..=600).map(|id| {
+                    let first = weyl(id) % 60_000;
+                    ports(id, first, first + weyl(id + 1) % 5_000)
+                });
+                (rules.collect(), (0..2_000).map(on_pair).collect())
+            }
+            "nested prefixes" => {
+                let packets = (0..33).map(|length| Key {
+                    destination: Address { high: far(1, 0).high ^ 1 << (63 - length.min(31)), low: 0 },
+                    ..zero_key()
+                });
+                (nested(0, 32).collect(), packets.collect())
+            }
+            "nested prefixes of IPv6" => {
+                let address = far(1, 1);
+                let packets = (0..128u32).map(|bit| {
+                    let (high, low) = if bit < 64 { (1 << (63 - bit), 0) } else { (0, 1 << (127 - bit)) };
+                    let destination = Address { high: address.high ^ high, low: address.low ^ low };
+                    Key { destination, family: 1, ..zero_key() }
+                });
+                (nested(1, 128).collect(), packets.collect())
+            }
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn sets_that_are_made_to_be_hard_are_answered_right_within_a_bound() {
+        let mut costs = Vec::new();
+        for (name, most) in [
+            // No field but the length tells them apart, and ten of them take each packet.
+            ("one bucket: lengths of packets on one pair", 24),
+            ("uniform prefix lengths", 250),
+            // Packets without ports are compared with the best few.
+            ("64k single ports on one pair", 64),
+            ("hundreds of ranges on one pair", 96),
+            ("nested prefixes", 33),
+            ("nested prefixes of IPv6", 129),
+        ] {
+            let (mut rules, packets) = hard_set(name);
+            let mut classifier = empty();
+            classifier.insert(&rules).expect("fits");
+            let check = |classifier: &Classifier, rules: &[Rule]| {
+                for key in &packets {
+                    let expected = by_linear_search(rules, key);
+                    assert_eq!(look_up(classifier.maps(), key), expected, "{name}: {key:?}");
+                }
+            };
+            check(&classifier, &rules);
+            let laid_out = classifier.worst_case();
+            // One by one, as they come and go in operation.
+            let gone: Vec<Rule> = rules.iter().step_by(2).take(300).copied().collect();
+            for rule in &gone {
+                classifier.remove(&[*rule]).expect("fits");
+            }
+            rules.retain(|rule| !gone.contains(rule));
+            check(&classifier, &rules);
+            for rule in &gone {
+                classifier.insert(&[*rule]).expect("fits");
+            }
+            rules.extend(gone);
+            check(&classifier, &rules);
+            assert!(classifier.repair().is_empty(), "{name}");
+            println!(
+                "{name}: {} rules, {laid_out} comparisons at most, {} after changes",
+                rules.len(),
+                classifier.worst_case()
+            );
+            costs.push((name, laid_out.max(classifier.worst_case()), most));
+        }
+        let above: Vec<_> = costs.into_iter().filter(|(_, found, most)| found > most).collect();
+        assert!(above.is_empty(), "{above:?}");
+    }
+
     /// A rule for one destination host of its own.
     fn spread(id: u64) -> Rule {
         Rule {
