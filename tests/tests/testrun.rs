@@ -1,12 +1,13 @@
 //! The loaded programs, run on packets that are not sent (`BPF_PROG_TEST_RUN`).
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use qos_common::abi::{
     self, Allocation, Answer, Counters, IN_USE, Outcome, Outcomes, POLICE, Question, directed,
 };
-use qos_common::classify::{Address, Direction, Rule, rank};
+use qos_common::classify::{Address, CHECK_PORTS, Direction, Rule, rank};
 use qos_common::clock::Meter;
 use qos_common::mark::MarkLayout;
 use qos_tests::random::{self, Random};
@@ -233,6 +234,100 @@ fn two_threads_on_one_clock_conserve_the_rate() {
         "{} bytes passed, {due} were due",
         counted.excess_bytes
     );
+}
+
+/// A rule that comes and goes: for one of the `hosts` after 198.51.100.0 or a prefix around it, for all ports or
+/// some. It is worse than rules of a higher precedence than 0.
+fn passing_rule(random: &mut Random, number: u64, hosts: u64) -> Rule {
+    let host = Address::v4((0xc633_6401 + random.below(hosts) as u32).to_be_bytes());
+    let source_length = random.choose(&[0, 24, 32]);
+    let length = random.choose(&[0, 8, 16, 24, 30, 32, 32, 32, 32, 32]);
+    let port = random.below(60_000) as u16;
+    let (checks, destination_ports) =
+        random.choose(&[(0, [0, u16::MAX]), (CHECK_PORTS, [port, port]), (CHECK_PORTS, [port, port + 99])]);
+    Rule {
+        source: Address::v4([192, 0, 2, 1]).prefix(source_length),
+        source_length: source_length as u8,
+        destination: host.prefix(length),
+        destination_length: length as u8,
+        destination_ports,
+        checks,
+        rank: rank(0, 1_000 + number, 0),
+        ..rule_to(0, 9)
+    }
+}
+
+#[test]
+fn look_ups_on_all_cpus_are_right_while_rules_come_and_go() {
+    let mut bench = Bench::new("hammer");
+    let up = |slot| directed(slot, Direction::Upstream);
+    for slot in [1, 2, 3, 9] {
+        bench.allocations.write(up(slot), policed(u64::from(slot), 400_000_000_000, 1_000_000_000));
+    }
+    // To .1 there is always one best rule. To .2 a better one comes and goes, and there is another behind it.
+    let best = |host, slot, precedence| Rule { rank: rank(precedence, 1, slot), ..rule_to(host, slot) };
+    let toggled = best(2, 2, 8);
+    bench.classifier.insert(&[best(1, 1, 9), best(2, 3, 7)]).expect("fits");
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut copies: Vec<Object> = (0..cpus)
+        .map(|_| Object::load(&bench.pins).expect("a copy of the programs over the same maps"))
+        .collect();
+    let stop = AtomicBool::new(false);
+    let (runs, updates) = std::thread::scope(|scope| {
+        let hammers: Vec<_> = copies
+            .iter_mut()
+            .map(|object| {
+                let stop = &stop;
+                scope.spawn(move || {
+                    let mut runs = 0;
+                    while !stop.load(Ordering::SeqCst) {
+                        for host in [1, 2] {
+                            object.run("qos_xdp_lan", &datagram(host, 1_000, 9), 2_000).expect("runs");
+                        }
+                        runs += 2_000;
+                    }
+                    runs
+                })
+            })
+            .collect();
+        let mut random = Random::new(11);
+        let mut passing = Vec::new();
+        let mut updates = 0u64;
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(6) {
+            for _ in 0..40 {
+                let rule = passing_rule(&mut random, updates, 2);
+                bench.classifier.insert(&[rule]).expect("fits");
+                passing.push(rule);
+                updates += 1;
+            }
+            bench.classifier.insert(&[toggled]).expect("fits");
+            while passing.len() > 600 {
+                let at = random.below(passing.len() as u64) as usize;
+                bench.classifier.remove(&[passing.swap_remove(at)]).expect("fits");
+                updates += 1;
+            }
+            bench.classifier.remove(&[toggled]).expect("fits");
+            updates += 2;
+        }
+        stop.store(true, Ordering::SeqCst);
+        let runs: u64 = hammers.into_iter().map(|hammer| hammer.join().expect("no panic")).sum();
+        (runs, updates)
+    });
+    drop(copies);
+    let counted = |slot| {
+        let counted = bench.counted(slot, Direction::Upstream);
+        counted.excess_packets + counted.dropped_packets
+    };
+    println!(
+        "{runs} packets each on {cpus} CPUs, {updates} updates: {} and {} of the second",
+        counted(2),
+        counted(3)
+    );
+    assert_eq!(counted(1), runs, "to .1: some were not taken by the rule that was always there");
+    assert_eq!(counted(2) + counted(3), runs, "to .2: some were taken by neither rule");
+    assert!(counted(2) > 0 && counted(3) > 0, "the rule came and went");
+    assert!(bench.classifier.repair().is_empty());
 }
 
 #[test]
