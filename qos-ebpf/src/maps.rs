@@ -32,8 +32,7 @@ static SETTINGS: Array<Settings, 1> = Array::new();
 /// In its lowest bit the half of the rules that packets look through; counts the changes of it.
 #[btf_map(name = "rule_half")]
 static RULE_HALF: Array<u64, 1, MMAPABLE> = Array::new();
-/// The next five hold one half of the rules behind the other. The loader sizes those whose length follows
-/// from the number of rules.
+/// The next five hold one half of the rules behind the other.
 #[btf_map(name = "tables")]
 static TABLES: Array<TableSet, { (HALVES * TABLE_SETS) as usize }, MMAPABLE> = Array::new();
 /// Words, two in a value: the kernel rounds values up to 8 bytes.
