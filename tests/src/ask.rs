@@ -1,6 +1,7 @@
 //! What tests of levels ask of the daemon, in the product's own types.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -13,12 +14,19 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::daemon::Daemon;
+use crate::stops::Watch;
 use crate::traffic::{Flow, Measured, measure};
 
 /// Idle share below which others keep the machine from doing what is measured.
 const IDLE: f64 = 0.1;
+/// Share of the time that a processor may have stopped: a shaped flow may lose as much of its rate.
+const STOPPED: f64 = 0.015;
 /// How often a measurement that the machine spoilt is taken.
-const REPEATS: usize = 4;
+const REPEATS: u32 = 8;
+/// Pause before the first repeat; a longer one before each later one.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Time that a process spends on repeats, in ms. A machine that is still busy then is measured as it is.
+static PATIENCE: AtomicU64 = AtomicU64::new(90_000);
 /// A sender that got less than this share of its rate out was kept from it by the machine.
 const OFFERED: f64 = 0.97;
 
@@ -81,9 +89,10 @@ fn typed<T: DeserializeOwned>(answer: &Value) -> Result<T> {
     T::deserialize(answer).with_context(|| format!("an answer of another kind: {answer}"))
 }
 
-/// Like [`measure`], and again, up to four times, when the machine and not what is tested fell short:
-/// a sender that didn't get its rate out, an overrun receiver, or processors that others kept so busy
-/// that the gateway's timers came late. `offered` is what each flow was told to send; zero for one
+/// Like [`measure`], and again, up to eight times, when the machine and not what is tested fell short:
+/// a sender that didn't get its rate out, an overrun receiver, or processors that stopped or were kept
+/// so busy by others that the gateway's timers came late. It stops doing so once this process has spent
+/// 90 s on repeats. `offered` is what each flow was told to send; zero for one
 /// that sends what it can.
 ///
 /// # Errors
@@ -96,15 +105,28 @@ pub fn measure_undisturbed(
     let watched: Vec<&dyn Flow> = flows.iter().map(|(flow, _)| *flow).collect();
     let mut repeats = 1;
     loop {
-        let before = processor_time()?;
+        let (before, watch, began) = (processor_time()?, Watch::start()?, Instant::now());
         let measured = measure(&watched, warm_up, window)?;
-        let spoilt = idle_share(before, processor_time()?) < IDLE
-            || measured.iter().zip(flows).any(|(measured, (_, offered))| {
-                measured.receiver_dropped > 0 || (measured.offered.0 as f64) < offered.0 as f64 * OFFERED
-            });
-        if !spoilt || repeats == REPEATS {
+        let (time, stopped) = (began.elapsed(), watch.stopped()?);
+        let idle = idle_share(before, processor_time()?);
+        let short = measured.iter().zip(flows).any(|(measured, (_, offered))| {
+            measured.receiver_dropped > 0 || (measured.offered.0 as f64) < offered.0 as f64 * OFFERED
+        });
+        if !short && idle >= IDLE && stopped <= time.mul_f64(STOPPED) {
             return Ok(measured);
         }
+        println!(
+            "spoilt, {repeats} of {REPEATS}: {:.0} % idle, stopped for {stopped:?} of {time:?}{}",
+            idle * 100.0,
+            if short { ", less offered than was to be" } else { "" }
+        );
+        let pause = PAUSE * repeats;
+        let spent = (pause + time).as_millis() as u64;
+        let left = PATIENCE.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(spent));
+        if repeats == REPEATS || left.is_err() {
+            return Ok(measured);
+        }
+        std::thread::sleep(pause);
         repeats += 1;
     }
 }

@@ -50,6 +50,7 @@ pub mod netns;
 pub mod random;
 pub mod reference;
 pub mod skip;
+pub mod stops;
 pub mod topology;
 pub mod traffic;
 pub mod tunnel;
