@@ -338,6 +338,7 @@ impl Word {
 
     /// The word as it stands in memory.
     #[must_use]
+    #[inline(always)]
     pub const fn raw(self) -> u32 {
         self.0
     }

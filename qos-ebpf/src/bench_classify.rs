@@ -25,7 +25,7 @@ use aya_ebpf::macros::{btf_map, xdp};
 use aya_ebpf::programs::XdpContext;
 use qos_common::classify::{Address, Direction, Family, selector_of};
 
-use crate::classify::{Search, classify};
+use crate::classify::{PACKET, Search, classify};
 use crate::packet::Bytes;
 
 const MMAPABLE: usize = 1 << 10;
@@ -103,6 +103,5 @@ fn look_up(bytes: Bytes) -> Option<&'static mut Search> {
     key.length = 46;
     key.dscp = 0;
     search.now_ns = 1;
-    classify::<false>(search);
-    Some(search)
+    classify::<PACKET>()
 }

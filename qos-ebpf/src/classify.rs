@@ -8,11 +8,11 @@ use core::ffi::{c_long, c_void};
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::bpf_loop;
-use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, IN_USE, directed};
+use qos_common::abi::{FRAGMENT_AGE_NS, Fragment, directed};
 use qos_common::classify::{
-    Direction, Family, Key, MAX_FORKS, MAX_LIST, Table, TableSet, selector_of, table_set,
+    Direction, Family, Key, MAX_FORKS, MAX_LIST, Slot, Table, TableSet, selector_of, table_set,
 };
-use qos_common::compact::Probe;
+use qos_common::compact::{Probe, Word};
 
 use crate::maps;
 use crate::mtu::mtu_of;
@@ -20,7 +20,7 @@ use crate::packet::{Packet, Piece};
 
 /// A packet, the state of its look-up, and the result.
 ///
-/// It stands in memory of this CPU's own ([`maps::search`]) rather than on the stack: the verifier
+/// It stands in memory of this CPU's own ([`maps::search_of`]) rather than on the stack: the verifier
 /// forgets what it knew of a value that goes through a map, so the ways through the parser do not
 /// multiply with those through what follows.
 pub(crate) struct Search {
@@ -52,9 +52,16 @@ pub(crate) struct Search {
     extras: u32,
     /// What rules are compared with.
     probe: Probe,
+    /// Words of tables that are looked into next, and behind each as much of its hash.
+    ahead: [u64; AHEAD],
     /// The packet's link-layer header, while it is written anew.
     pub(crate) link: [u8; LINK_ROOM],
 }
+
+/// Number of the search of packets.
+pub(crate) const PACKET: u32 = 0;
+/// Number of that of the program that explains.
+pub(crate) const QUESTION: u32 = 1;
 
 /// Longest link-layer header that is read: Ethernet, two tags, PPPoE.
 pub(crate) const LINK_ROOM: usize = 32;
@@ -82,18 +89,23 @@ impl Search {
     }
 }
 
-/// Finds the allocation of the packet that was read, and lets later fragments follow their first
-/// one. Without `REMEMBER` nothing is written.
+/// Finds the allocation of the packet that was read into the search of that number, and lets later
+/// fragments follow their first one. Nothing is remembered of what is not a packet.
+///
+/// Returns the search. Who calls this has no reference to it: what is called here writes it.
 #[inline(always)]
-pub(crate) fn classify<const REMEMBER: bool>(search: &mut Search) {
+pub(crate) fn classify<const WHOSE: u32>() -> Option<&'static mut Search> {
+    let search = maps::search_of(WHOSE)?;
     if search.packet.piece == Piece::Later as u32 && follow(search) {
-        return;
+        return Some(search);
     }
     search.limits_only = search.packet.key.unknown;
-    look_up(search);
-    if REMEMBER && search.packet.piece == Piece::First as u32 {
+    qos_look_up(WHOSE);
+    let search = maps::search_of(WHOSE)?;
+    if WHOSE == PACKET && search.packet.piece == Piece::First as u32 {
         remember(search);
     }
+    Some(search)
 }
 
 /// Takes over what the first fragment was classified as, if that is known and still holds. Kept out
@@ -131,16 +143,19 @@ fn remember(search: &mut Search) -> bool {
     maps::remember_fragment(&search.packet.fragment_key(), &first)
 }
 
-/// MTU of the allocation that answers to this packet belong to; zero: any.
+/// MTU of the allocation that answers to this packet belong to; zero: any. Who calls this has no
+/// reference to the search.
 ///
 /// Out of line: connections open rarely.
 #[inline(never)]
-pub(crate) fn opposite_mtu(search: &mut Search) -> u32 {
+pub(crate) fn opposite_mtu() -> u32 {
+    let Some(search) = maps::search() else { return 0 };
     let (rank, slot) = (search.rank, search.slot);
     turn(&mut search.packet.key);
     search.rank = u64::MAX;
     search.slot = 0;
-    look_up(search);
+    qos_look_up(PACKET);
+    let Some(search) = maps::search() else { return 0 };
     let mtu = match maps::allocation(search.record(search.slot)) {
         Some(allocation) if search.slot != 0 => mtu_of(allocation, search.packet.key.family),
         _ => 0,
@@ -162,43 +177,75 @@ fn turn(key: &mut Key) {
     key.direction ^= 1;
 }
 
-#[inline(always)]
-fn look_up(search: &mut Search) {
+/// Finds the rule of the packet in the search of that number, and says so there.
+///
+/// A global function: the verifier follows its ways once, on their own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn qos_look_up(whose: u32) -> u32 {
+    let Some(search) = maps::search_of(whose) else { return 0 };
     let key = &search.packet.key;
     let family = key.family;
-    let Some(set) = maps::tables(table_set(key.direction, family)) else {
-        return;
-    };
+    let Some(set) = maps::tables(table_set(key.direction, family)) else { return 0 };
     search.probe = Probe::of(key);
-    if family == Family::V4 as u32 { tables::<false>(search, set) } else { tables::<true>(search, set) }
+    if family == Family::V4 as u32 {
+        tables::<false>(search, set)
+    } else {
+        tables::<true>(search, set)
+    }
+    search.slot
 }
+
+/// Tables whose words are read before the first of them is acted on: what the memory takes for one is
+/// what it takes for all of them.
+const AHEAD: usize = 4;
 
 #[inline(always)]
 fn tables<const V6: bool>(search: &mut Search, set: &TableSet) {
-    for (table, position) in set.tables.iter().zip(0..) {
-        if position >= set.used {
+    for (tables, first) in set.tables.chunks_exact(AHEAD).zip((0..).step_by(AHEAD)) {
+        if first >= set.used {
             break;
         }
-        if table.best >= search.rank {
-            continue;
+        for (table, place) in tables.iter().zip(0..AHEAD) {
+            if table.best < search.rank && root(table).is_empty() {
+                search.ahead[place] = word::<V6>(search, set, table);
+            }
         }
-        if let Some(list) = list::<V6>(search, set, table) {
-            scan::<V6>(search, set, list);
+        for (table, place) in tables.iter().zip(0..AHEAD) {
+            if table.best >= search.rank {
+                continue;
+            }
+            search.tables += 1;
+            if let Some(list) = list(search, set, root(table), search.ahead[place]) {
+                scan::<V6>(search, set, list);
+            }
         }
     }
 }
 
+#[inline(always)]
+fn root(table: &Table) -> Slot {
+    // SAFETY: it is a live, aligned word, which userspace replaces by one store.
+    unsafe { (&raw const table.root).read_volatile() }
+}
+
+/// The word that the packet's addresses lead to in a table, with their hash behind it. Sees to it that the rule which
+/// it leads to is on its way.
+#[inline(always)]
+fn word<const V6: bool>(search: &Search, set: &TableSet, table: &Table) -> u64 {
+    let key = &search.packet.key;
+    let hash = table.hash(u32::from(V6), key.source, key.destination);
+    let word = maps::word(set.position(hash));
+    maps::fetch_rule(set.rules.wrapping_add(word.start()));
+    u64::from(word.raw()) | hash << 32
+}
+
 /// First granule of the list that the packet is led to by a table; none: it is empty.
 #[inline(always)]
-fn list<const V6: bool>(search: &mut Search, set: &TableSet, table: &Table) -> Option<u32> {
-    search.tables += 1;
-    let key = &search.packet.key;
-    // SAFETY: it is a live, aligned word, which userspace replaces by one store.
-    let mut slot = unsafe { (&raw const table.root).read_volatile() };
+fn list(search: &mut Search, set: &TableSet, root: Slot, ahead: u64) -> Option<u32> {
+    let (mut slot, word) = (root, Word::from_raw(ahead as u32));
     if slot.is_empty() {
-        let hash = table.hash(u32::from(V6), key.source, key.destination);
-        let word = maps::word(set.position(hash));
-        if !word.admits(hash) {
+        if !word.admits(ahead >> 32) {
             return None;
         }
         if !word.is_fork() {
@@ -275,13 +322,11 @@ fn compare<const V6: bool>(search: &mut Search) -> bool {
         return rule.is_last();
     }
     if search.now_ns == 0 {
+        // The clock is read when all that came before is there: this is on its way meanwhile.
+        maps::fetch_allocation(search.record(rule.slot()));
         search.now_ns = now_ns();
     }
-    let live = match maps::allocation(search.record(rule.slot())) {
-        Some(allocation) => allocation.flags & IN_USE != 0 && allocation.expires_ns > search.now_ns,
-        None => false,
-    };
-    if !live {
+    if maps::deadline(rule.slot(), Direction::from_bit(search.packet.key.direction)) <= search.now_ns {
         search.expired += 1;
         return rule.is_last();
     }

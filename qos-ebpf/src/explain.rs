@@ -6,7 +6,7 @@ use qos_common::abi::{Outcome, directed};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 
-use crate::classify::classify;
+use crate::classify::{QUESTION, classify};
 use crate::egress::rest_class;
 use crate::limit::{Judgement, judge};
 use crate::maps;
@@ -17,7 +17,7 @@ use crate::packet::{Bytes, parse};
 #[inline(always)]
 pub(crate) fn run(ctx: &XdpContext) {
     let (Some(settings), Some(question), Some(place), Some(search)) =
-        (maps::settings(), maps::question(), maps::answer(), maps::explaining_search())
+        (maps::settings(), maps::question(), maps::answer(), maps::search_of(QUESTION))
     else {
         return;
     };
@@ -32,9 +32,9 @@ pub(crate) fn run(ctx: &XdpContext) {
         Ok(()) => Outcome::Unclassified as u32,
         Err(reason) => reason as u32,
     };
-    if read.is_ok() {
-        classify::<false>(search);
-    }
+    let Some(search) = (if read.is_ok() { classify::<QUESTION>() } else { maps::search_of(QUESTION) }) else {
+        return;
+    };
     answer.key = search.packet.key;
     answer.rank = search.rank;
     answer.slot = search.slot;

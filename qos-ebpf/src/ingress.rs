@@ -9,7 +9,7 @@ use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 use qos_common::mark::{Marked, Owner};
 
-use crate::classify::{Search, classify, now_ns};
+use crate::classify::{PACKET, classify, now_ns};
 use crate::egress::line_of;
 use crate::limit::judge;
 use crate::maps;
@@ -31,11 +31,14 @@ pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
     search.begin(DIRECTION);
     search.carries = u32::from(carries);
     let outcome = match parse(bytes, false, bytes.length() as u32, &mut search.packet) {
-        Ok(()) => police(ctx, search, settings, direction),
+        Ok(()) => police(ctx, settings, direction, carries),
         Err(reason) => reason,
     };
+    let Some(search) = maps::search() else {
+        return Outcome::MissingEntry;
+    };
     let slot = if search.limits_only == 0 { search.slot } else { 0 };
-    if search.carries != 0 {
+    if carries {
         let task = if settings.observe == 0 { search.task } else { 0 };
         write_metadata(ctx, settings, answer(settings, &search.packet, outcome, direction, slot), task);
     }
@@ -83,9 +86,11 @@ fn answer(settings: &Settings, packet: &Packet, outcome: Outcome, direction: Dir
 /// Classifies and charges the packet that was read. What egress is to classify again, for want of a
 /// place for the answer, is looked at there for its MTU.
 #[inline(always)]
-fn police(ctx: &XdpContext, search: &mut Search, settings: &Settings, direction: Direction) -> Outcome {
-    classify::<true>(search);
-    if settings.mtus != 0 && search.carries != 0 && qos_mtu_frame(ctx.ctx) != 0 {
+fn police(ctx: &XdpContext, settings: &Settings, direction: Direction, carries: bool) -> Outcome {
+    let Some(search) = classify::<PACKET>() else {
+        return Outcome::MissingEntry;
+    };
+    if settings.mtus != 0 && carries && qos_mtu_frame(ctx.ctx) != 0 {
         return Outcome::TooBig;
     }
     if search.slot == 0 {

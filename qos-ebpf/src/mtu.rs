@@ -54,7 +54,7 @@ fn decide(bytes: Bytes) -> u32 {
         return u32::from(refuse(search, record, own, bytes));
     }
     if search.packet.key.protocol == TCP && byte_behind_ip(&search.packet, bytes, 13) & SYN != 0 {
-        watch_opening(search, own);
+        watch_opening(own);
     }
     0
 }
@@ -157,10 +157,12 @@ fn is_nobody(address: &Address, family: u32) -> bool {
 
 /// Sets the task of a packet that opens a TCP connection whose traffic has an MTU, either way.
 #[inline(always)]
-fn watch_opening(search: &mut Search, own: u32) {
-    let opposite = opposite_mtu(search);
+fn watch_opening(own: u32) {
+    let opposite = opposite_mtu();
     let mtu = if own == 0 || opposite != 0 && opposite < own { opposite } else { own };
-    if mtu != 0 {
+    if mtu != 0
+        && let Some(search) = maps::search()
+    {
         search.task = LOWER_MSS | mtu;
     }
 }

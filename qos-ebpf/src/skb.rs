@@ -9,7 +9,7 @@ use qos_common::abi::{Allocation, LAYER3, Outcome, Settings, directed};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged_segments};
 
-use crate::classify::classify;
+use crate::classify::{PACKET, Search, classify};
 use crate::limit::judge;
 use crate::maps;
 use crate::mtu::qos_mtu_skb;
@@ -41,7 +41,9 @@ pub(crate) fn police(
         return (Outcome::MissingEntry, 0);
     };
     search.packet.key.length = segment_length(ctx, &search.packet);
-    classify::<true>(search);
+    let Some(search) = classify::<PACKET>() else {
+        return (Outcome::MissingEntry, 0);
+    };
     let allocation = match search.slot {
         0 => None,
         slot => maps::allocation(directed(slot, direction)),
@@ -51,8 +53,10 @@ pub(crate) fn police(
         if qos_mtu_skb(ctx.skb.skb) != 0 {
             return (Outcome::TooBig, slot);
         }
-        if search.task != 0 && settings.observe == 0 {
-            lower_mss(ctx, search.task, search.slot, direction);
+        if let Some(Search { task, slot, .. }) = maps::search().filter(|search| search.task != 0)
+            && settings.observe == 0
+        {
+            lower_mss(ctx, *task, *slot, direction);
         }
     }
     if charged {

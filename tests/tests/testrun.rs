@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use qos_common::abi::{
-    self, Allocation, Answer, Counters, IN_USE, Outcome, Outcomes, POLICE, Question, directed,
+    self, Allocation, Answer, Counters, IN_USE, Outcome, Outcomes, POLICE, Question, deadline_place, directed,
 };
 use qos_common::classify::{Address, CHECK_PORTS, Direction, Rule, rank};
 use qos_common::clock::Meter;
@@ -24,6 +24,7 @@ struct Bench {
     object: Option<Object>,
     pins: PathBuf,
     allocations: SharedArray<Allocation>,
+    deadlines: SharedArray<u64>,
     counters: SharedArray<Counters>,
     question: SharedArray<Question>,
     answer: SharedArray<Answer>,
@@ -42,6 +43,7 @@ impl Bench {
         let classifier = Classifier::new(object.rule_maps().expect("maps of rules")).expect("membarrier");
         Self {
             allocations: object.shared("allocations").expect("allocations"),
+            deadlines: object.shared("deadlines").expect("deadlines"),
             counters: object.shared("counters").expect("counters"),
             question: object.shared("question").expect("question"),
             answer: object.shared("answer").expect("answer"),
@@ -58,6 +60,13 @@ impl Bench {
     fn explain(&mut self, frame: &[u8]) -> Answer {
         self.object().explain(frame).expect("runs");
         self.answer.read(0)
+    }
+
+    /// Puts an allocation's record and its deadline where packets find them.
+    fn put(&self, slot: u32, direction: Direction, record: Allocation) {
+        let deadline = if record.flags & IN_USE == 0 { 0 } else { record.expires_ns };
+        self.allocations.write(directed(slot, direction), record);
+        self.deadlines.write(deadline_place(slot, direction), deadline);
     }
 
     fn counted(&self, slot: u32, direction: Direction) -> Counters {
@@ -95,7 +104,7 @@ fn classifier_agrees_with_linear_search() {
             for direction in Direction::BOTH {
                 let expires_ns = if expired { 1 } else { u64::MAX };
                 let record = Allocation { id, expires_ns, flags: IN_USE, ..Default::default() };
-                bench.allocations.write(directed(id as u32, direction), record);
+                bench.put(id as u32, direction, record);
             }
             for selector in 0..=random.below(3) as u32 {
                 rules.push(random::rule(&mut random, id, selector, id as u32));
@@ -196,7 +205,7 @@ fn clocks_hold_both_ends_of_the_range() {
         let mut bench = Bench::new(&format!("rate-{rate}"));
         let burst = (rate / 80).max(100);
         bench.classifier.insert(&[rule_to(1, 1)]).expect("fits");
-        bench.allocations.write(directed(1, Direction::Upstream), policed(1, rate, burst));
+        bench.put(1, Direction::Upstream, policed(1, rate, burst));
         let time_ns = flood(bench.object(), ip_length);
         let counted = bench.counted(1, Direction::Upstream);
         let due = rate as f64 / 8e9 * time_ns as f64;
@@ -215,7 +224,7 @@ fn two_threads_on_one_clock_conserve_the_rate() {
     let burst = rate / 80;
     let mut bench = Bench::new("threads");
     bench.classifier.insert(&[rule_to(1, 1)]).expect("fits");
-    bench.allocations.write(directed(1, Direction::Upstream), policed(1, rate, burst));
+    bench.put(1, Direction::Upstream, policed(1, rate, burst));
     let mut other = Object::load(&bench.pins).expect("a second copy of the programs over the same maps");
     let start = Instant::now();
     std::thread::scope(|scope| {
@@ -262,7 +271,7 @@ fn look_ups_on_all_cpus_are_right_while_rules_come_and_go() {
     let mut bench = Bench::new("hammer");
     let up = |slot| directed(slot, Direction::Upstream);
     for slot in [1, 2, 3, 9] {
-        bench.allocations.write(up(slot), policed(u64::from(slot), 400_000_000_000, 1_000_000_000));
+        bench.put(slot, Direction::Upstream, policed(u64::from(slot), 400_000_000_000, 1_000_000_000));
     }
     // To .1 there is always one best rule. To .2 a better one comes and goes, and there is another behind it.
     let best = |host, slot, precedence| Rule { rank: rank(precedence, 1, slot), ..rule_to(host, slot) };
@@ -335,14 +344,14 @@ fn each_outcome_has_its_verdict() {
     let mut bench = Bench::new("verdicts");
     bench.classifier.insert(&[rule_to(1, 1), rule_to(2, 2), rule_to(3, 3), rule_to(4, 4)]).expect("fits");
     let up = |slot| directed(slot, Direction::Upstream);
-    bench.allocations.write(up(1), policed(1, 1_000_000_000, 1_000_000));
+    bench.put(1, Direction::Upstream, policed(1, 1_000_000_000, 1_000_000));
     // The first packet uses up the burst of the second; nothing is left of it for the next second.
-    bench.allocations.write(up(2), policed(2, 1_000, 0));
+    bench.put(2, Direction::Upstream, policed(2, 1_000, 0));
     let providers: SharedArray<abi::Provider> = bench.object().shared("providers").expect("providers");
     let aggregate = [Meter::new(1_000, 0), Meter::UNSET];
     providers.write(7, abi::Provider { aggregate, kind: 1, ..Default::default() });
-    bench.allocations.write(up(3), Allocation { provider: 7, ..policed(3, 1_000_000_000, 1_000_000) });
-    bench.allocations.write(up(4), Allocation { provider: 9_999, ..policed(4, 1_000_000_000, 1_000_000) });
+    bench.put(3, Direction::Upstream, Allocation { provider: 7, ..policed(3, 1_000_000_000, 1_000_000) });
+    bench.put(4, Direction::Upstream, Allocation { provider: 9_999, ..policed(4, 1_000_000_000, 1_000_000) });
     let mut truncated = datagram(1, 1_000, 9);
     truncated.truncate(30);
     let mut malformed = datagram(1, 1_000, 9);
@@ -386,9 +395,7 @@ fn later_fragments_follow_their_first() {
     (other.checks, other.protocol, other.destination_ports) = (3, 17, [90, 90]);
     bench.classifier.insert(&[web, other]).expect("fits");
     for slot in [1, 2] {
-        bench
-            .allocations
-            .write(directed(slot, Direction::Upstream), policed(u64::from(slot), 1_000_000_000, 1_000_000));
+        bench.put(slot, Direction::Upstream, policed(u64::from(slot), 1_000_000_000, 1_000_000));
     }
     let piece = |port: u16, id: u8, fragment: u16| {
         let mut frame = datagram(1, 500, port);
@@ -415,7 +422,7 @@ fn later_fragments_follow_their_first() {
     assert_eq!(passed(&piece(70, 7, 0x2000)), [1, 3], "a first that nothing matches");
     assert_eq!(passed(&piece(80, 7, 0x2040)), [1, 3], "is followed too");
     // The allocation has gone: the later fragments are anybody's again.
-    bench.allocations.write(directed(2, Direction::Upstream), Allocation::default());
+    bench.put(2, Direction::Upstream, Allocation::default());
     bench.object().run("qos_xdp_lan", &piece(80, 5, 0x2040), 1).expect("runs");
     assert_eq!(bench.counted(1, Direction::Upstream).excess_packets, 2);
     let fragment = reference::parse(&piece(80, 5, 0x2040), 0).expect("reads").1;
