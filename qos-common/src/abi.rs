@@ -303,15 +303,23 @@ pub enum Outcome {
 /// Number of [`Outcome`]s.
 pub const OUTCOMES: u32 = 12;
 
-/// What one CPU counted of packets by their [`Outcome`]. Two cache lines.
+/// What one CPU counted of packets by their [`Outcome`], and of their look-ups. Two cache lines.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcomes {
-    /// Packets, in the order of the outcomes' numbers; zero behind them.
-    pub packets: [u64; 16],
+    /// Packets, in the order of the outcomes' numbers.
+    pub packets: [u64; OUTCOMES as usize],
+    /// Look-ups in the rules.
+    pub look_ups: u64,
+    /// Tables that they looked into.
+    pub tables: u64,
+    /// Forks that they followed.
+    pub forks: u64,
+    /// Rules that they compared.
+    pub rules: u64,
 }
 
-const _: () = assert!(size_of::<Outcomes>() == 128 && OUTCOMES <= 16);
+const _: () = assert!(size_of::<Outcomes>() == 128);
 
 impl Outcome {
     /// All outcomes, in the order of their numbers.

@@ -230,6 +230,13 @@ pub const fn selector_of(rank: u64) -> u32 {
     (rank & 0xfff) as u32
 }
 
+/// Number of the allocation, from a rule's rank.
+#[inline(always)]
+#[must_use]
+pub const fn allocation_of(rank: u64) -> u64 {
+    rank >> 12 & ((1 << 36) - 1)
+}
+
 impl Rule {
     /// Tells whether the rule matches a packet, leaving expiry aside.
     #[inline(always)]

@@ -102,8 +102,11 @@ pub(crate) fn classify<const WHOSE: u32>() -> Option<&'static mut Search> {
     search.limits_only = search.packet.key.unknown;
     qos_look_up(WHOSE);
     let search = maps::search_of(WHOSE)?;
-    if WHOSE == PACKET && search.packet.piece == Piece::First as u32 {
-        remember(search);
+    if WHOSE == PACKET {
+        maps::count_look_up(search);
+        if search.packet.piece == Piece::First as u32 {
+            remember(search);
+        }
     }
     Some(search)
 }

@@ -243,6 +243,19 @@ pub(crate) fn count(outcome: Outcome) {
     }
 }
 
+/// Counts what a look-up took.
+#[inline(always)]
+pub(crate) fn count_look_up(search: &Search) {
+    if let Some(counts) = OUTCOME_COUNTERS.get_ptr_mut(cpu()) {
+        // SAFETY: as in `count`.
+        let counts = unsafe { &mut *counts };
+        counts.look_ups += 1;
+        counts.tables += u64::from(search.tables);
+        counts.forks += u64::from(search.forks);
+        counts.rules += u64::from(search.rules);
+    }
+}
+
 /// What is known of an interface; nothing of one that is not the gateway's.
 #[inline(always)]
 pub(crate) fn interface(index: u32) -> Interface {

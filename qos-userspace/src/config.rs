@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 use nix::unistd::{Group, User};
+use qos_common::classify::MAX_LIST;
 use qos_common::mark::{MIN_BITS, MarkLayout};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -35,6 +36,11 @@ const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/qos";
 const DEFAULT_MARK_MASK: u32 = 0xffff_f000;
 const DEFAULT_SOFT_SHARE: f64 = 0.95;
 const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What no sane set of selectors comes near, and a packet can bear: some microseconds.
+const DEFAULT_MAX_CHECKS: u32 = 512;
+/// From what a list has anyhow to the longest list that the programs read.
+const MAX_CHECKS: RangeInclusive<u32> = 16..=MAX_LIST;
 
 /// Slowest and fastest interface, in bit/s: the range in which the kernel's clocks are exact.
 const CAPACITIES: RangeInclusive<u64> = 1_000..=400_000_000_000;
@@ -214,6 +220,7 @@ impl Config {
                     .unwrap_or(false),
                 mark_mask: top.optional("mark_mask", mark_mask)?.unwrap_or(DEFAULT_MARK_MASK),
                 nat: top.optional("nat", boolean)?.unwrap_or(false),
+                max_checks: top.optional("max_checks", checks)?.unwrap_or(DEFAULT_MAX_CHECKS),
                 tc_hooks: top
                     .optional("tc_hooks", |value| {
                         one_of(value, &[("auto", TcHooks::Auto), ("clsact", TcHooks::Clsact)])
@@ -263,6 +270,7 @@ impl Config {
             ("link_rest", self.link_rest != other.link_rest),
             ("tc_hooks", mine.tc_hooks != theirs.tc_hooks),
             ("nat", mine.nat != theirs.nat),
+            ("max_checks", mine.max_checks != theirs.max_checks),
             ("require_session", self.require_session != other.require_session),
             ("reconcile_interval", self.reconcile_interval != other.reconcile_interval),
         ]);
@@ -440,6 +448,14 @@ fn share(value: &DeValue<'_>) -> Reading<f64> {
         Ok(share) if share > 0.0 && share <= 1.0 => Ok(share),
         _ => Err("expected a share above 0 and at most 1, such as 0.95".to_owned()),
     }
+}
+
+fn checks(value: &DeValue<'_>) -> Reading<u32> {
+    let checks = integer(value)?;
+    if MAX_CHECKS.contains(&checks) {
+        return Ok(checks);
+    }
+    Err(format!("expected a number of rules from {} to {}", MAX_CHECKS.start(), MAX_CHECKS.end()))
 }
 
 fn interval(value: &DeValue<'_>) -> Reading<Duration> {

@@ -97,6 +97,7 @@ fn typed<T: DeserializeOwned>(answer: &Value) -> Result<T> {
 ///
 /// # Errors
 /// When a flow's sockets failed.
+#[expect(clippy::print_stdout, reason = "it is told beside what a test says itself")]
 pub fn measure_undisturbed(
     flows: &[(&dyn Flow, BitsPerSecond)],
     warm_up: Duration,
@@ -122,7 +123,8 @@ pub fn measure_undisturbed(
         );
         let pause = PAUSE * repeats;
         let spent = (pause + time).as_millis() as u64;
-        let left = PATIENCE.try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(spent));
+        let left =
+            PATIENCE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(spent));
         if repeats == REPEATS || left.is_err() {
             return Ok(measured);
         }

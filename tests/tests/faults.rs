@@ -258,6 +258,61 @@ fn overlaps_are_granted_with_a_warning_and_all_prefix_lengths_work() {
     achieves(&flow, 9);
 }
 
+#[test]
+fn selectors_that_cost_a_packet_too_much_are_refused_and_the_cost_is_shown() {
+    let net = Topology::pair().unwrap();
+    let more = "reconcile_interval = \"1h\"\nmax_checks = 16".to_owned();
+    let daemon = Daemon::start(&net.gateway, &Config { more, ..Config::default() }).unwrap();
+    register(&daemon);
+    for _ in 0..16 {
+        daemon.qos_line(&format!("{GRANT} --max-down 2mbit")).unwrap();
+    }
+    let before = Before::of(&daemon, &net.gateway);
+    let one_more = format!("{GRANT} --max-down 2mbit");
+    let output = run(&daemon, &one_more);
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    for part in ["compared with 17 rules", "max_checks is 16", "16 selectors", "selector 0 of 1"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    before.stands(&daemon, &net.gateway, "one too many");
+    let body = json!({
+        "provider": "video", "level": {"maximum": {"down": "1mbit"}},
+        "selectors": ["down udp from 203.0.113.0/24 to 192.0.2.10:5000"],
+    });
+    let answer =
+        Client::connect(&daemon.socket()).unwrap().ask("POST", "/v1/allocations", Some(&body)).unwrap();
+    assert_eq!(
+        (answer.status, answer.error("code"), answer.error("field")),
+        (409, "too_many_checks", "selectors")
+    );
+
+    let flow = video_to_home(&net, 5_000, 4);
+    achieves(&flow, 2);
+    drop(flow);
+    let classifier = daemon.statistics().unwrap().classifier;
+    assert_eq!((classifier.rules, classifier.worst_case_comparisons, classifier.max_checks), (16, 16, 16));
+    assert!(classifier.look_ups > 100, "{classifier:?}");
+    let [set] = &classifier.sets[..] else { panic!("{classifier:?}") };
+    assert_eq!((set.direction.as_str(), set.family.as_str()), ("down", "ipv4"));
+    assert_eq!(set.hashed_rules + set.tree_rules, 16);
+    let packet = "--direction down --protocol udp --source 203.0.113.10:1 --destination 192.0.2.10:5000";
+    let explained = daemon.qos_line(&format!("explain {packet}")).unwrap();
+    let way = explained["explanation"]["way"].as_array().unwrap();
+    assert!(way[0].as_str().unwrap().ends_with("matches selector 0 of 1"), "{way:?}");
+
+    // Whatever is granted is enforced, also where less is allowed now; and more, once it is allowed.
+    rewrite(&daemon, "max_checks = 16", "max_checks = 17");
+    assert_eq!(daemon.qos_line("reload").unwrap()["items"], json!(["max_checks"]));
+    daemon.qos_line(&one_more).unwrap();
+    rewrite(&daemon, "max_checks = 17", "max_checks = 16");
+    let mut daemon = daemon;
+    daemon.terminate().unwrap();
+    daemon.restart().unwrap();
+    assert_eq!(daemon.statistics().unwrap().classifier.rules, 17);
+    assert_eq!(run(&daemon, &one_more).status.code(), Some(1));
+}
+
 /// Method, path and body; status and code of the answer, and what else must be in it.
 type BadRequest = (&'static str, &'static str, Vec<u8>, u16, &'static str, &'static [&'static str]);
 

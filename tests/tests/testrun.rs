@@ -12,7 +12,7 @@ use qos_common::clock::Meter;
 use qos_common::mark::MarkLayout;
 use qos_tests::random::{self, Random};
 use qos_tests::reference::{self, Fragment};
-use qos_userspace::gateway::classifier::Classifier;
+use qos_userspace::gateway::classifier::{self, Classifier};
 use qos_userspace::gateway::memory::SharedArray;
 use qos_userspace::gateway::object::{Object, remove_pins};
 
@@ -132,6 +132,10 @@ fn classifier_agrees_with_linear_search() {
                         let expected = reference::classify(&rules, &key, live);
                         let found = (answer.slot != 0).then_some((answer.rank, answer.slot));
                         assert_eq!(found, expected.map(|rule| (rule.rank, rule.slot)), "{}", context());
+                        if answer.expired == 0 && answer.tables != 0 {
+                            let way = classifier::way(bench.classifier.maps(), &key);
+                            assert_eq!(way.len(), answer.tables as usize, "{way:?}, {}", context());
+                        }
                         matched += u64::from(expected.is_some());
                         passed_over += u64::from(answer.expired);
                     }
@@ -269,7 +273,6 @@ fn passing_rule(random: &mut Random, number: u64, hosts: u64) -> Rule {
 #[test]
 fn look_ups_on_all_cpus_are_right_while_rules_come_and_go() {
     let mut bench = Bench::new("hammer");
-    let up = |slot| directed(slot, Direction::Upstream);
     for slot in [1, 2, 3, 9] {
         bench.put(slot, Direction::Upstream, policed(u64::from(slot), 400_000_000_000, 1_000_000_000));
     }
@@ -343,7 +346,6 @@ fn look_ups_on_all_cpus_are_right_while_rules_come_and_go() {
 fn each_outcome_has_its_verdict() {
     let mut bench = Bench::new("verdicts");
     bench.classifier.insert(&[rule_to(1, 1), rule_to(2, 2), rule_to(3, 3), rule_to(4, 4)]).expect("fits");
-    let up = |slot| directed(slot, Direction::Upstream);
     bench.put(1, Direction::Upstream, policed(1, 1_000_000_000, 1_000_000));
     // The first packet uses up the burst of the second; nothing is left of it for the next second.
     bench.put(2, Direction::Upstream, policed(2, 1_000, 0));

@@ -52,6 +52,7 @@ impl From<Refusal> for ApiError {
             // The request may be granted another time: 409 as for other conflicts with what is there.
             RefusalCode::InsufficientCapacity => (StatusCode::CONFLICT, "insufficient_capacity"),
             RefusalCode::InsufficientSlots => (StatusCode::CONFLICT, "insufficient_slots"),
+            RefusalCode::TooManyChecks => (StatusCode::CONFLICT, "too_many_checks"),
         };
         Self::new(status, code, refusal.message).about(refusal.field, refusal.value)
     }

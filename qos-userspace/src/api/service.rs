@@ -366,7 +366,11 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
         let start = Instant::now();
         if let Err(refused) = gateway.apply(&self.state, &decision.changes) {
-            return Err(self.undo(&inverse, Box::new(refused)));
+            let refusal = G::refusal(&refused);
+            return Err(match (self.undo(&inverse, Box::new(refused)), refusal) {
+                (ServiceError::Kernel(_), Some(refusal)) => refusal.into(),
+                (error, _) => error,
+            });
         }
         debug!(took_us = start.elapsed().as_micros() as u64, "in the kernel");
         decision.changes.iter().for_each(log);

@@ -19,7 +19,8 @@ use super::{Api, serve, socket};
 use crate::config::Config;
 use crate::domain::{AllocationId, Direction};
 use crate::manager::report::{
-    Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics, Why,
+    ClassifierStatistics, Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus,
+    RepairReport, RuleSetStatistics, Statistics, Why,
 };
 use crate::manager::{Change, Gateway, State};
 use crate::store::Store;
@@ -131,6 +132,28 @@ impl Gateway for Recorder {
             allocations: state.allocations.keys().map(|id| (*id, counts)).collect(),
             providers: state.providers.keys().map(|name| (name.clone(), counts)).collect(),
             outcomes: BTreeMap::from([("admitted".to_owned(), 1_000), ("over_limit".to_owned(), 10)]),
+            classifier: ClassifierStatistics {
+                rules: 3,
+                rules_most: 131_072,
+                memory_bytes: 29 << 20,
+                worst_case_comparisons: 3,
+                max_checks: 512,
+                look_ups: 1_010,
+                tables: 2_020,
+                forks: 0,
+                comparisons: 1_515,
+                sets: vec![RuleSetStatistics {
+                    direction: "down".to_owned(),
+                    family: "ipv4".to_owned(),
+                    hash_tables: 1,
+                    hashed_rules: 2,
+                    trees: 1,
+                    tree_rules: 1,
+                    longest_hashed: (2, 1),
+                    longest_in_trees: (1, 1),
+                    worst_case_comparisons: 3,
+                }],
+            },
         })
     }
 
@@ -160,6 +183,7 @@ impl Gateway for Recorder {
             forks: 0,
             rules: 2,
             expired: 0,
+            way: vec!["table 1: tree, 2 rules compared, matches selector 0 of 1".to_owned()],
         })
     }
 

@@ -127,6 +127,7 @@ fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
         (Some(_), true) => ", in profile",
         (Some(_), false) => ", not in profile",
     };
+    let way = explanation.way.join("\n");
     output.pairs(vec![
         ("packet", Some(as_read(&explanation))),
         ("allocation", named.or(unmatched)),
@@ -148,6 +149,7 @@ fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
                 explanation.tables, explanation.forks, explanation.rules, explanation.expired
             )),
         ),
+        ("way", (!way.is_empty()).then_some(way)),
     ])
 }
 

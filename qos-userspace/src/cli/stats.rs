@@ -12,7 +12,7 @@ use super::client::{Client, typed};
 use super::output::Output;
 use crate::api::types::Listing;
 use crate::domain::{Allocation, AllocationId, BitsPerSecond, ByteCount, Direction};
-use crate::manager::report::{Count, Counts, DirectedCounts, MtuCounts, Statistics};
+use crate::manager::report::{ClassifierStatistics, Count, Counts, DirectedCounts, MtuCounts, Statistics};
 
 /// Shows what was counted, and rates
 ///
@@ -218,7 +218,63 @@ fn round_to_three_digits(value: f64) -> u64 {
 /// The tables that have rows, and what became of all packets.
 fn text(tables: &[Table], now: &Statistics) -> String {
     let tables = tables.iter().filter(|table| !table.is_empty()).map(Table::trim_fmt);
-    tables.chain([outcomes(now)]).chain(above_mtu(now)).collect::<Vec<_>>().join("\n\n")
+    tables
+        .chain([outcomes(now)])
+        .chain(above_mtu(now))
+        .chain([classifier(now)])
+        .collect::<Vec<_>>()
+        .join("\n\n")
+}
+
+fn counted(count: u32, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// What the classifier is made of and what it costs.
+fn classifier(now: &Statistics) -> String {
+    let ClassifierStatistics {
+        rules,
+        rules_most,
+        memory_bytes,
+        worst_case_comparisons,
+        max_checks,
+        look_ups,
+        ..
+    } = now.classifier;
+    let mut lines = vec![format!(
+        "classifier: {rules} of {rules_most} rules in {}, at most {worst_case_comparisons} comparisons a packet \
+         (requests are refused above {max_checks})",
+        ByteCount(round_to_three_digits(memory_bytes as f64))
+    )];
+    if look_ups > 0 {
+        let each = |count: u64| count as f64 / look_ups as f64;
+        lines.push(format!(
+            "{look_ups} look-ups, each in {:.1} tables, {:.1} forks and {:.1} rules on average",
+            each(now.classifier.tables),
+            each(now.classifier.forks),
+            each(now.classifier.comparisons)
+        ));
+    }
+    lines.extend(now.classifier.sets.iter().map(|set| {
+        let mut line = format!(
+            "{} {}: {} in {}, longest list {}",
+            set.direction,
+            set.family,
+            counted(set.hashed_rules, "rule"),
+            counted(set.hash_tables, "hash table"),
+            set.longest_hashed.0
+        );
+        if set.trees > 0 {
+            line += &format!(
+                "; {} in {} that each packet goes through, longest list {}",
+                counted(set.tree_rules, "rule"),
+                counted(set.trees, "tree"),
+                set.longest_in_trees.0
+            );
+        }
+        line
+    }));
+    lines.join("\n")
 }
 
 /// What was done for the MTU of allocations, where anything was.

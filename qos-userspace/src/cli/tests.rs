@@ -371,6 +371,10 @@ fn statistics_are_totals_or_rates() {
         isp       down  1.5 MB     1000      1.5 MB     0 B    15 kB            0     0 B
 
         packets: admitted 1000, over limit 10
+
+        classifier: 3 of 131072 rules in 30.4 MB, at most 3 comparisons a packet (requests are refused above 512)
+        1010 look-ups, each in 2.0 tables, 0.0 forks and 1.5 rules on average
+        down ipv4: 2 rules in 1 hash table, longest list 2; 1 rule in 1 tree that each packet goes through, longest list 1
         ",
     );
 
@@ -401,6 +405,7 @@ fn an_explanation_is_told_in_words() {
         line        dsl-1
         class       5150:4001
         looked at   1 tables, 0 forks, 2 rules; 0 more had matched and are expired
+        way         table 1: tree, 2 rules compared, matches selector 0 of 1
         ",
     );
     let odd = qos(&daemon.socket(), &["explain", "--direction", "down", "--hex", "450"]);

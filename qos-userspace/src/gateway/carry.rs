@@ -156,6 +156,14 @@ pub(super) static LAYOUTS: LazyLock<Vec<Layout>> = LazyLock::new(|| {
         fold: Fold::Sum,
     });
     debug_assert_eq!(packets.len(), OUTCOMES as usize, "every outcome");
+    let look_ups = [
+        ("look_ups", offset_of!(Outcomes, look_ups)),
+        ("tables", offset_of!(Outcomes, tables)),
+        ("forks", offset_of!(Outcomes, forks)),
+        ("rules", offset_of!(Outcomes, rules)),
+    ];
+    let look_ups =
+        look_ups.map(|(name, offset)| Field { name, offset, length: size_of::<u64>(), fold: Fold::Sum });
     vec![
         layout!("allocations", Allocation { id: Owner }),
         layout!("providers", Provider { name: Owner }),
@@ -163,7 +171,7 @@ pub(super) static LAYOUTS: LazyLock<Vec<Layout>> = LazyLock::new(|| {
         clocks!("provider_clocks"),
         counters!("counters"),
         counters!("prov_counters"),
-        Layout { map: "outcomes", size: size_of::<Outcomes>(), fields: packets.collect() },
+        Layout { map: "outcomes", size: size_of::<Outcomes>(), fields: packets.chain(look_ups).collect() },
         layout!(
             "fragments",
             FragmentKey { source: Not, destination: Not, id: Not, kind: Not },

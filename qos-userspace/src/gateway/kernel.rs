@@ -21,7 +21,7 @@ use qos_common::clock::Meter;
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
 use qos_common::mark::MarkLayout;
 
-use super::classifier::{Classifier, ClassifierError};
+use super::classifier::{self, Classifier, ClassifierError};
 use super::link::{Addresses, Framing, Link, LinkError};
 use super::maps::Maps;
 use super::object::{
@@ -35,9 +35,10 @@ use super::{Role, TcHooks, XdpChoice};
 use crate::domain::selector::rules;
 use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
 use crate::manager::report::{
-    Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport, Statistics,
+    ClassifierStatistics, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport,
+    Statistics,
 };
-use crate::manager::{Change, Gateway, SlotKind, State};
+use crate::manager::{Change, Gateway, Refusal, RefusalCode, SlotKind, State};
 
 /// Repairs that are remembered.
 const REPAIRS_KEPT: usize = 100;
@@ -70,6 +71,8 @@ pub struct GatewayConfig {
     pub tc_hooks: TcHooks,
     /// The box translates subscribers' addresses between LAN and WAN.
     pub nat: bool,
+    /// Most rules that one packet may have to be compared with once another allocation is granted.
+    pub max_checks: u32,
 }
 
 /// Largest IP packet of plain Ethernet, in bytes (RFC 894).
@@ -301,6 +304,7 @@ impl Kernel {
         let mut before = std::mem::take(&mut self.interfaces);
         let hooks_before: Vec<_> = before.iter().map(|interface| self.hooks(&interface.config)).collect();
         self.config = config.clone();
+        self.classifier.set_limit(config.max_checks as usize);
         let mut changed = Vec::new();
         for (config, link) in config.interfaces.iter().zip(links) {
             let same = before.iter().position(|interface| {
@@ -431,9 +435,17 @@ impl Kernel {
             };
             statistics.providers.insert(provider.name.clone(), counts);
         }
-        for (outcome, count) in Outcome::ALL.into_iter().zip(self.maps.outcomes()) {
+        let outcomes = self.maps.outcomes();
+        for (outcome, count) in Outcome::ALL.into_iter().zip(outcomes.packets) {
             statistics.outcomes.insert(outcome_name(outcome).to_owned(), count);
         }
+        statistics.classifier = ClassifierStatistics {
+            look_ups: outcomes.look_ups,
+            tables: outcomes.tables,
+            forks: outcomes.forks,
+            comparisons: outcomes.rules,
+            ..self.classifier.statistics()
+        };
         Ok(statistics)
     }
 
@@ -453,7 +465,11 @@ impl Kernel {
         }
         self.maps.ask(Question { direction: direction as u32, layer3: u32::from(layer3) });
         self.object.explain(packet)?;
-        Ok(explanation(direction, &self.maps.answer()))
+        let answer = self.maps.answer();
+        // A later fragment goes the way of its first one.
+        let looks = answer.parsed != 0 && answer.tables != 0;
+        let way = if looks { classifier::way(self.classifier.maps(), &answer.key) } else { Vec::new() };
+        Ok(explanation(direction, &answer, way))
     }
 
     /// The programs, for those who measure them.
@@ -540,6 +556,8 @@ impl Kernel {
             }
             self.attach(number)?;
         }
+        // What was granted is enforced, whatever it costs.
+        self.classifier.set_limit(self.config.max_checks as usize);
         self.remove_leftovers()?;
         Ok(self.object.retire_others()?)
     }
@@ -1145,6 +1163,17 @@ impl Gateway for Kernel {
         result
     }
 
+    fn refusal(error: &GatewayError) -> Option<Refusal> {
+        let GatewayError::Classifier(classifier) = error else { return None };
+        let code = match classifier {
+            ClassifierError::TooManyChecks { .. } => RefusalCode::TooManyChecks,
+            ClassifierError::Full { .. } | ClassifierError::NoRoom(_) => RefusalCode::InsufficientSlots,
+            ClassifierError::Grace(_) | ClassifierError::Thread => return None,
+        };
+        let (field, message) = (Some("selectors".to_owned()), classifier.to_string());
+        Some(Refusal { code, field, value: None, message })
+    }
+
     fn interfaces_changed(&self) -> Result<bool, GatewayError> {
         Self::interfaces_changed(self)
     }
@@ -1429,7 +1458,7 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
     }
 }
 
-fn explanation(direction: Direction, answer: &abi::Answer) -> Explanation {
+fn explanation(direction: Direction, answer: &abi::Answer, way: Vec<String>) -> Explanation {
     let key = (answer.parsed != 0).then_some(&answer.key);
     let matched = answer.allocation != 0;
     let address = |address: Address, family: u32| {
@@ -1468,6 +1497,7 @@ fn explanation(direction: Direction, answer: &abi::Answer) -> Explanation {
         forks: answer.forks,
         rules: answer.rules,
         expired: answer.expired,
+        way,
     }
 }
 

@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
     ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, IN_USE, Interface, LINE_SLOTS, Line,
-    LineClasses, LineKey, OUTCOMES, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, deadline_place,
-    directed,
+    LineClasses, LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, deadline_place, directed,
 };
 use qos_common::classify::Direction;
 
@@ -231,13 +230,18 @@ impl Maps {
         sum_counters(&self.provider_counters, directed(u32::from(slot), direction), PROVIDER_SLOTS * 2)
     }
 
-    /// Packets by what became of them, in the order of their numbers.
-    pub(super) fn outcomes(&self) -> [u64; OUTCOMES as usize] {
-        let mut sums = [0; OUTCOMES as usize];
+    /// Packets by what became of them, and what their look-ups took, all CPUs together.
+    pub(super) fn outcomes(&self) -> Outcomes {
+        let mut sums = Outcomes::default();
         for index in 0..self.outcomes.length() {
-            for (sum, packets) in sums.iter_mut().zip(self.outcomes.read(index).packets) {
+            let counted = self.outcomes.read(index);
+            for (sum, packets) in sums.packets.iter_mut().zip(counted.packets) {
                 *sum += packets;
             }
+            sums.look_ups += counted.look_ups;
+            sums.tables += counted.tables;
+            sums.forks += counted.forks;
+            sums.rules += counted.rules;
         }
         sums
     }

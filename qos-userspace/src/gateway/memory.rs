@@ -41,6 +41,12 @@ impl<T: Pod> SharedArray<T> {
         self.memory.length()
     }
 
+    /// Memory of all elements, in bytes.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.memory.length as u64 * self.memory.stride as u64
+    }
+
     /// Copy of the element `index`.
     ///
     /// # Panics

@@ -248,6 +248,12 @@ pub trait Gateway {
     /// Where a step is refused; the kernel is then as before the call.
     fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
 
+    /// What is told to the asker where an error of [`Gateway::apply`] is no fault, but follows from what was
+    /// asked.
+    fn refusal(_error: &Self::Error) -> Option<Refusal> {
+        None
+    }
+
     /// Becomes what `config` says, under a state that agrees with it. What is the same in both goes on
     /// undisturbed.
     ///

@@ -22,6 +22,8 @@ pub enum RefusalCode {
     InsufficientCapacity,
     /// The kernel's maps, which are of a fixed size, are full.
     InsufficientSlots,
+    /// A packet might have to be compared with more selectors than the configuration allows.
+    TooManyChecks,
 }
 
 /// A refusal, naming the field and the value.

@@ -100,6 +100,57 @@ pub struct Statistics {
     pub providers: BTreeMap<Name, DirectedCounts>,
     /// Packets by what became of them ([`qos_common::abi::Outcome`], snake case).
     pub outcomes: BTreeMap<String, u64>,
+    /// The classifier.
+    #[serde(default)]
+    pub classifier: ClassifierStatistics,
+}
+
+/// What the classifier is made of, and what it has cost.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClassifierStatistics {
+    /// Rules: a selector has one for each direction and family that it covers.
+    pub rules: u32,
+    /// How many it takes.
+    pub rules_most: u32,
+    /// Memory of its maps, in bytes.
+    pub memory_bytes: u64,
+    /// Most rules that one packet may be compared with.
+    pub worst_case_comparisons: u32,
+    /// What that may be: `max_checks` of the configuration.
+    pub max_checks: u32,
+    /// Look-ups of packets in it.
+    pub look_ups: u64,
+    /// Tables that they looked into.
+    pub tables: u64,
+    /// Forks that they followed.
+    pub forks: u64,
+    /// Rules that they compared.
+    pub comparisons: u64,
+    /// Where rules are, by direction and family; those that have any.
+    pub sets: Vec<RuleSetStatistics>,
+}
+
+/// The rules of one direction and family.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleSetStatistics {
+    /// `up` or `down`.
+    pub direction: String,
+    /// `ipv4` or `ipv6`.
+    pub family: String,
+    /// Tables that hash addresses: one line of the cache each, for a packet.
+    pub hash_tables: u32,
+    /// Rules in them.
+    pub hashed_rules: u32,
+    /// Trees, for rules that no hash table holds: each packet goes through them, fork by fork.
+    pub trees: u32,
+    /// Rules in them.
+    pub tree_rules: u32,
+    /// Longest list of rules at the end of a hash, with the number of lists as long.
+    pub longest_hashed: (u32, u32),
+    /// Longest list at the end of a tree's forks, likewise.
+    pub longest_in_trees: (u32, u32),
+    /// Most rules that one of its packets may be compared with.
+    pub worst_case_comparisons: u32,
 }
 
 /// One interface of the gateway as it is.
@@ -226,4 +277,7 @@ pub struct Explanation {
     pub rules: u32,
     /// Rules that matched and were passed over, their allocation having expired.
     pub expired: u32,
+    /// The way through the classifier, a line for each table that was looked into.
+    #[serde(default)]
+    pub way: Vec<String>,
 }

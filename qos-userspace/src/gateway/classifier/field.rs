@@ -130,6 +130,27 @@ impl Window {
         Some(Self { field: number, shift: fork.shift() - fields[number].shift, width: fork.width() })
     }
 
+    /// The bits, as people count them: from an address's or number's first one.
+    pub(super) fn in_words(self, family: u8) -> String {
+        let field = fields(family)[self.field];
+        let (name, begin) = match field.kind {
+            Kind::Source(first) => ("source", first),
+            Kind::Destination(first) => ("destination", first),
+            Kind::SourcePort => ("source port", 0),
+            Kind::DestinationPort => ("destination port", 0),
+            Kind::Length => ("length", 0),
+            Kind::Protocol => ("protocol", 0),
+            Kind::Dscp => ("code point", 0),
+        };
+        let last = begin + field.bits - self.shift;
+        let first = last.saturating_sub(self.width).max(begin) + 1;
+        if first == last {
+            format!("bit {last} of the {name}")
+        } else {
+            format!("bits {first} to {last} of the {name}")
+        }
+    }
+
     /// Number of choices.
     pub(super) const fn choices(&self) -> u32 {
         1 << self.width

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use qos_common::abi::{EXTRA_ROOM, rule_room, slot_room, word_room};
 use qos_common::classify::{
-    Address, MAX_FORKS, MAX_LIST, MAX_TABLES, Rule, Slot, TABLE_SETS, Table, TableSet, half_sets,
+    Address, Direction, MAX_FORKS, MAX_LIST, MAX_TABLES, Rule, Slot, TABLE_SETS, Table, TableSet, half_sets,
     hashed_position, table_set,
 };
 use qos_common::compact::{ANY_TAG, Extra, Granule, Word, granules};
@@ -20,6 +20,8 @@ use super::field::{Packets, Way, Window, fields};
 use super::fork::best_window;
 use super::room::{NoRoom, Room};
 use crate::gateway::memory::grace_period;
+use crate::manager::direction_field;
+use crate::manager::report::RuleSetStatistics;
 
 /// Rules that a planned list has at most, where forks can help it.
 const LEAF: usize = 8;
@@ -141,6 +143,11 @@ impl Set {
 }
 
 impl State {
+    /// Tells whether the table has rules.
+    fn is_used(&self) -> bool {
+        !self.ranks.is_empty()
+    }
+
     /// Tells whether the rule says all that the table's keys are made of.
     fn takes(&self, rule: &Rule) -> bool {
         self.table.source_length <= u32::from(rule.source_length)
@@ -720,6 +727,49 @@ impl Layout {
             None if is_full => tables.iter().rposition(|state| state.takes(rule)),
             None => None,
         }
+    }
+
+    /// The longest list that packets of one of these rules may be led to, without the rules themselves.
+    pub(super) fn longest_list_with(&self, rules: &[Rule]) -> Vec<Rule> {
+        let mut longest: Option<(usize, Slot)> = None;
+        for rule in rules {
+            let set = set_of(rule);
+            let holds = |state: &State| state.ranks.contains(&rule.rank);
+            let Some(table) = self.sets[set].tables.iter().position(holds) else { continue };
+            for leaf in self.leaves(set, table, rule, usize::MAX).unwrap_or_default() {
+                if longest.is_none_or(|(_, slot)| slot.count() < leaf.slot.count()) {
+                    longest = Some((set, leaf.slot));
+                }
+            }
+        }
+        let mut list = longest.map(|(set, slot)| self.rules_of(set, slot)).unwrap_or_default();
+        list.retain(|rule| !rules.iter().any(|new| new.rank == rule.rank));
+        list
+    }
+
+    /// What the tables of each direction and family hold.
+    pub(super) fn statistics(&self) -> Vec<RuleSetStatistics> {
+        let sets = self.sets.iter().enumerate().filter(|(_, set)| set.tables.iter().any(State::is_used));
+        sets.map(|(number, set)| {
+            let (hashed, trees): (Vec<_>, Vec<_>) =
+                set.tables.iter().filter(|state| state.is_used()).partition(|state| state.hashes);
+            let rules = |tables: &[&State]| tables.iter().map(|state| state.ranks.len() as u32).sum();
+            let longest = |lists: &BTreeMap<usize, usize>| {
+                lists.last_key_value().map_or((0, 0), |(length, count)| (*length as u32, *count as u32))
+            };
+            RuleSetStatistics {
+                direction: direction_field(Direction::from_bit(number as u32 >> 1)).to_owned(),
+                family: if family_of(number) == 0 { "ipv4" } else { "ipv6" }.to_owned(),
+                hash_tables: hashed.len() as u32,
+                hashed_rules: rules(&hashed),
+                trees: trees.len() as u32,
+                tree_rules: rules(&trees),
+                longest_hashed: longest(&set.hashed_lists),
+                longest_in_trees: trees.iter().map(|state| longest(&state.lists)).max().unwrap_or_default(),
+                worst_case_comparisons: set.most_checks() as u32,
+            }
+        })
+        .collect()
     }
 
     /// Most rules that a packet may be compared with.

@@ -17,12 +17,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use qos_common::abi::{EXTRA_ROOM, rule_room, slot_room, word_room};
-use qos_common::classify::{HALVES, Key, MAX_FORKS, Rule, Slot, TABLE_SETS, TableSet, half_sets, table_set};
+use qos_common::classify::{
+    HALVES, Key, MAX_FORKS, Rule, Slot, TABLE_SETS, Table, TableSet, allocation_of, half_sets, selector_of,
+    table_set,
+};
 use qos_common::compact::{Extra, Granule, Probe, Word, granules};
 
+use self::field::Window;
 use self::layout::Layout;
 use self::room::NoRoom;
 use super::memory::{SharedArray, grace_period};
+use crate::manager::report::ClassifierStatistics;
 
 /// Changes after which rules are laid out anew, where they are few.
 const CHANGES: usize = 256;
@@ -48,12 +53,38 @@ pub enum ClassifierError {
          addresses and ports"
     )]
     NoRoom(usize),
+    /// A packet would have to be compared with too many of the rules.
+    #[error(
+        "a packet could have to be compared with {checks} rules, and max_checks is {limit}: {} selectors that \
+         are there overlap these, such as {}; name narrower addresses or ports, or raise max_checks",
+        .with.len(),
+        named(.with)
+    )]
+    TooManyChecks {
+        /// Rules that one packet could be compared with.
+        checks: usize,
+        /// What that may be.
+        limit: usize,
+        /// The rules in the longest list that the new ones would be in: numbers of their allocations, and
+        /// which of their selectors.
+        with: Vec<(u64, u32)>,
+    },
     /// The kernel can't tell when a grace period has passed.
     #[error("membarrier: {0}")]
     Grace(#[from] std::io::Error),
     /// The thread that laid the rules out anew has ended early.
     #[error("laying out the rules ended early")]
     Thread,
+}
+
+/// Some selectors by the numbers of their allocations.
+fn named(selectors: &[(u64, u32)]) -> String {
+    let some: Vec<_> = selectors
+        .iter()
+        .take(5)
+        .map(|(allocation, selector)| format!("selector {selector} of {allocation}"))
+        .collect();
+    some.join(", ")
 }
 
 /// What names a rule: its rank, direction and family.
@@ -102,6 +133,17 @@ impl Maps {
         (self.slot_room() - slot_room(0)) / 2
     }
 
+    /// Memory of all of them, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.half.bytes()
+            + self.tables.bytes()
+            + self.words.bytes()
+            + self.slots.bytes()
+            + self.rules.bytes()
+            + self.extras.bytes()
+    }
+
     const fn word_room(&self) -> u32 {
         self.words.length() * 2 / HALVES
     }
@@ -138,6 +180,8 @@ pub struct Classifier {
     layout: Layout,
     /// All rules.
     rules: HashMap<RuleName, Rule>,
+    /// Most rules that a packet may be compared with once rules have been added.
+    limit: usize,
     /// Changes since the rules were laid out, and how many rules that were.
     changes: usize,
     laid_out: usize,
@@ -174,11 +218,18 @@ impl Classifier {
             maps,
             layout,
             rules: rules.iter().map(|rule| (name(rule), *rule)).collect(),
+            limit: usize::MAX,
             changes: 0,
             laid_out: rules.len(),
             next: None,
             journal: Vec::new(),
         })
+    }
+
+    /// Refuses rules from now on with which a packet may have to be compared with more than `limit`. What is
+    /// there stays.
+    pub const fn set_limit(&mut self, limit: usize) {
+        self.limit = limit;
     }
 
     /// Number of rules.
@@ -194,6 +245,20 @@ impl Classifier {
         self.layout.most_checks()
     }
 
+    /// What it is made of. What look-ups have cost is not known here.
+    #[must_use]
+    pub fn statistics(&self) -> ClassifierStatistics {
+        ClassifierStatistics {
+            rules: self.count() as u32,
+            rules_most: self.maps.most(),
+            memory_bytes: self.maps.bytes(),
+            worst_case_comparisons: self.worst_case() as u32,
+            max_checks: u32::try_from(self.limit).unwrap_or(u32::MAX),
+            sets: self.layout.statistics(),
+            ..ClassifierStatistics::default()
+        }
+    }
+
     /// The maps.
     #[must_use]
     pub fn maps(&self) -> &Maps {
@@ -204,7 +269,7 @@ impl Classifier {
     /// by its rank, is replaced. The rules of an allocation come together.
     ///
     /// # Errors
-    /// Where they don't all fit; none is added then.
+    /// Where they don't all fit, or a packet might have to be compared with too many; none is added then.
     pub fn insert(&mut self, rules: &[Rule]) -> Result<(), ClassifierError> {
         let new = rules.iter().filter(|rule| !self.rules.contains_key(&name(rule))).count();
         let most = self.maps.most() as usize;
@@ -212,9 +277,11 @@ impl Classifier {
             return Err(ClassifierError::Full { asked: rules.len(), used: self.rules.len(), most });
         }
         self.follow()?;
+        let checks = self.worst_case();
         let before: Vec<_> = rules.iter().map(|rule| self.rules.insert(name(rule), *rule)).collect();
         let many = rules.len() > AT_ONCE && rules.len() > self.laid_out / 2;
         let result = if many { self.lay_out() } else { self.insert_each(rules, &before) };
+        let result = result.and_then(|()| self.stay_within_limit(rules, checks));
         if result.is_err() {
             for (rule, before) in rules.iter().zip(before).rev() {
                 match before {
@@ -225,6 +292,22 @@ impl Classifier {
             self.lay_out()?;
         }
         result
+    }
+
+    /// Tells that a packet may have to be compared with too many rules, and with more than before.
+    fn stay_within_limit(&mut self, new: &[Rule], before: usize) -> Result<(), ClassifierError> {
+        if self.worst_case() <= self.limit.max(before) {
+            return Ok(());
+        }
+        // Laid out with all that there is they may take fewer.
+        self.lay_out()?;
+        let checks = self.worst_case();
+        if checks <= self.limit.max(before) {
+            return Ok(());
+        }
+        let list = self.layout.longest_list_with(new);
+        let with = list.iter().map(|rule| (allocation_of(rule.rank), selector_of(rule.rank))).collect();
+        Err(ClassifierError::TooManyChecks { checks, limit: self.limit, with })
     }
 
     fn insert_each(&mut self, rules: &[Rule], before: &[Option<Rule>]) -> Result<(), ClassifierError> {
@@ -353,57 +436,130 @@ impl Classifier {
     }
 }
 
-/// Finds the rule that a packet matches as the kernel does; for tests and for checking a take-over. Rules of
-/// expired allocations are the caller's to leave out.
-#[must_use]
-pub fn look_up(maps: &Maps, key: &Key) -> Option<Rule> {
+/// What a packet meets in one table.
+struct Met<'t> {
+    number: usize,
+    table: &'t Table,
+    /// Where its hash leads to; none: the table is a tree.
+    word: Option<(Word, u64)>,
+    /// The forks that it follows, one behind the other.
+    forks: Vec<Slot>,
+    /// How many rules of the list it is compared with; none: there is no list.
+    compared: Option<u32>,
+    found: Option<Rule>,
+}
+
+/// Takes a packet through the rules as the kernel does. Returns the rule that it matches. Rules of expired
+/// allocations are the caller's to leave out.
+fn walk(maps: &Maps, key: &Key, mut meet: impl FnMut(Met<'_>)) -> Option<Rule> {
     let set = maps.table_set(table_set(key.direction, key.family));
-    let probe = Probe::of(key);
-    let step = granules(key.family);
     let mut best: Option<Rule> = None;
-    for table in set.tables.iter().take(set.used as usize) {
-        if best.is_some_and(|best| table.best >= best.rank) {
+    for (number, table) in set.tables.iter().take(set.used as usize).enumerate() {
+        let rank = best.map_or(u64::MAX, |best| best.rank);
+        if table.best >= rank {
             continue;
         }
+        let mut met = Met { number, table, word: None, forks: Vec::new(), compared: None, found: None };
         let (mut slot, mut start) = (table.root, None);
         if slot.is_empty() {
             let hash = table.hash(key.family, key.source, key.destination);
             let word = maps.word(set.position(hash));
+            met.word = Some((word, hash));
             match word {
-                _ if !word.admits(hash) => continue,
+                _ if !word.admits(hash) => {}
                 _ if word.is_fork() => slot = maps.slots.read(set.slots + word.start()),
                 _ => start = Some(word.start()),
             }
         }
         for _ in 0..MAX_FORKS {
             if slot.is_fork() {
+                met.forks.push(slot);
                 slot = maps.slots.read(set.slots + slot.child(key));
             }
         }
         assert!(!slot.is_fork(), "too many forks");
-        if start.is_none() && slot.is_empty() {
-            continue;
+        if let Some(start) = start.or_else(|| (!slot.is_empty()).then(|| slot.start())) {
+            let (compared, found) = scan(maps, &set, key, start, rank);
+            met.compared = Some(compared);
+            met.found = found;
+            best = found.or(best);
         }
-        for granule in (set.rules + start.unwrap_or(slot.start())..).step_by(step as usize) {
-            let (first, rest) = (maps.rules.read(granule), maps.rules.read(granule + step - 1));
-            if best.is_some_and(|best| rest.rank() >= best.rank) {
-                break;
-            }
-            let extra = maps.extras.read(set.extras + rest.extra());
-            let matches = match step {
-                1 => rest.matches_v4(&probe),
-                _ => rest.matches_v6(&first, key, &probe),
-            };
-            if matches && (rest.extra() == 0 || extra.matches(key)) {
-                best = Some(Granule::rule([first, rest], key.direction as u8, key.family as u8, extra));
-                break;
-            }
-            if rest.is_last() {
-                break;
-            }
-        }
+        meet(met);
     }
     best
+}
+
+/// Compares a packet with the rules of a list, as long as they are better than `rank`. Returns how many were,
+/// and the one that matches.
+fn scan(maps: &Maps, set: &TableSet, key: &Key, start: u32, rank: u64) -> (u32, Option<Rule>) {
+    let probe = Probe::of(key);
+    let step = granules(key.family);
+    let mut compared = 0;
+    for granule in (set.rules + start..).step_by(step as usize) {
+        let (first, rest) = (maps.rules.read(granule), maps.rules.read(granule + step - 1));
+        compared += 1;
+        if rest.rank() >= rank {
+            break;
+        }
+        let extra = maps.extras.read(set.extras + rest.extra());
+        let matches = match step {
+            1 => rest.matches_v4(&probe),
+            _ => rest.matches_v6(&first, key, &probe),
+        };
+        if matches && (rest.extra() == 0 || extra.matches(key)) {
+            let rule = Granule::rule([first, rest], key.direction as u8, key.family as u8, extra);
+            return (compared, Some(rule));
+        }
+        if rest.is_last() {
+            break;
+        }
+    }
+    (compared, None)
+}
+
+/// Finds the rule that a packet matches as the kernel does; for tests and for checking a take-over. Rules of
+/// expired allocations are the caller's to leave out.
+#[must_use]
+pub fn look_up(maps: &Maps, key: &Key) -> Option<Rule> {
+    walk(maps, key, |_| {})
+}
+
+/// The way of a packet through the rules, in words: a line for each table that it is looked for in.
+#[must_use]
+pub fn way(maps: &Maps, key: &Key) -> Vec<String> {
+    let mut lines = Vec::new();
+    walk(maps, key, |met| lines.push(met.in_words(key.family as u8)));
+    lines
+}
+
+impl Met<'_> {
+    fn in_words(&self, family: u8) -> String {
+        let Table { source_length, destination_length, .. } = self.table;
+        let mut line = format!("table {}: ", self.number + 1);
+        line += &match self.word {
+            None => "tree".to_owned(),
+            Some(_) => format!("hash of source/{source_length} and destination/{destination_length}"),
+        };
+        for window in self.forks.iter().filter_map(|fork| Window::of(*fork, family)) {
+            line += &format!(", fork on {}", window.in_words(family));
+        }
+        match (self.compared, self.word) {
+            (Some(1), _) => line += ", 1 rule compared",
+            (Some(count), _) => line += &format!(", {count} rules compared"),
+            (None, Some((word, hash))) if !word.is_empty() && !word.admits(hash) => {
+                line += ", other addresses there";
+            }
+            (None, _) => line += ", no rules there",
+        }
+        line += &match (self.found, self.compared) {
+            (Some(rule), _) => {
+                format!(", matches selector {} of {}", selector_of(rule.rank), allocation_of(rule.rank))
+            }
+            (None, Some(_)) => ", none matches".to_owned(),
+            (None, None) => String::new(),
+        };
+        line
+    }
 }
 
 /// All rules that packets can be led to, one that several slots lead to as often.
@@ -570,6 +726,60 @@ mod tests {
         let key = Key { destination_port: 9_999, protocol: 17, ..zero_key() };
         let found = look_up(classifier.maps(), &key);
         assert_eq!(found.map(|rule| rule.slot), Some(9_999));
+    }
+
+    #[test]
+    fn rules_that_cost_a_packet_too_much_are_refused_whole_and_by_name() {
+        let mut classifier = empty();
+        // The same packets, all of them.
+        let same: Vec<Rule> = (1..=40).map(open_rule).collect();
+        classifier.set_limit(20);
+        classifier.insert(&same[..20]).expect("as many as may be");
+        for new in [&same[20..21], &same[20..]] {
+            let error = classifier.insert(new).expect_err("one too many");
+            let ClassifierError::TooManyChecks { checks, limit: 20, with } = &error else {
+                panic!("{error}")
+            };
+            assert_eq!((*checks, with.len()), (20 + new.len(), 20));
+            assert!(error.to_string().contains("selector 0 of 1, selector 0 of 2"), "{error}");
+            assert_eq!((classifier.count(), classifier.worst_case()), (20, 20));
+            assert!(classifier.repair().is_empty());
+        }
+        let elsewhere = Rule { direction: 1, ..open_rule(21) };
+        classifier.insert(&[elsewhere]).expect("on other packets' way");
+        // What is there stays, and may become less, not more.
+        classifier.set_limit(10);
+        let least = Rule { destination: Address::v4([10; 4]), destination_length: 32, ..open_rule(50) };
+        assert!(matches!(classifier.insert(&[open_rule(30)]), Err(ClassifierError::TooManyChecks { .. })));
+        classifier.remove(&same[..15]).expect("fits");
+        classifier.insert(&[least]).expect("few are left");
+        assert!(classifier.worst_case() <= 10);
+    }
+
+    #[test]
+    fn the_way_of_a_packet_is_told_as_it_goes() {
+        let mut classifier = empty();
+        let port = |id: u64| Rule {
+            destination: Address::v4([10, 0, 0, 1]),
+            destination_length: 32,
+            checks: CHECK_PORTS,
+            destination_ports: [id as u16; 2],
+            ..open_rule(id)
+        };
+        classifier.insert(&(1..=5_000).map(port).collect::<Vec<_>>()).expect("fits");
+        let key = Key {
+            destination: Address::v4([10, 0, 0, 1]),
+            destination_port: 4_000,
+            protocol: 17,
+            ..zero_key()
+        };
+        let said = way(classifier.maps(), &key);
+        let [line] = &said[..] else { panic!("{said:?}") };
+        assert!(line.starts_with("table 1: tree, fork on bits "), "{line}");
+        assert!(line.contains(" of the destination port, "), "{line}");
+        assert!(line.ends_with("compared, matches selector 0 of 4000"), "{line}");
+        let said = way(classifier.maps(), &Key { destination_port: 6_000, ..key });
+        assert!(said[0].ends_with(", no rules there") || said[0].ends_with(", none matches"), "{said:?}");
     }
 
     #[test]

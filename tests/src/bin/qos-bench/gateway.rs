@@ -32,6 +32,7 @@ pub(crate) fn config(bpffs_dir: PathBuf, observe: bool) -> GatewayConfig {
         mark_mask: 0xffff_f000,
         tc_hooks: TcHooks::Auto,
         nat: false,
+        max_checks: 32_767,
     }
 }
 
