@@ -25,8 +25,8 @@ pub const APPLICATION_SLOTS: u32 = 1 << 12;
 pub const LINE_SLOTS: u32 = 10_241;
 /// Rules the classifier takes, unless the configuration says another number.
 pub const MAX_RULES: u32 = 1 << 17;
-/// Most that a configuration may say.
-pub const MOST_RULES: u32 = 1 << 20;
+/// Least and most that a configuration may say.
+pub const MAX_RULES_RANGE: core::ops::RangeInclusive<u32> = 1 << 10..=1 << 20;
 /// Different pairs of lengths and code points in the rules of one half, and zero, which is none.
 pub const EXTRA_ROOM: u32 = 1 << 16;
 

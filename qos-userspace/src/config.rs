@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use jiff::SignedDuration;
 use nix::unistd::{Group, User};
+use qos_common::abi::{MAX_RULES, MAX_RULES_RANGE};
 use qos_common::classify::MAX_LIST;
 use qos_common::mark::{MIN_BITS, MarkLayout};
 use toml::Spanned;
@@ -220,7 +221,12 @@ impl Config {
                     .unwrap_or(false),
                 mark_mask: top.optional("mark_mask", mark_mask)?.unwrap_or(DEFAULT_MARK_MASK),
                 nat: top.optional("nat", boolean)?.unwrap_or(false),
-                max_checks: top.optional("max_checks", checks)?.unwrap_or(DEFAULT_MAX_CHECKS),
+                max_rules: top
+                    .optional("max_rules", |value| within(value, &MAX_RULES_RANGE, "rules"))?
+                    .unwrap_or(MAX_RULES),
+                max_checks: top
+                    .optional("max_checks", |value| within(value, &MAX_CHECKS, "rules"))?
+                    .unwrap_or(DEFAULT_MAX_CHECKS),
                 tc_hooks: top
                     .optional("tc_hooks", |value| {
                         one_of(value, &[("auto", TcHooks::Auto), ("clsact", TcHooks::Clsact)])
@@ -250,6 +256,7 @@ impl Config {
             line_rest: self.line_rest,
             link_rest: self.link_rest,
             mtu,
+            max_rules: self.gateway.max_rules,
             require_session: self.require_session,
         }
     }
@@ -295,6 +302,7 @@ impl Config {
                 ("allow_groups", self.access.groups != other.access.groups),
                 ("bpffs_dir", mine.bpffs_dir != theirs.bpffs_dir),
                 ("mark_mask", mine.mark_mask != theirs.mark_mask),
+                ("max_rules", mine.max_rules != theirs.max_rules),
             ]),
         }
     }
@@ -450,12 +458,12 @@ fn share(value: &DeValue<'_>) -> Reading<f64> {
     }
 }
 
-fn checks(value: &DeValue<'_>) -> Reading<u32> {
-    let checks = integer(value)?;
-    if MAX_CHECKS.contains(&checks) {
-        return Ok(checks);
+fn within(value: &DeValue<'_>, range: &RangeInclusive<u32>, what: &str) -> Reading<u32> {
+    let number = integer(value)?;
+    if range.contains(&number) {
+        return Ok(number);
     }
-    Err(format!("expected a number of rules from {} to {}", MAX_CHECKS.start(), MAX_CHECKS.end()))
+    Err(format!("expected a number of {what} from {} to {}", range.start(), range.end()))
 }
 
 fn interval(value: &DeValue<'_>) -> Reading<Duration> {

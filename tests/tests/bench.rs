@@ -121,7 +121,7 @@ fn a_rule_set_is_forwarded_through_by_qos_and_by_nftables() {
 fn growth_is_measured_and_drawn() {
     let folder = tempfile::tempdir().unwrap();
     let plot = folder.path().join("growth.svg");
-    let too_many = (qos_common::abi::MAX_RULES + 1).to_string();
+    let too_many = (qos_common::abi::MAX_RULES_RANGE.end() + 1).to_string();
     let counts = format!("10,300,{too_many}");
     let (text, report) = one_round("growth", &["--counts", &counts, "--svg", plot.to_str().unwrap()]);
     let points = report["points"].as_array().unwrap();

@@ -777,6 +777,22 @@ fn a_configuration_with_less_than_was_granted_is_refused_and_what_was_granted_is
     rewrite(&daemon, "capacity = \"20mbit\"", whole);
     daemon.restart().unwrap();
     achieves(&flow, 40);
+
+    // Another number of rules has maps of its own, and the limit is held meanwhile.
+    rewrite(&daemon, "reconcile_interval", "max_rules = 262144\nreconcile_interval");
+    let text = stderr(&run(&daemon, "reload"));
+    assert!(text.contains("max_rules can't change while qosd runs"), "{text}");
+    daemon.terminate().unwrap();
+    achieves(&flow, 40);
+    for (most, next) in [(262_144, "max_rules = 1024"), (1_024, "max_rules = 131072"), (131_072, "")] {
+        daemon.restart().unwrap();
+        assert_eq!(daemon.status().unwrap().gateway.rules, (1, most));
+        achieves(&flow, 40);
+        if !next.is_empty() {
+            rewrite(&daemon, &format!("max_rules = {most}"), next);
+            daemon.terminate().unwrap();
+        }
+    }
     let now = Kernel::read(&daemon, &net.gateway).unwrap().without_programs();
     assert_eq!(before.kernel.without_programs().differences(&now), [""; 0]);
 }

@@ -34,7 +34,7 @@ struct Bench {
 impl Bench {
     fn new(name: &str) -> Self {
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-testrun-{}-{name}", std::process::id()));
-        let mut object = Object::load(&pins).expect("the object loads");
+        let mut object = Object::load(&pins, abi::MAX_RULES).expect("the object loads");
         let mut settings: aya::maps::Array<_, abi::Settings> = object.take("settings").expect("settings");
         let mark = MarkLayout::new(0x000f_ffff, 0).expect("20 bits");
         settings
@@ -229,7 +229,8 @@ fn two_threads_on_one_clock_conserve_the_rate() {
     let mut bench = Bench::new("threads");
     bench.classifier.insert(&[rule_to(1, 1)]).expect("fits");
     bench.put(1, Direction::Upstream, policed(1, rate, burst));
-    let mut other = Object::load(&bench.pins).expect("a second copy of the programs over the same maps");
+    let mut other =
+        Object::load(&bench.pins, abi::MAX_RULES).expect("a second copy of the programs over the same maps");
     let start = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| flood(&mut other, 9_000));
@@ -282,7 +283,9 @@ fn look_ups_on_all_cpus_are_right_while_rules_come_and_go() {
     bench.classifier.insert(&[best(1, 1, 9), best(2, 3, 7)]).expect("fits");
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let mut copies: Vec<Object> = (0..cpus)
-        .map(|_| Object::load(&bench.pins).expect("a copy of the programs over the same maps"))
+        .map(|_| {
+            Object::load(&bench.pins, abi::MAX_RULES).expect("a copy of the programs over the same maps")
+        })
         .collect();
     let stop = AtomicBool::new(false);
     let (runs, updates) = std::thread::scope(|scope| {

@@ -13,8 +13,7 @@ use jiff::Timestamp;
 use nix::fcntl::Flock;
 use nix::time::{ClockId, clock_gettime};
 use qos_common::abi::{
-    self, JUDGED, LAYER3, Line, LineClasses, LineKey, MAX_LINE_LENGTHS, MAX_RULES, Outcome, Question,
-    Settings,
+    self, JUDGED, LAYER3, Line, LineClasses, LineKey, MAX_LINE_LENGTHS, Outcome, Question, Settings,
 };
 use qos_common::classify::{Address, Direction, Family, Rule, selector_of};
 use qos_common::clock::Meter;
@@ -71,6 +70,8 @@ pub struct GatewayConfig {
     pub tc_hooks: TcHooks,
     /// The box translates subscribers' addresses between LAN and WAN.
     pub nat: bool,
+    /// Rules that the classifier takes.
+    pub max_rules: u32,
     /// Most rules that one packet may have to be compared with once another allocation is granted.
     pub max_checks: u32,
 }
@@ -232,7 +233,7 @@ impl Kernel {
         let links = config.interfaces.iter().map(|interface| found_link(&interface.name));
         let links = links.collect::<Result<Vec<_>, _>>()?;
         let lock = lock_pins(&config.bpffs_dir)?;
-        let mut object = Object::load(&config.bpffs_dir)?;
+        let mut object = Object::load(&config.bpffs_dir, config.max_rules)?;
         // Before anything is made on an interface: what is there may be another instance's.
         let mut there = config.interfaces.iter().zip(&links);
         let foreign =
@@ -488,7 +489,7 @@ impl Kernel {
                 .map_or_else(|_| String::new(), |name| name.release().to_string_lossy().into_owned()),
             taken_over: self.taken_over,
             interfaces: self.interfaces.iter().map(interface_status).collect(),
-            rules: (self.classifier.count() as u32, MAX_RULES),
+            rules: (self.classifier.count() as u32, self.classifier.maps().most()),
             worst_case_comparisons: self.classifier.worst_case() as u32,
             allocations: (self.allocations, abi::ALLOCATION_SLOTS - 1),
             repairs: self.repairs.iter().cloned().collect(),

@@ -37,7 +37,8 @@ use aya::{Ebpf, EbpfLoader, Pod};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
-use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS};
+use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS, PROVIDER_SLOTS, rule_room, slot_room, word_room};
+use qos_common::classify::HALVES;
 
 use super::carry::{self, Carried};
 use super::clsact::{self, Clsact, ClsactError};
@@ -364,16 +365,18 @@ impl Other {
 }
 
 impl Object {
-    /// Loads the object over the maps pinned below `bpffs_dir`, which it makes if they are not there.
+    /// Loads the object over the maps pinned below `bpffs_dir`, which it makes if they are not there, with
+    /// room for `max_rules` rules. Maps of rules that were made for another number are made anew: programs
+    /// that run keep theirs.
     ///
     /// # Errors
     /// Where there is no BPF file system, a pinned map has another shape, or the kernel refuses. Nothing
     /// is left then but what was there before.
-    pub fn load(bpffs_dir: &Path) -> Result<Self, ObjectError> {
+    pub fn load(bpffs_dir: &Path, max_rules: u32) -> Result<Self, ObjectError> {
         mount_bpffs(bpffs_dir)?;
         let maps_dir = maps_dir(bpffs_dir);
         let was_there = maps_dir.exists();
-        Self::load_over(bpffs_dir, &maps_dir).inspect_err(|_| {
+        Self::load_over(bpffs_dir, &maps_dir, max_rules).inspect_err(|_| {
             // The next one would take some of the maps for all of them.
             if !was_there && let Err(error) = remove_maps(bpffs_dir) {
                 tracing::warn!(%error, "what was made could not be removed");
@@ -381,7 +384,7 @@ impl Object {
         })
     }
 
-    fn load_over(bpffs_dir: &Path, maps_dir: &Path) -> Result<Self, ObjectError> {
+    fn load_over(bpffs_dir: &Path, maps_dir: &Path, max_rules: u32) -> Result<Self, ObjectError> {
         let links_dir = links_dir(bpffs_dir);
         for path in [maps_dir, &links_dir] {
             fs::create_dir_all(path).map_err(|reason| pin_error("creating", path, reason))?;
@@ -394,7 +397,8 @@ impl Object {
         if let Some(map) = other_layout {
             return Err(ObjectError::MapLayout { map, folder: maps_dir.to_path_buf() });
         }
-        let shapes = shapes()?;
+        let shapes = shapes(max_rules)?;
+        remove_rules_of_another_length(maps_dir, &shapes)?;
         let mut maps_taken_over = false;
         let mut loader = EbpfLoader::new();
         for (name, shape) in &shapes {
@@ -1131,6 +1135,9 @@ fn mount_bpffs(bpffs_dir: &Path) -> Result<(), ObjectError> {
         .map_err(|reason| ObjectError::Mount { path: BPFFS.to_owned(), reason })
 }
 
+/// The maps that hold rules, as in [`Object::rule_maps`].
+pub const RULE_MAPS: [&str; 6] = ["rule_half", "tables", "rule_words", "rule_slots", "rules", "rule_extras"];
+
 /// Key size, value size and length of a map.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Shape {
@@ -1152,13 +1159,16 @@ impl std::fmt::Display for Shape {
 }
 
 /// Shapes of the object's maps that are kept across restarts.
-fn shapes() -> Result<BTreeMap<String, Shape>, ObjectError> {
+fn shapes(max_rules: u32) -> Result<BTreeMap<String, Shape>, ObjectError> {
     // A block of records for each CPU, and one for what is carried over from other versions.
     let blocks = possible_cpus() + 1;
     let lengths = [
         ("counters", ALLOCATION_SLOTS * 2 * blocks),
         ("prov_counters", PROVIDER_SLOTS * 2 * blocks),
         ("outcomes", blocks),
+        ("rule_words", HALVES * word_room(max_rules) / 2),
+        ("rule_slots", HALVES * slot_room(max_rules)),
+        ("rules", HALVES * rule_room(max_rules)),
     ];
     let object = aya_obj::Object::parse(OBJECT)
         .map_err(|reason| ObjectError::Load(Box::new(aya::EbpfError::ParseError(reason))))?;
@@ -1174,6 +1184,29 @@ fn shapes() -> Result<BTreeMap<String, Shape>, ObjectError> {
             (name, Shape { key: map.key_size(), value: map.value_size(), length })
         })
         .collect())
+}
+
+/// Unpins the maps of rules, all of them, where one was made for another number of rules. What they hold is
+/// laid out anew at each start.
+fn remove_rules_of_another_length(
+    maps_dir: &Path,
+    shapes: &BTreeMap<String, Shape>,
+) -> Result<(), ObjectError> {
+    let pins = RULE_MAPS.map(|name| (maps_dir.join(name), shapes.get(name)));
+    let there: Vec<_> = pins.iter().filter(|(path, _)| path.exists()).collect();
+    let mut differs = false;
+    for (path, shape) in &there {
+        let info = MapInfo::from_pin(path)
+            .map_err(|reason| pin_error("opening", path, io::Error::other(reason.to_string())))?;
+        let found = Shape::of(&info);
+        differs |= shape.is_some_and(|shape| {
+            (found.key, found.value) == (shape.key, shape.value) && found.length != shape.length
+        });
+    }
+    for (path, _) in there.iter().filter(|_| differs) {
+        fs::remove_file(path).map_err(|reason| pin_error("removing", path, reason))?;
+    }
+    Ok(())
 }
 
 /// Tells whether a map is pinned at `path`, and refuses one of another shape: it would be read
@@ -1283,6 +1316,8 @@ fn pin_error(action: &'static str, path: &Path, reason: io::Error) -> ObjectErro
 
 #[cfg(test)]
 mod tests {
+    use qos_common::abi::{MAX_RULES, MAX_RULES_RANGE};
+
     use super::*;
 
     /// A pin directory of this test's own, removed when dropped.
@@ -1337,7 +1372,7 @@ mod tests {
     #[ignore = "needs root"]
     fn every_program_passes_the_verifier() {
         let pins = Pins::new("load");
-        let mut object = Object::load(&pins.0).expect("loads");
+        let mut object = Object::load(&pins.0, MAX_RULES).expect("loads");
         for name in ["qos_trace_lan", "qos_trace_wan", "qos_trace_j_lan", "qos_trace_j_wan"] {
             let program = object.ebpf.program_mut(name).expect("is in the object");
             let is_loaded = match program {
@@ -1376,31 +1411,40 @@ mod tests {
     #[ignore = "needs root"]
     fn maps_are_taken_over_and_another_shape_is_refused() {
         let pins = Pins::new("maps");
-        let first = Object::load(&pins.0).expect("loads");
+        let first = Object::load(&pins.0, MAX_RULES).expect("loads");
         assert!(!first.maps_taken_over());
         first
             .shared::<qos_common::abi::Clocks>("clocks")
             .expect("maps")
             .write(5, qos_common::abi::Clocks { guaranteed: 77, ..Default::default() });
         drop(first);
-        let second = Object::load(&pins.0).expect("loads again");
+        let second = Object::load(&pins.0, MAX_RULES).expect("loads again");
         assert!(second.maps_taken_over());
         assert_eq!(second.shared::<qos_common::abi::Clocks>("clocks").expect("maps").read(5).guaranteed, 77);
         drop(second);
+        // Rules for which there is another number of places go anew, and nothing else does.
+        for most in [MAX_RULES / 2, *MAX_RULES_RANGE.end(), MAX_RULES] {
+            let other = Object::load(&pins.0, most).expect("loads with another number of rules");
+            assert_eq!(other.rule_maps().expect("maps").most(), most);
+            assert!(other.maps_taken_over());
+            let clocks = other.shared::<qos_common::abi::Clocks>("clocks").expect("maps");
+            assert_eq!(clocks.read(5).guaranteed, 77);
+        }
         let settings = maps_dir(&pins.0).join("settings");
         fs::remove_file(&settings).expect("removes");
         aya::maps::Array::<_, u64>::create(3, 0)
             .expect("creates")
             .pin(&settings)
             .expect("pins a map of another shape");
-        let error = Object::load(&pins.0).expect_err("another shape").to_string();
+        let error = Object::load(&pins.0, MAX_RULES).expect_err("another shape").to_string();
         assert!(error.contains("values of 8, 3 of them") && error.contains("qos detach"), "{error}");
     }
 
     #[test]
     #[ignore = "needs root"]
     fn a_directory_off_bpffs_is_refused() {
-        let error = Object::load(Path::new("/tmp/qos-not-bpffs")).expect_err("not a bpffs").to_string();
+        let error =
+            Object::load(Path::new("/tmp/qos-not-bpffs"), MAX_RULES).expect_err("not a bpffs").to_string();
         assert!(error.contains("is not on a BPF file system"), "{error}");
     }
 }

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
-use qos_common::abi::MAX_RULES;
 use qos_common::classify::{Direction, Family, MAX_SELECTORS};
 use qos_common::clock::Meter;
 
@@ -26,6 +25,8 @@ const LONGEST: SignedDuration = SignedDuration::from_hours(100 * 365 * 24 + 25 *
 
 /// Warnings about selectors that meet others, at most.
 const MOST_OVERLAPS: usize = 8;
+/// Rules that those of a request are compared with for such warnings, at most: a fraction of a millisecond.
+const MOST_COMPARED: usize = 20_000;
 
 pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Result<Decision, Refusal> {
     let provider = find_provider(state, "provider", &request.provider)?;
@@ -392,9 +393,10 @@ fn expiry(duration: Option<SignedDuration>, now: Timestamp) -> Result<Option<Tim
 fn check_rules(state: &State, allocation: &Allocation, warnings: &mut Vec<String>) -> Result<(), Refusal> {
     let rules: Vec<_> = rules(allocation).collect();
     let used = state.index.rules.count();
-    if used + rules.len() > MAX_RULES as usize {
+    let most = state.network.max_rules;
+    if used + rules.len() > most as usize {
         let message = format!(
-            "selectors: {} more rules in the kernel, and {used} of {MAX_RULES} are in use",
+            "selectors: {} more rules in the kernel, and {used} of {most} are in use (max_rules)",
             rules.len()
         );
         return Err(Refusal::new(RefusalCode::InsufficientSlots, "selectors", rules.len(), message));
@@ -403,10 +405,11 @@ fn check_rules(state: &State, allocation: &Allocation, warnings: &mut Vec<String
     let mut repeated: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
     let mut twin: BTreeMap<u32, AllocationId> = BTreeMap::new();
     let mut met: BTreeMap<(u32, AllocationId), (Relation, bool)> = BTreeMap::new();
+    let mut budget = MOST_COMPARED;
     for rule in &rules {
         let selector = qos_common::classify::selector_of(rule.rank);
         let mut is_repeated = false;
-        state.index.rules.meet(rule, |other, relation| {
+        state.index.rules.meet(rule, &mut budget, |other, relation| {
             let id = allocation_of(other);
             let other_wins = precedence_of(other) >= allocation.precedence;
             if relation == Relation::Identical && other_wins {
@@ -444,6 +447,11 @@ fn check_rules(state: &State, allocation: &Allocation, warnings: &mut Vec<String
     }
     if more > 0 {
         warnings.push(format!("selectors: {more} more overlaps with other allocations"));
+    }
+    if budget == 0 {
+        let text = "selectors: too many other selectors are near these to look for all overlaps; `qos explain` \
+                    tells of a packet which one takes it";
+        warnings.push(text.to_owned());
     }
     Ok(())
 }

@@ -56,6 +56,8 @@ pub struct Network {
     pub link_rest: BitsPerSecond,
     /// Largest IP packet, in bytes.
     pub mtu: u32,
+    /// Rules that the classifier takes: a selector has one for each direction and family that it covers.
+    pub max_rules: u32,
     /// Requests must name the address of a session.
     pub require_session: bool,
 }

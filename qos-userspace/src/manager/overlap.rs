@@ -63,10 +63,13 @@ impl RuleIndex {
         }
     }
 
-    /// Calls `found` with every rule that some packet matches as well as `rule`.
-    pub(super) fn meet(&self, rule: &Rule, mut found: impl FnMut(&Rule, Relation)) {
+    /// Calls `found` with every rule that some packet matches as well as `rule`: identical ones always, others
+    /// until it has been compared with as many as `budget` says, which is lowered.
+    pub(super) fn meet(&self, rule: &Rule, budget: &mut usize, mut found: impl FnMut(&Rule, Relation)) {
         let (set, near, length) = place(rule);
         let mut compare = |list: &[Rule]| {
+            *budget = budget.saturating_sub(list.len());
+            let goes_on = *budget > 0;
             for other in list.iter().filter(|other| overlaps(other, rule)) {
                 let relation = if identical(other, rule) {
                     Relation::Identical
@@ -77,17 +80,24 @@ impl RuleIndex {
                 };
                 found(other, relation);
             }
+            goes_on
         };
-        let wider = self.lengths.range((set, 0)..=(set, length)).map(|((_, length), _)| *length);
+        // Those of the same subscriber's prefix, among which the identical ones are.
+        if !self.rules.get(&(set, near, length)).is_none_or(|list| compare(list)) {
+            return;
+        }
+        let wider = self.lengths.range((set, 0)..(set, length)).map(|((_, length), _)| *length);
         for wider in wider {
-            if let Some(list) = self.rules.get(&(set, near & mask(wider), wider)) {
-                compare(list);
+            if let Some(list) = self.rules.get(&(set, near & mask(wider), wider))
+                && !compare(list)
+            {
+                return;
             }
         }
         let inside = (set, near, 0)..=(set, near | !mask(length), u8::MAX);
         for ((.., narrower), list) in self.rules.range(inside) {
-            if *narrower > length {
-                compare(list);
+            if *narrower > length && !compare(list) {
+                return;
             }
         }
     }
@@ -209,7 +219,7 @@ mod tests {
             }
             let mut found = Vec::new();
             for rule in rule(new, 2) {
-                index.meet(&rule, |_, relation| found.push(relation));
+                index.meet(&rule, &mut { usize::MAX }, |_, relation| found.push(relation));
             }
             assert_eq!(found.into_iter().max(), expected, "{old} / {new}");
             for rule in rule(old, 1) {
@@ -217,6 +227,31 @@ mod tests {
             }
             assert_eq!(index, RuleIndex::default(), "{old}");
         }
+    }
+
+    #[test]
+    fn a_budget_bounds_the_search_and_identical_rules_are_found_all_the_same() {
+        let mut index = RuleIndex::default();
+        for id in 1..=1_000 {
+            let (a, b) = (id / 256, id % 256);
+            rule(&format!("up udp from 10.0.{a}.{b} to 192.0.2.0/24"), id)
+                .into_iter()
+                .for_each(|rule| index.add(rule));
+        }
+        rule("up udp to 192.0.2.7", 2_000).into_iter().for_each(|rule| index.add(rule));
+        let met = |text: &str, budget: usize| {
+            let (mut left, mut found) = (budget, Vec::new());
+            for rule in rule(text, 3_000) {
+                index.meet(&rule, &mut left, |_, relation| found.push(relation));
+            }
+            (left, found)
+        };
+        let (left, found) = met("up udp to 192.0.2.7", 100);
+        assert_eq!((left, found.first()), (0, Some(&Relation::Identical)));
+        assert!(found.len() <= 100, "{}", found.len());
+        let (left, found) = met("up udp to 192.0.2.7", 10_000);
+        assert!(left > 0 && found.len() == 1_001, "{left} left, {}", found.len());
+        assert_eq!(met("up udp from 10.0.1.1 to 192.0.2.0/24", 1).1.first(), Some(&Relation::Identical));
     }
 
     proptest! {
@@ -241,7 +276,9 @@ mod tests {
             for rule in &all { index.add(*rule); }
             for rule in &all {
                 let mut found = Vec::new();
-                index.meet(rule, |other, _| found.push((other.rank, other.direction, other.family)));
+                index.meet(rule, &mut { usize::MAX }, |other, _| {
+                    found.push((other.rank, other.direction, other.family));
+                });
                 let mut expected: Vec<_> = all.iter()
                     .filter(|other| other.direction == rule.direction && other.family == rule.family)
                     .filter(|other| overlaps(other, rule))

@@ -234,6 +234,10 @@ impl State {
     #[must_use]
     pub fn overcommitted(&self) -> Vec<String> {
         let mut broken = Vec::new();
+        let (rules, most) = (self.index.rules.count(), self.network.max_rules);
+        if rules > most as usize {
+            broken.push(format!("max_rules: {rules} are in use, {most} are there"));
+        }
         for direction in Direction::BOTH {
             let word = super::direction_word(direction);
             let over = |what: &str, load: &Load, speed: BitsPerSecond| {

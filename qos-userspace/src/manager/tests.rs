@@ -25,6 +25,7 @@ pub(crate) fn network() -> Network {
         line_rest: capacity::SMALLEST_REST,
         link_rest: capacity::SMALLEST_REST,
         mtu: 1_500,
+        max_rules: qos_common::abi::MAX_RULES,
         require_session: false,
     }
 }

@@ -13,6 +13,7 @@ use std::thread;
 
 use anyhow::{Context as _, Result};
 use aya::programs::ProgramFd;
+use qos_common::abi::MAX_RULES;
 use qos_common::classify::Family;
 use qos_tests::classbench::{self, Tuple, TupleRule};
 use serde::Serialize;
@@ -190,7 +191,7 @@ impl Set {
     fn load(Packets { rules, flood, .. }: &Packets) -> Result<Self> {
         let family = rules[0].family;
         let uniform = classbench::uniform(rules, FLOWS, 2);
-        let mut gateway = Gateway::start(&format!("{family:?}"), family, LINES)?;
+        let mut gateway = Gateway::start(&format!("{family:?}"), family, LINES, MAX_RULES)?;
         let loaded = gateway.load(rules)?;
         let mut driver = Driver::load()?;
         let classifier = Classifier::load(&gateway.pins)?;

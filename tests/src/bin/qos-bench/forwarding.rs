@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use qos_common::abi::MAX_RULES;
 use qos_tests::netlink::{Link, Netlink};
 use qos_tests::netns::Namespace;
 use qos_tests::topology::{LAN, WAN};
@@ -164,7 +165,7 @@ impl Gateway {
         let mut gateway = Self::plain(name)?;
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}-{observe}", std::process::id()));
         gateway.pins = Some(pins.clone());
-        let config = gateway::config(pins, observe);
+        let config = gateway::config(pins, observe, MAX_RULES);
         let state = state()?;
         let kernel = gateway.router.namespace.run(|| Kernel::start(&config, &state))?;
         gateway.driver.set_target(kernel.object().program_fd("qos_xdp_lan")?, true)?;
@@ -211,7 +212,7 @@ impl Gateway {
 
 /// One provider for all, and an allocation for each rule of [`world`].
 fn state() -> Result<State> {
-    let mut state = gateway::state();
+    let mut state = gateway::state(MAX_RULES);
     gateway::add_provider(&mut state, "bench", "203.0.113.0/24".parse()?)?;
     for number in 0..RULES {
         let [source, destination] = [world::subscriber(number), world::provider(number)]

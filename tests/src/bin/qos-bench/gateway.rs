@@ -18,7 +18,7 @@ use qos_userspace::manager::{
 pub(crate) const CAPACITY: BitsPerSecond = BitsPerSecond(100_000_000_000);
 
 /// A gateway between [`LAN`] and [`WAN`].
-pub(crate) fn config(bpffs_dir: PathBuf, observe: bool) -> GatewayConfig {
+pub(crate) fn config(bpffs_dir: PathBuf, observe: bool, max_rules: u32) -> GatewayConfig {
     let interface = |name: &str, role| InterfaceConfig {
         name: name.to_owned(),
         role,
@@ -32,12 +32,13 @@ pub(crate) fn config(bpffs_dir: PathBuf, observe: bool) -> GatewayConfig {
         mark_mask: 0xffff_f000,
         tc_hooks: TcHooks::Auto,
         nat: false,
+        max_rules,
         max_checks: 32_767,
     }
 }
 
 /// A network in which nothing is registered and no request needs a session.
-pub(crate) fn state() -> State {
+pub(crate) fn state(max_rules: u32) -> State {
     State::new(Network {
         link: Directed { up: CAPACITY, down: CAPACITY },
         line_side: LineSide::Lan,
@@ -45,6 +46,7 @@ pub(crate) fn state() -> State {
         line_rest: SMALLEST_REST,
         link_rest: SMALLEST_REST,
         mtu: 1_500,
+        max_rules,
         require_session: false,
     })
 }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use qos_common::abi::MAX_RULES;
+use qos_common::abi::{MAX_RULES, MAX_RULES_RANGE};
 use qos_common::classify::Family;
 use qos_tests::classbench::{self, Tuple, TupleRule};
 use qos_tests::random::Random;
@@ -78,8 +78,9 @@ pub(crate) fn measure(counts: &[usize], rounds: usize) -> Result<Report> {
         skipped: Vec::new(),
     };
     for count in counts {
-        if *count > MAX_RULES as usize {
-            report.skipped.push(format!("{count} rules: the classifier takes {MAX_RULES}"));
+        let most = *MAX_RULES_RANGE.end();
+        if *count > most as usize {
+            report.skipped.push(format!("{count} rules: the classifier takes {most}"));
             continue;
         }
         let point = measure_count(*count, rounds, &mut report.skipped);
@@ -91,7 +92,7 @@ pub(crate) fn measure(counts: &[usize], rounds: usize) -> Result<Report> {
 fn measure_count(count: usize, rounds: usize, skipped: &mut Vec<String>) -> Result<Point> {
     let rules = classbench::generate(count, 1);
     let packets = classbench::uniform(&rules, count.max(PACKETS), 2);
-    let mut gateway = Gateway::start("growth", Family::V4, LINES)?;
+    let mut gateway = Gateway::start("growth", Family::V4, LINES, MAX_RULES.max(count as u32))?;
     let loaded = gateway.load(&rules)?;
     let mut driver = Driver::with_room(packets.len().max(1 << 17) as u32)?;
     let mut classifier = Classifier::load(&gateway.pins)?;

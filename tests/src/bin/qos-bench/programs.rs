@@ -206,7 +206,7 @@ impl Drop for Loaded {
 impl Loaded {
     fn new() -> Result<Self> {
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}", std::process::id()));
-        let mut object = Object::load(&pins)?;
+        let mut object = Object::load(&pins, abi::MAX_RULES)?;
         let mark = MarkLayout::new(0xffff_f000, 0).context("20 bits")?;
         let mut settings: Array<_, abi::Settings> = object.take("settings")?;
         settings.set(0, abi::Settings { abi: abi::ABI_VERSION, mark, ..Default::default() }, 0)?;

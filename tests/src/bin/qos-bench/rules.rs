@@ -24,7 +24,7 @@ use qos_tests::random::Random;
 use qos_userspace::domain::{BitsPerSecond, Directed, LinkLayer};
 use qos_userspace::gateway::Kernel;
 use qos_userspace::gateway::memory::SharedArray;
-use qos_userspace::gateway::object::remove_pins;
+use qos_userspace::gateway::object::{RULE_MAPS, remove_pins};
 use qos_userspace::manager::{Change, Command, Gateway as _, NewSession, State};
 
 use crate::forwarding::Router;
@@ -85,11 +85,11 @@ impl Drop for Gateway {
 }
 
 impl Gateway {
-    /// With no rules yet. `name` tells it from others of this process.
-    pub(crate) fn start(name: &str, family: Family, lines: u32) -> Result<Self> {
+    /// With no rules yet, and room for `max_rules`. `name` tells it from others of this process.
+    pub(crate) fn start(name: &str, family: Family, lines: u32, max_rules: u32) -> Result<Self> {
         let router = Router::new()?;
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}-{name}", std::process::id()));
-        let mut state = gateway::state();
+        let mut state = gateway::state(max_rules);
         let (everything, first) = match family {
             Family::V4 => ("0.0.0.0/0", "100.64.0.0/32"),
             Family::V6 => ("::/0", "fd64::/128"),
@@ -100,7 +100,7 @@ impl Gateway {
         for number in 0..lines {
             gateway::decide(&mut state, &Command::AddSession(session(number, first.parse()?)?))?;
         }
-        let config = gateway::config(pins.clone(), false);
+        let config = gateway::config(pins.clone(), false, max_rules);
         let kernel = router.namespace.run(|| Kernel::start(&config, &state))?;
         Ok(Self { kernel: Some(kernel), router, pins, state, family })
     }
@@ -206,7 +206,7 @@ impl Gateway {
     /// What the kernel says that the classifier's maps take.
     pub(crate) fn kernel_bytes(&self) -> Result<u64> {
         let mut bytes = 0;
-        for name in ["rule_half", "tables", "rule_words", "rule_slots", "rules", "rule_extras"] {
+        for name in RULE_MAPS {
             let map = MapData::from_pin(maps_of(&self.pins).join(name))?;
             let number = map.fd().as_fd().as_raw_fd();
             let text = fs::read_to_string(format!("/proc/self/fdinfo/{number}"))?;
