@@ -19,14 +19,17 @@ use crate::traffic::{Flow, Measured, measure};
 
 /// Idle share below which others keep the machine from doing what is measured.
 const IDLE: f64 = 0.1;
-/// Share of the time that a processor may have stopped: a shaped flow may lose as much of its rate.
-const STOPPED: f64 = 0.015;
+/// Share of the time that a processor may have stopped: a shaped flow may lose as much of its rate, which
+/// [`Measured::ratio_to`] takes into account.
+const STOPPED: f64 = 0.05;
+/// What is taken into account at most.
+const MOST_STOPPED: f64 = 0.2;
 /// How often a measurement that the machine spoilt is taken.
 const REPEATS: u32 = 8;
 /// Pause before the first repeat; a longer one before each later one.
 const PAUSE: Duration = Duration::from_millis(500);
 /// Time that a process spends on repeats, in ms. A machine that is still busy then is measured as it is.
-static PATIENCE: AtomicU64 = AtomicU64::new(90_000);
+static PATIENCE: AtomicU64 = AtomicU64::new(30_000);
 /// A sender that got less than this share of its rate out was kept from it by the machine.
 const OFFERED: f64 = 0.97;
 
@@ -92,7 +95,7 @@ fn typed<T: DeserializeOwned>(answer: &Value) -> Result<T> {
 /// Like [`measure`], and again, up to eight times, when the machine and not what is tested fell short:
 /// a sender that didn't get its rate out, an overrun receiver, or processors that stopped or were kept
 /// so busy by others that the gateway's timers came late. It stops doing so once this process has spent
-/// 90 s on repeats. `offered` is what each flow was told to send; zero for one
+/// 30 s on repeats, and measures the machine as it is. `offered` is what each flow was told to send; zero for one
 /// that sends what it can.
 ///
 /// # Errors
@@ -107,8 +110,11 @@ pub fn measure_undisturbed(
     let mut repeats = 1;
     loop {
         let (before, watch, began) = (processor_time()?, Watch::start()?, Instant::now());
-        let measured = measure(&watched, warm_up, window)?;
+        let mut measured = measure(&watched, warm_up, window)?;
         let (time, stopped) = (began.elapsed(), watch.stopped()?);
+        for measured in &mut measured {
+            measured.stopped = (stopped.as_secs_f64() / time.as_secs_f64()).min(MOST_STOPPED);
+        }
         let idle = idle_share(before, processor_time()?);
         let short = measured.iter().zip(flows).any(|(measured, (_, offered))| {
             measured.receiver_dropped > 0 || (measured.offered.0 as f64) < offered.0 as f64 * OFFERED
@@ -230,6 +236,9 @@ impl fmt::Debug for Brief<'_> {
         )?;
         if let Some(first) = m.first_lost {
             write!(f, ", number {first} is missing first")?;
+        }
+        if m.stopped > 0.0 {
+            write!(f, ", the machine stopped for {:.1} %", m.stopped * 100.0)?;
         }
         match &m.latency {
             Some(latency) => {

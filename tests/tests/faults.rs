@@ -264,21 +264,34 @@ fn selectors_that_cost_a_packet_too_much_are_refused_and_the_cost_is_shown() {
     let more = "reconcile_interval = \"1h\"\nmax_checks = 16".to_owned();
     let daemon = Daemon::start(&net.gateway, &Config { more, ..Config::default() }).unwrap();
     register(&daemon);
-    for _ in 0..16 {
-        daemon.qos_line(&format!("{GRANT} --max-down 2mbit")).unwrap();
+    // Ranges that all have the port 5000.
+    let grant = |last: u32| {
+        let flow = format!("down udp from 203.0.113.0/24 to 192.0.2.10:5000-{last}");
+        format!("grant --provider video --flow '{flow}' --max-down 2mbit")
+    };
+    for more in 1..=16 {
+        daemon.qos_line(&grant(5_000 + more)).unwrap();
     }
-    let before = Before::of(&daemon, &net.gateway);
-    let one_more = format!("{GRANT} --max-down 2mbit");
+    let known = || (daemon.qos_line("list").unwrap(), Kernel::read(&daemon, &net.gateway).unwrap());
+    let before = known();
+    let one_more = grant(5_100);
     let output = run(&daemon, &one_more);
     assert_eq!(output.status.code(), Some(1));
     let text = stderr(&output);
     for part in ["compared with 17 rules", "max_checks is 16", "16 selectors", "selector 0 of 1"] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    before.stands(&daemon, &net.gateway, "one too many");
+    let now = known();
+    assert_eq!(now.0, before.0);
+    assert_eq!(now.1.differences(&before.1), [""; 0]);
+    let ended = &list_ended(&daemon)[0];
+    assert_eq!(
+        (&ended["id"], &ended["reason"]),
+        (&json!(17), &json!("never in force: the gateway refused it"))
+    );
     let body = json!({
         "provider": "video", "level": {"maximum": {"down": "1mbit"}},
-        "selectors": ["down udp from 203.0.113.0/24 to 192.0.2.10:5000"],
+        "selectors": ["down udp from 203.0.113.0/24 to 192.0.2.10:4000-6000"],
     });
     let answer =
         Client::connect(&daemon.socket()).unwrap().ask("POST", "/v1/allocations", Some(&body)).unwrap();

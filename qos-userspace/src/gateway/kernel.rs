@@ -7,6 +7,7 @@ use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::thread;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
@@ -406,28 +407,31 @@ impl Kernel {
     /// Where a map or the scheduler can't be read.
     pub fn statistics(&mut self, state: &State) -> Result<Statistics, GatewayError> {
         let at_ns = monotonic_ns();
-        let mut drops: [HashMap<ClassSlot, u64>; 2] = Default::default();
-        for interface in &self.interfaces {
-            let Some(scheduler) = &interface.scheduler else { continue };
-            for (slot, class) in scheduler.statistics()? {
-                *drops[interface.egress() as usize].entry(slot).or_default() += class.drops;
+        let Self { maps, interfaces, .. } = self;
+        // The kernel takes longer to tell of thousands of classes than the maps take to be read.
+        let (drops, mut allocations) = thread::scope(|scope| {
+            let drops = scope.spawn(|| queue_drops(interfaces));
+            let counts = |allocation: &Allocation, direction| Counts {
+                mtu: maps.allocation_clocks(allocation.slot, direction).into(),
+                ..Counts::from(maps.allocation_counters(allocation.slot, direction))
+            };
+            let allocations = state.allocations.values().map(|allocation| {
+                let [up, down] = Direction::BOTH.map(|direction| counts(allocation, direction));
+                (allocation.id, DirectedCounts { up, down })
+            });
+            let allocations: Vec<_> = allocations.collect();
+            (drops.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), allocations)
+        });
+        let drops = drops?;
+        for (allocation, (_, counts)) in state.allocations.values().zip(&mut allocations) {
+            if let Some(class) = allocation.class {
+                let [up, down] = drops.each_ref().map(|drops| drops.get(&ClassSlot(class)).copied());
+                counts.up.queue_dropped_packets = up.unwrap_or(0);
+                counts.down.queue_dropped_packets = down.unwrap_or(0);
             }
         }
-        let allocations = state.allocations.values().map(|allocation| {
-            let count = |direction| Counts {
-                mtu: self.maps.allocation_clocks(allocation.slot, direction).into(),
-                queue_dropped_packets: allocation
-                    .class
-                    .and_then(|class| drops[direction as usize].get(&ClassSlot(class)))
-                    .map_or(0, |drops| *drops),
-                ..Counts::from(self.maps.allocation_counters(allocation.slot, direction))
-            };
-            let counts =
-                DirectedCounts { up: count(Direction::Upstream), down: count(Direction::Downstream) };
-            (allocation.id, counts)
-        });
         // Of what is in order a map is made at once.
-        let allocations = allocations.collect();
+        let allocations = allocations.into_iter().collect();
         let mut statistics = Statistics { at_ns, allocations, ..Statistics::default() };
         for provider in state.providers.values() {
             let counts = DirectedCounts {
@@ -1457,6 +1461,18 @@ fn interface_status(interface: &Interface) -> InterfaceStatus {
         scheduler: if tree.is_some() { "htb" } else { "none" }.to_owned(),
         classes: interface.scheduler.as_ref().map_or(0, Htb::class_count),
     }
+}
+
+/// Packets that queues at egress dropped, by direction and class.
+fn queue_drops(interfaces: &mut [Interface]) -> Result<[HashMap<ClassSlot, u64>; 2], SchedulerError> {
+    let mut drops: [HashMap<ClassSlot, u64>; 2] = Default::default();
+    for interface in interfaces {
+        let Some(scheduler) = &interface.scheduler else { continue };
+        for (slot, class) in scheduler.statistics()? {
+            *drops[interface.egress() as usize].entry(slot).or_default() += class.drops;
+        }
+    }
+    Ok(drops)
 }
 
 fn explanation(direction: Direction, answer: &abi::Answer, way: Vec<String>) -> Explanation {

@@ -57,6 +57,8 @@ pub struct Measured {
     /// UDP packets that reached the receiving host and overran its socket. They are not in `lost`.
     /// Not zero means that the machine was too busy to measure.
     pub receiver_dropped: u64,
+    /// Share of the time for which the machine was seen to stop; zero where nobody watched it.
+    pub stopped: f64,
     /// One-way latency of the UDP packets sent within the window that arrived.
     pub latency: Option<Latency>,
     /// When the window began, in ns of the clock that `arrivals` uses.
@@ -80,10 +82,12 @@ impl Measured {
         bytes.into_iter().map(|bytes| rate(bytes, bin)).collect()
     }
 
-    /// `achieved` divided by `expected`; 1 is as expected.
+    /// `achieved` divided by `expected`; 1 is as expected. Time for which the machine stopped is not counted:
+    /// nobody can send then. What is above all the same is told as it is.
     #[must_use]
     pub fn ratio_to(&self, expected: BitsPerSecond) -> f64 {
-        self.achieved.0 as f64 / expected.0 as f64
+        let ratio = self.achieved.0 as f64 / expected.0 as f64;
+        if ratio < 1.0 { (ratio / (1.0 - self.stopped)).min(1.0) } else { ratio }
     }
 }
 
@@ -190,6 +194,7 @@ mod tests {
             reordered: 0,
             first_lost: None,
             receiver_dropped: 0,
+            stopped: 0.0,
             latency: None,
             began: 1_000,
             arrivals: vec![(1_000, 100), (10_000_999, 50), (10_001_000, 25), (24_000_000, 999)],

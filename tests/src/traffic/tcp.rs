@@ -224,6 +224,7 @@ impl RunningTcp {
             reordered: 0,
             first_lost: None,
             receiver_dropped: 0,
+            stopped: 0.0,
             latency: None,
             began: before.at,
             arrivals: arrivals

@@ -303,6 +303,7 @@ impl RunningUdp {
             first_lost,
             reordered,
             receiver_dropped,
+            stopped: 0.0,
             latency: Latency::new(
                 ours.iter().map(|arrival| arrival.at.saturating_sub(arrival.sent_at)).collect(),
             ),

@@ -969,6 +969,77 @@ mod tests {
         assert!(above.is_empty(), "{above:?}");
     }
 
+    /// A rule that overlaps some others, of any kind that its number makes it.
+    fn scattered(id: u64) -> Rule {
+        let mut random = fastrand::Rng::with_seed(id);
+        let mut end = |few: u32| {
+            let length = [0, 8, 16, 20, 24, 28, 32, 32][random.usize(0..8)];
+            let host = 0x0a00_0000 + random.u32(0..few) * 0x101;
+            (Address::v4(host.to_be_bytes()).prefix(u32::from(length)), length)
+        };
+        let ((source, source_length), (destination, destination_length)) = (end(2_000), end(20_000));
+        let port = random.u16(0..3_000);
+        Rule {
+            source,
+            source_length,
+            destination,
+            // One in many takes all there is.
+            destination_length: destination_length.max(8),
+            checks: CHECK_PORTS,
+            destination_ports: [port, port + random.u16(0..50)],
+            slot: (id & 0xffff) as u32,
+            ..open_rule(id)
+        }
+    }
+
+    #[test]
+    #[ignore = "slow: a million rules come and go"]
+    fn a_million_updates_leave_no_growth() {
+        const KEPT: u64 = 5_000;
+        const REPLACED: u64 = 500_000;
+        let mut classifier = empty();
+        let mut there: std::collections::VecDeque<Rule> = (1..=KEPT).map(scattered).collect();
+        classifier.insert(&Vec::from(there.clone())).expect("fits");
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut worst = classifier.worst_case();
+        for id in KEPT + 1..=KEPT + REPLACED {
+            let (gone, new) = (there.pop_front().expect("some"), scattered(id));
+            classifier.remove(&[gone]).expect("fits");
+            classifier.insert(&[new]).expect("fits");
+            there.push_back(new);
+            worst = worst.max(classifier.worst_case());
+            if id % 20_000 == 0 {
+                let rules = Vec::from(there.clone());
+                for _ in 0..100 {
+                    let near = there[random.usize(0..KEPT as usize)];
+                    let key = Key {
+                        source: near.source,
+                        destination: near.destination,
+                        destination_port: near.destination_ports[0],
+                        ..zero_key()
+                    };
+                    assert_eq!(
+                        look_up(classifier.maps(), &key),
+                        by_linear_search(&rules, &key),
+                        "{id}: {key:?}"
+                    );
+                }
+            }
+        }
+        classifier.finish().expect("laid out");
+        assert_eq!(classifier.count(), KEPT as usize);
+        assert!(classifier.repair().is_empty());
+        println!("{REPLACED} replaced, a packet was compared with {worst} rules at most");
+        // All of the room is there still.
+        let more: Vec<Rule> = (1..=u64::from(MAX_RULES) - KEPT)
+            .map(|id| Rule { rank: rank(0, id + 10_000_000, 0), ..spread(id) })
+            .collect();
+        for rules in more.chunks(1_000) {
+            classifier.insert(rules).expect("room for as many as ever");
+        }
+        assert_eq!(classifier.count(), MAX_RULES as usize);
+    }
+
     /// A rule for one destination host of its own.
     fn spread(id: u64) -> Rule {
         Rule {
