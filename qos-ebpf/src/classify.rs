@@ -192,9 +192,9 @@ extern "C" fn qos_look_up(whose: u32) -> u32 {
     let Some(set) = maps::tables(table_set(key.direction, family)) else { return 0 };
     search.probe = Probe::of(key);
     if family == Family::V4 as u32 {
-        tables::<false>(search, set)
+        tables::<false>(search, set);
     } else {
-        tables::<true>(search, set)
+        tables::<true>(search, set);
     }
     search.slot
 }
