@@ -993,7 +993,7 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "slow: a million rules come and go"]
+    #[ignore = "takes most of a minute: the testrun tier runs it"]
     fn a_million_updates_leave_no_growth() {
         const KEPT: u64 = 5_000;
         const REPLACED: u64 = 500_000;
