@@ -150,6 +150,14 @@ pub struct Allocation {
 
 const _: () = assert!(size_of::<Allocation>() == 128);
 
+impl Allocation {
+    /// What stands in map `deadlines` for it ([`deadline_place`]).
+    #[must_use]
+    pub const fn deadline(&self) -> u64 {
+        if self.flags & IN_USE == 0 { 0 } else { self.expires_ns }
+    }
+}
+
 /// Running clocks of one direction of an allocation, or of a provider's aggregate, and counts of what
 /// is too rare to be counted for each CPU. A cache line, so that two of them never share one.
 #[repr(C)]

@@ -232,8 +232,8 @@ fn root(table: &Table) -> Slot {
     unsafe { (&raw const table.root).read_volatile() }
 }
 
-/// The word that the packet's addresses lead to in a table, with their hash behind it. Sees to it that the rule which
-/// it leads to is on its way.
+/// The word that the packet's addresses lead to in a table, with their hash behind it. Sees to it that the
+/// rule which it leads to is on its way.
 #[inline(always)]
 fn word<const V6: bool>(search: &Search, set: &TableSet, table: &Table) -> u64 {
     let key = &search.packet.key;

@@ -59,10 +59,6 @@ pub(crate) fn judge<const CHARGE: bool>(
     ) else {
         return Judgement::Missing;
     };
-    if CHARGE {
-        // An exchange of a clock lets nothing pass: the counters are on their way before it.
-        fetch(counters);
-    }
     let judgement =
         clocks_say::<CHARGE>(allocation, clocks, provider, provider_clocks, direction, ticks(now_ns), bytes);
     if CHARGE {
@@ -70,13 +66,6 @@ pub(crate) fn judge<const CHARGE: bool>(
         count(provider_counters, judgement, bytes);
     }
     judgement
-}
-
-/// Reads of counters what is not used, so that their line of the cache is there when they are.
-#[inline(always)]
-fn fetch(counters: *mut Counters) {
-    // SAFETY: points to a live element.
-    unsafe { (&raw const (*counters).in_profile_packets).read_volatile() };
 }
 
 #[inline(always)]

@@ -64,9 +64,8 @@ impl Bench {
 
     /// Puts an allocation's record and its deadline where packets find them.
     fn put(&self, slot: u32, direction: Direction, record: Allocation) {
-        let deadline = if record.flags & IN_USE == 0 { 0 } else { record.expires_ns };
         self.allocations.write(directed(slot, direction), record);
-        self.deadlines.write(deadline_place(slot, direction), deadline);
+        self.deadlines.write(deadline_place(slot, direction), record.deadline());
     }
 
     fn counted(&self, slot: u32, direction: Direction) -> Counters {

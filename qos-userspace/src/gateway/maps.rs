@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, IN_USE, Interface, LINE_SLOTS, Line,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, LINE_SLOTS, Line,
     LineClasses, LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, deadline_place, directed,
 };
 use qos_common::classify::Direction;
@@ -85,8 +85,7 @@ impl Maps {
             let wanted = wanted.unwrap_or_default();
             let found = self.allocations.read(index);
             let place = deadline_place(u32::from(slot), direction);
-            let deadline = if wanted.flags & IN_USE == 0 { 0 } else { wanted.expires_ns };
-            if same_allocation(&found, &wanted) && same_time(self.deadlines.read(place), deadline) {
+            if same_allocation(&found, &wanted) && same_time(self.deadlines.read(place), wanted.deadline()) {
                 continue;
             }
             differed = true;
@@ -99,7 +98,7 @@ impl Maps {
             }
             self.allocations.write(index, Allocation { flags: 0, ..wanted });
             self.allocations.write(index, wanted);
-            self.deadlines.write(place, deadline);
+            self.deadlines.write(place, wanted.deadline());
         }
         differed
     }

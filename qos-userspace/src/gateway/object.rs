@@ -1150,6 +1150,12 @@ impl Shape {
     fn of(map: &MapInfo) -> Self {
         Self { key: map.key_size(), value: map.value_size(), length: map.max_entries() }
     }
+
+    fn of_pin(path: &Path) -> Result<Self, ObjectError> {
+        MapInfo::from_pin(path)
+            .map(|info| Self::of(&info))
+            .map_err(|reason| pin_error("opening", path, io::Error::other(reason.to_string())))
+    }
 }
 
 impl std::fmt::Display for Shape {
@@ -1196,9 +1202,7 @@ fn remove_rules_of_another_length(
     let there: Vec<_> = pins.iter().filter(|(path, _)| path.exists()).collect();
     let mut differs = false;
     for (path, shape) in &there {
-        let info = MapInfo::from_pin(path)
-            .map_err(|reason| pin_error("opening", path, io::Error::other(reason.to_string())))?;
-        let found = Shape::of(&info);
+        let found = Shape::of_pin(path)?;
         differs |= shape.is_some_and(|shape| {
             (found.key, found.value) == (shape.key, shape.value) && found.length != shape.length
         });
@@ -1215,9 +1219,7 @@ fn has_shape(path: &Path, expected: Shape) -> Result<bool, ObjectError> {
     if !path.exists() {
         return Ok(false);
     }
-    let info = MapInfo::from_pin(path)
-        .map_err(|reason| pin_error("opening", path, io::Error::other(reason.to_string())))?;
-    let found = Shape::of(&info);
+    let found = Shape::of_pin(path)?;
     if found == expected {
         return Ok(true);
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use qos_common::classify::{
-    Address, CHECK_DSCP, CHECK_PORTS, CHECK_PROTOCOL, Direction, Rule, has_ports, table_set,
+    Address, CHECK_DSCP, CHECK_PORTS, CHECK_PROTOCOL, Direction, Rule, allocation_of, has_ports, table_set,
 };
 
 use crate::domain::AllocationId;
@@ -110,7 +110,7 @@ pub(super) fn precedence(rule: &Rule) -> u16 {
 
 /// The rule's allocation.
 pub(super) fn allocation(rule: &Rule) -> AllocationId {
-    AllocationId((rule.rank & 0xffff_ffff_ffff) >> 12)
+    AllocationId(allocation_of(rule.rank))
 }
 
 fn place(rule: &Rule) -> Place {
