@@ -17,6 +17,7 @@ use netlink_packet_route::tc::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage as Message};
 use nix::sched::{CloneFlags, setns, unshare};
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer};
+use qos_tests::stops::Watch;
 
 use super::*;
 use crate::domain::units::{BitsPerSecond, ByteCount};
@@ -592,17 +593,37 @@ fn five_megabits_are_five_megabits() {
     });
 }
 
+/// Share of the time that a machine stops anyhow.
+const QUIET: f64 = 0.02;
+
 /// Line of 10 Mbit/s, overloaded by its rest and by an allocation of the last priority with 2 Mbit/s
 /// guaranteed and one of the first without: guarantee first, then all excess, then the rest.
 #[test]
 #[ignore = "needs root"]
 fn guarantee_then_excess_then_rest() {
     for line in [1, 1_025] {
+        // What a sender can't send while the machine stops, others get or nobody: of five the measurement counts
+        // in which it stopped least, and as much of a rate may be missing then.
+        let mut least = (f64::INFINITY, Vec::new());
+        for _ in 0..5 {
+            let (watch, began) = (Watch::start().expect("watches"), Instant::now());
+            let rates = rates_of_three(line);
+            let stopped = watch.stopped().expect("watched").as_secs_f64() / began.elapsed().as_secs_f64();
+            println!("Mbit/s: {rates:.3?}, the machine stopped for {:.1} %", stopped * 100.0);
+            if stopped < least.0 {
+                least = (stopped, rates);
+            }
+            if stopped < QUIET {
+                break;
+            }
+        }
+        let (stopped, rates) = least;
+        let lost = if stopped < QUIET { 0.0 } else { stopped };
+        let is_due = |rate: f64, due: f64| rate - due < 0.1 && rate - due * (1.0 - lost) > -0.1;
         // 7 as excess of the first, 2 guaranteed and 1 more of excess for the last, crumbs for the rest.
-        let is_due =
-            |rates: &[f64]| (rates[1] - 7.0).abs() < 0.1 && (rates[0] - 3.0).abs() < 0.1 && rates[2] < 0.05;
-        // A machine that stops the sender of one leaves its excess to the others, but not each time.
-        assert!((0..3).any(|_| is_due(&rates_of_three(line))), "three times, as printed");
+        assert!(is_due(rates[1], 7.0), "{rates:?}");
+        assert!(is_due(rates[0], 3.0), "{rates:?}");
+        assert!(rates[2] < 0.05, "{rates:?}");
     }
 }
 
@@ -643,7 +664,6 @@ fn rates_of_three(slot: u16) -> Vec<f64> {
         for flood in floods {
             flood.join().expect("sender");
         }
-        println!("Mbit/s: {rates:.3?}");
         measured = rates;
     });
     measured
