@@ -82,6 +82,16 @@ impl Measured {
         bytes.into_iter().map(|bytes| rate(bytes, bin)).collect()
     }
 
+    /// The most that arrived in a `bin` of a flow held to `limit`. What the bin before has less than that is
+    /// not counted against a bin: a machine that stops for a moment hands over late what was let through in
+    /// time.
+    #[must_use]
+    pub fn peak(&self, bin: Duration, limit: BitsPerSecond) -> BitsPerSecond {
+        let series = self.series(bin);
+        let late = series.windows(2).map(|pair| pair[1].0.saturating_sub(limit.0.saturating_sub(pair[0].0)));
+        BitsPerSecond(series.first().map(|first| first.0).into_iter().chain(late).max().unwrap_or(0))
+    }
+
     /// `achieved` divided by `expected`; 1 is as expected. Time for which the machine stopped is not counted:
     /// nobody can send then. What is above all the same is told as it is.
     #[must_use]
