@@ -64,15 +64,6 @@ pub const fn directed(slot: u32, direction: Direction) -> u32 {
     slot << 1 | direction as u32
 }
 
-/// Index of a slot's deadline for one direction in map `deadlines`: when the allocation ends, in ns of
-/// CLOCK_MONOTONIC, `u64::MAX` for never and zero where none is in use. A look-up reads these 8 bytes of an
-/// allocation and no others; the directions are apart, so that a line of the cache has eight of them.
-#[inline(always)]
-#[must_use]
-pub const fn deadline_place(slot: u32, direction: Direction) -> u32 {
-    (direction as u32 * ALLOCATION_SLOTS).wrapping_add(slot)
-}
-
 /// Settings of the whole object, the only value of map `settings`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,21 +94,22 @@ pub struct Settings {
 const _: () = assert!(size_of::<Settings>() == 60);
 
 /// The allocation has a level in this direction.
-pub const IN_USE: u32 = 1;
+pub const IN_USE: u8 = 1;
 /// Traffic over the maximum is dropped where it is classified.
-pub const POLICE: u32 = 2;
+pub const POLICE: u8 = 2;
 /// Traffic over the maximum queues at egress.
-pub const SHAPE: u32 = 4;
+pub const SHAPE: u8 = 4;
 /// Packets are re-marked with the allocation's code point.
-pub const MARK_DSCP: u32 = 8;
+pub const MARK_DSCP: u8 = 8;
 
-/// One direction of an allocation: its level as the kernel holds traffic to it.
+/// One direction of an allocation: its level as the kernel holds traffic to it. One cache line.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Allocation {
-    /// Not used, zero.
+    /// Maximum capacity. For shaped traffic its burst covers the queue at egress, so that the
+    /// provider is not charged for what the queue will drop.
     #[cfg(feature = "next")]
-    pub reserved: [u32; 10],
+    pub maximum: Meter,
     /// Id of the allocation; zero where the slot is free.
     pub id: u64,
     /// When it ends, in ns of CLOCK_MONOTONIC; `u64::MAX` for never.
@@ -126,35 +118,36 @@ pub struct Allocation {
     pub guaranteed: Meter,
     /// Maximum capacity. For shaped traffic its burst covers the queue at egress, so that the
     /// provider is not charged for what the queue will drop.
+    #[cfg(not(feature = "next"))]
     pub maximum: Meter,
-    /// [`IN_USE`], [`POLICE`], [`SHAPE`], [`MARK_DSCP`].
-    pub flags: u32,
     /// Class at egress, as `skb->priority`; zero: that of the packet's line.
     pub class: u32,
     /// Slot of the provider.
-    pub provider: u32,
+    pub provider: u16,
     /// Slot of the application; zero: none.
-    pub application: u32,
+    pub application: u16,
+    /// Largest IP packet in bytes; zero: any.
+    pub mtu: u16,
     /// Bytes a packet takes on the line above its IP length.
     pub overhead: i16,
+    /// [`IN_USE`], [`POLICE`], [`SHAPE`], [`MARK_DSCP`].
+    pub flags: u8,
     /// As [`crate::length::LinkLayer`].
     pub link_layer: u8,
     /// Code point written where [`MARK_DSCP`] is set.
     pub dscp: u8,
-    /// Largest IP packet in bytes; zero: any.
-    pub mtu: u32,
     /// Not used, zero.
-    #[cfg(not(feature = "next"))]
-    pub reserved: [u32; 10],
+    pub reserved: u8,
 }
 
-const _: () = assert!(size_of::<Allocation>() == 128);
+const _: () = assert!(size_of::<Allocation>() == 64);
 
 impl Allocation {
-    /// What stands in map `deadlines` for it ([`deadline_place`]).
+    /// Whether it is in use at a time, in ns of CLOCK_MONOTONIC.
+    #[inline(always)]
     #[must_use]
-    pub const fn deadline(&self) -> u64 {
-        if self.flags & IN_USE == 0 { 0 } else { self.expires_ns }
+    pub const fn lives(&self, now_ns: u64) -> bool {
+        self.flags & IN_USE != 0 && self.expires_ns > now_ns
     }
 }
 
@@ -198,17 +191,17 @@ pub const NAME_LENGTH: usize = 32;
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Provider {
-    /// Start of its name.
-    pub name: [u8; NAME_LENGTH],
     /// Aggregate maximum upstream and downstream; unset: no limit.
     pub aggregate: [Meter; 2],
+    /// Start of its name.
+    pub name: [u8; NAME_LENGTH],
     /// 0: the slot is free, 1: application service provider, 2: network service provider.
     pub kind: u32,
     /// Not used, zero.
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<Provider>() == 88);
+const _: () = assert!(size_of::<Provider>() == 72);
 
 /// An application of a provider.
 #[repr(C)]

@@ -45,12 +45,9 @@ pub struct Meter {
     ticks_per_byte: u64,
     /// How far a clock may be ahead of now for a packet still to conform, in ticks.
     tolerance: u64,
-    /// How far a clock can be ahead of now by conforming packets, in ticks. One that seems further
-    /// ahead has been idle for so long that it wrapped.
-    window: u64,
 }
 
-const _: () = assert!(size_of::<Meter>() == 24);
+const _: () = assert!(size_of::<Meter>() == 16);
 
 /// What a meter says of a packet, given the state of its clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +63,7 @@ pub enum Arrival {
 
 impl Meter {
     /// A meter that is not set: every packet conforms to it and none is charged.
-    pub const UNSET: Self = Self { ticks_per_byte: 0, tolerance: 0, window: 0 };
+    pub const UNSET: Self = Self { ticks_per_byte: 0, tolerance: 0 };
 
     /// Makes a meter for `rate` bit/s that lets `burst` bytes through at once.
     ///
@@ -77,8 +74,7 @@ impl Meter {
         let rate = clamp(rate, MIN_RATE, MAX_RATE);
         let byte_at_1bps = 8_000_000_000u64 << TICK_BITS;
         let ticks_per_byte = (byte_at_1bps + rate / 2) / rate;
-        let tolerance = clamp(burst, 0, Self::largest_burst(rate)) * ticks_per_byte;
-        Self { ticks_per_byte, tolerance, window: tolerance + MAX_CHARGE * ticks_per_byte }
+        Self { ticks_per_byte, tolerance: clamp(burst, 0, Self::largest_burst(rate)) * ticks_per_byte }
     }
 
     /// Longest burst, in bytes, that a clock can express at `rate` bit/s: 73 minutes' worth.
@@ -96,6 +92,13 @@ impl Meter {
         self.ticks_per_byte != 0
     }
 
+    /// How far a clock can be ahead of now by conforming packets, in ticks. One that seems further ahead has
+    /// been idle for so long that it wrapped.
+    #[inline(always)]
+    const fn window(&self) -> u64 {
+        self.tolerance.wrapping_add(self.ticks_per_byte.wrapping_mul(MAX_CHARGE))
+    }
+
     /// Ticks that `bytes` take at the meter's rate.
     #[inline(always)]
     #[must_use]
@@ -111,7 +114,7 @@ impl Meter {
     #[must_use]
     pub const fn arrive(&self, clock: u64, now: u64, bytes: u64) -> Arrival {
         let ahead = clock.wrapping_sub(now);
-        if ahead > self.window {
+        if ahead > self.window() {
             Arrival::Conforms { clock: now.wrapping_add(self.cost(bytes)) }
         } else if ahead > self.tolerance {
             Arrival::Over
@@ -126,10 +129,11 @@ impl Meter {
     #[must_use]
     pub const fn charge(&self, clock: u64, now: u64, bytes: u64) -> u64 {
         let ahead = clock.wrapping_sub(now);
-        let ahead = if ahead > self.window { 0 } else { ahead };
+        let window = self.window();
+        let ahead = if ahead > window { 0 } else { ahead };
         // Both terms are below 2^63.
         let next = ahead + self.cost(bytes);
-        now.wrapping_add(if next > self.window { self.window } else { next })
+        now.wrapping_add(if next > window { window } else { next })
     }
 }
 

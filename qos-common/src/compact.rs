@@ -315,6 +315,15 @@ impl Word {
         self.tag() == Self::tag_of(hash) || self.tag() == ANY_TAG
     }
 
+    /// All bits where it leads to a list for keys of this hash alone, and none otherwise. Without a branch.
+    #[inline(always)]
+    #[must_use]
+    pub const fn leads_on(self, hash: u64) -> u32 {
+        // The tag, and the bit of a fork below it.
+        let differ = (self.0 >> 23) ^ (Self::tag_of(hash) as u32) << 1;
+        (differ.wrapping_sub(1) as i32 >> 31) as u32
+    }
+
     /// Tells whether there is nothing.
     #[inline(always)]
     #[must_use]

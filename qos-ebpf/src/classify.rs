@@ -23,39 +23,61 @@ use crate::packet::{Packet, Piece};
 /// It stands in memory of this CPU's own ([`maps::search_of`]) rather than on the stack: the verifier
 /// forgets what it knew of a value that goes through a map, so the ways through the parser do not
 /// multiply with those through what follows.
+#[repr(C)]
 pub(crate) struct Search {
     pub(crate) packet: Packet,
     /// Rank of the best rule so far; `u64::MAX` for none.
     pub(crate) rank: u64,
-    /// Time in ns of CLOCK_MONOTONIC, read when the first rule matches; zero before.
+    /// Time in ns of CLOCK_MONOTONIC, read when a rule has matched; zero before.
     pub(crate) now_ns: u64,
+    // What is cleared for each packet is not one run of fields: LLVM would make a call of it.
+    /// The next rule of the list that is scanned.
+    granule: u32,
     /// Slot of the allocation; zero for none.
     pub(crate) slot: u32,
+    /// Not zero: rules of allocations that don't live at `now_ns` are passed over.
+    living: u32,
+    /// First extra of the half that is looked through.
+    extras: u32,
     /// Tables looked into.
     pub(crate) tables: u32,
     /// Forks followed.
     pub(crate) forks: u32,
-    /// The next rule of the list that is scanned. Here, so that what is cleared for each packet is not
-    /// one run, of which LLVM makes a call.
-    granule: u32,
+    /// Not zero: there is room for the answer in front of the packet.
+    pub(crate) carries: u32,
     /// Rules compared.
     pub(crate) rules: u32,
     /// Rules that matched and whose allocation has ended.
     pub(crate) expired: u32,
-    /// Not zero: the packet is held to limits only, and gets no priority and no marking.
-    pub(crate) limits_only: u32,
-    /// Not zero: there is room for the answer in front of the packet.
-    pub(crate) carries: u32,
-    /// What tc is to do with the packet, as in [`qos_common::abi::Metadata`].
-    pub(crate) task: u32,
-    /// First extra of the half that is looked through.
-    extras: u32,
     /// What rules are compared with.
     probe: Probe,
+    /// Not zero: the packet is held to limits only, and gets no priority and no marking.
+    pub(crate) limits_only: u32,
+    /// What tc is to do with the packet, as in [`qos_common::abi::Metadata`].
+    pub(crate) task: u32,
     /// Words of tables that are looked into next, and behind each as much of its hash.
     ahead: [u64; AHEAD],
     /// The packet's link-layer header, while it is written anew.
     pub(crate) link: [u8; LINK_ROOM],
+}
+
+/// Where a search stands. Copied at will, unlike a reference: what is called may write the search too.
+#[derive(Clone, Copy)]
+pub(crate) struct Place(*mut Search);
+
+impl Place {
+    /// Of a pointer to this CPU's own live element of the map of searches.
+    #[inline(always)]
+    pub(crate) fn new(pointer: *mut Search) -> Self {
+        Self(pointer)
+    }
+
+    /// The search. Its reference is not to be used behind a call that has the place as well.
+    #[inline(always)]
+    pub(crate) fn search(self) -> &'static mut Search {
+        // SAFETY: the element lives as long as its map, and no other CPU has it.
+        unsafe { &mut *self.0 }
+    }
 }
 
 /// Number of the search of packets.
@@ -74,6 +96,7 @@ impl Search {
         self.rank = u64::MAX;
         self.now_ns = 0;
         self.slot = 0;
+        self.living = 0;
         self.tables = 0;
         self.forks = 0;
         self.rules = 0;
@@ -89,26 +112,51 @@ impl Search {
     }
 }
 
-/// Finds the allocation of the packet that was read into the search of that number, and lets later
-/// fragments follow their first one. Nothing is remembered of what is not a packet.
-///
-/// Returns the search. Who calls this has no reference to it: what is called here writes it.
+/// Finds the allocation of the packet that was read into the search of that number, which stands at that
+/// place, and lets later fragments follow their first one. Nothing is remembered of what is not a packet.
 #[inline(always)]
-pub(crate) fn classify<const WHOSE: u32>() -> Option<&'static mut Search> {
-    let search = maps::search_of(WHOSE)?;
+pub(crate) fn classify<const WHOSE: u32>(place: Place) {
+    let search = place.search();
     if search.packet.piece == Piece::Later as u32 && follow(search) {
-        return Some(search);
+        return;
     }
-    search.limits_only = search.packet.key.unknown;
-    qos_look_up(WHOSE);
-    let search = maps::search_of(WHOSE)?;
+    find::<WHOSE>(place);
+    let search = place.search();
+    if search.slot != 0 {
+        // The clock is read when all that came before is there: this is on its way meanwhile.
+        let record = search.record(search.slot);
+        maps::fetch_charged(record);
+        let allocation = maps::allocation(record);
+        search.now_ns = now_ns();
+        if !allocation.is_some_and(|allocation| allocation.lives(search.now_ns)) {
+            among_living::<WHOSE>(search);
+        }
+    }
+    let search = place.search();
     if WHOSE == PACKET {
         maps::count_look_up(search);
         if search.packet.piece == Piece::First as u32 {
             remember(search);
         }
     }
-    Some(search)
+}
+
+/// Finds the rule of the packet, whether its allocation still lives or not.
+#[inline(always)]
+pub(crate) fn find<const WHOSE: u32>(place: Place) {
+    let search = place.search();
+    search.limits_only = search.packet.key.unknown;
+    qos_look_up(WHOSE);
+}
+
+/// Looks once more, and passes over what has ended. Out of line: what has ended is soon removed, unless
+/// nobody is there to do so.
+#[inline(never)]
+fn among_living<const WHOSE: u32>(search: &mut Search) {
+    search.rank = u64::MAX;
+    search.slot = 0;
+    search.living = 1;
+    qos_look_up(WHOSE);
 }
 
 /// Takes over what the first fragment was classified as, if that is known and still holds. Kept out
@@ -124,8 +172,7 @@ fn follow(search: &mut Search) -> bool {
     }
     if first.allocation != 0 {
         match maps::allocation(search.record(first.slot)) {
-            Some(allocation)
-                if allocation.id == first.allocation && allocation.expires_ns > search.now_ns => {}
+            Some(allocation) if allocation.id == first.allocation && allocation.lives(search.now_ns) => {}
             _ => return false,
         }
         search.slot = first.slot;
@@ -155,9 +202,8 @@ pub(crate) fn opposite_mtu() -> u32 {
     let Some(search) = maps::search() else { return 0 };
     let (rank, slot) = (search.rank, search.slot);
     turn(&mut search.packet.key);
-    search.rank = u64::MAX;
-    search.slot = 0;
-    qos_look_up(PACKET);
+    search.now_ns = now_ns();
+    among_living::<PACKET>(search);
     let Some(search) = maps::search() else { return 0 };
     let mtu = match maps::allocation(search.record(search.slot)) {
         Some(allocation) if search.slot != 0 => mtu_of(allocation, search.packet.key.family),
@@ -205,8 +251,9 @@ const AHEAD: usize = 4;
 
 #[inline(always)]
 fn tables<const V6: bool>(search: &mut Search, set: &TableSet) {
-    for (tables, first) in set.tables.chunks_exact(AHEAD).zip((0..).step_by(AHEAD)) {
-        if first >= set.used {
+    let mut left = set.used;
+    for tables in set.tables.chunks_exact(AHEAD) {
+        if left == 0 {
             break;
         }
         for (table, place) in tables.iter().zip(0..AHEAD) {
@@ -215,6 +262,10 @@ fn tables<const V6: bool>(search: &mut Search, set: &TableSet) {
             }
         }
         for (table, place) in tables.iter().zip(0..AHEAD) {
+            if left == 0 {
+                break;
+            }
+            left -= 1;
             if table.best >= search.rank {
                 continue;
             }
@@ -233,13 +284,14 @@ fn root(table: &Table) -> Slot {
 }
 
 /// The word that the packet's addresses lead to in a table, with their hash behind it. Sees to it that the
-/// rule which it leads to is on its way.
+/// rule which it leads to is on its way, where it leads to one for this hash: without a branch, which nobody
+/// could guess, so where it doesn't the half's first rule is asked for.
 #[inline(always)]
 fn word<const V6: bool>(search: &Search, set: &TableSet, table: &Table) -> u64 {
     let key = &search.packet.key;
     let hash = table.hash(u32::from(V6), key.source, key.destination);
     let word = maps::word(set.position(hash));
-    maps::fetch_rule(set.rules.wrapping_add(word.start()));
+    maps::fetch_rule(set.rules.wrapping_add(word.start() & word.leads_on(hash)));
     u64::from(word.raw()) | hash << 32
 }
 
@@ -324,18 +376,18 @@ fn compare<const V6: bool>(search: &mut Search) -> bool {
     if !matches || rule.extra() != 0 && !extra_matches(search, rule.extra()) {
         return rule.is_last();
     }
-    if search.now_ns == 0 {
-        // The clock is read when all that came before is there: this is on its way meanwhile.
-        maps::fetch_allocation(search.record(rule.slot()));
-        search.now_ns = now_ns();
-    }
-    if maps::deadline(rule.slot(), Direction::from_bit(search.packet.key.direction)) <= search.now_ns {
+    if search.living != 0 && !lives(search, rule.slot()) {
         search.expired += 1;
         return rule.is_last();
     }
     search.rank = rule.rank();
     search.slot = rule.slot();
     true
+}
+
+#[inline(always)]
+fn lives(search: &Search, slot: u32) -> bool {
+    maps::allocation(search.record(slot)).is_some_and(|allocation| allocation.lives(search.now_ns))
 }
 
 /// Few rules name lengths or code points.

@@ -16,15 +16,16 @@ use crate::packet::{Bytes, parse};
 /// Answers the question for the packet of this context.
 #[inline(always)]
 pub(crate) fn run(ctx: &XdpContext) {
-    let (Some(settings), Some(question), Some(place), Some(search)) =
-        (maps::settings(), maps::question(), maps::answer(), maps::search_of(QUESTION))
+    let (Some(settings), Some(question), Some(answer), Some(place)) =
+        (maps::settings(), maps::question(), maps::answer(), maps::place_of(QUESTION))
     else {
         return;
     };
     // SAFETY: the map returned a pointer to its live element; the daemon asks one question at a time.
-    let answer = unsafe { &mut *place };
+    let answer = unsafe { &mut *answer };
     let bytes = Bytes::new(ctx.data(), ctx.data_end());
     let direction = Direction::from_bit(question.direction);
+    let search = place.search();
     search.begin(direction as u32);
     let read = parse(bytes, question.layer3 != 0, bytes.length() as u32, &mut search.packet);
     answer.parsed = u32::from(read.is_ok());
@@ -32,9 +33,10 @@ pub(crate) fn run(ctx: &XdpContext) {
         Ok(()) => Outcome::Unclassified as u32,
         Err(reason) => reason as u32,
     };
-    let Some(search) = (if read.is_ok() { classify::<QUESTION>() } else { maps::search_of(QUESTION) }) else {
-        return;
-    };
+    if read.is_ok() {
+        classify::<QUESTION>(place);
+    }
+    let search = place.search();
     answer.key = search.packet.key;
     answer.rank = search.rank;
     answer.slot = search.slot;

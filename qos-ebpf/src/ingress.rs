@@ -9,7 +9,7 @@ use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 use qos_common::mark::{Marked, Owner};
 
-use crate::classify::{PACKET, classify, now_ns};
+use crate::classify::{PACKET, Place, classify, now_ns};
 use crate::egress::line_of;
 use crate::limit::judge;
 use crate::maps;
@@ -21,22 +21,21 @@ use crate::tell::{TC_NEXT, lower_mss, tell_sender};
 /// Classifies and polices a frame that came in.
 #[inline(always)]
 pub(crate) fn xdp<const DIRECTION: u32>(ctx: &XdpContext) -> Outcome {
-    let (Some(settings), Some(search)) = (maps::settings(), maps::search()) else {
+    let (Some(settings), Some(place)) = (maps::settings(), maps::place_of(PACKET)) else {
         return Outcome::MissingEntry;
     };
     // Without room for it, the packet loses its mark, and egress classifies it again.
     let carries = reserve_metadata(ctx);
     let bytes = Bytes::new(ctx.data(), ctx.data_end());
     let direction = Direction::from_bit(DIRECTION);
+    let search = place.search();
     search.begin(DIRECTION);
     search.carries = u32::from(carries);
     let outcome = match parse(bytes, false, bytes.length() as u32, &mut search.packet) {
-        Ok(()) => police(ctx, settings, direction, carries),
+        Ok(()) => police(ctx, settings, place, direction, carries),
         Err(reason) => reason,
     };
-    let Some(search) = maps::search() else {
-        return Outcome::MissingEntry;
-    };
+    let search = place.search();
     let slot = if search.limits_only == 0 { search.slot } else { 0 };
     if carries {
         let task = if settings.observe == 0 { search.task } else { 0 };
@@ -86,13 +85,18 @@ fn answer(settings: &Settings, packet: &Packet, outcome: Outcome, direction: Dir
 /// Classifies and charges the packet that was read. What egress is to classify again, for want of a
 /// place for the answer, is looked at there for its MTU.
 #[inline(always)]
-fn police(ctx: &XdpContext, settings: &Settings, direction: Direction, carries: bool) -> Outcome {
-    let Some(search) = classify::<PACKET>() else {
-        return Outcome::MissingEntry;
-    };
+fn police(
+    ctx: &XdpContext,
+    settings: &Settings,
+    place: Place,
+    direction: Direction,
+    carries: bool,
+) -> Outcome {
+    classify::<PACKET>(place);
     if settings.mtus != 0 && carries && qos_mtu_frame(ctx.ctx) != 0 {
         return Outcome::TooBig;
     }
+    let search = place.search();
     if search.slot == 0 {
         return Outcome::Unclassified;
     }

@@ -49,10 +49,11 @@ pub(crate) fn judge<const CHARGE: bool>(
     bytes: u32,
 ) -> Judgement {
     let record = directed(slot, direction);
-    let provider_record = directed(allocation.provider, direction);
+    let provider_slot = u32::from(allocation.provider);
+    let provider_record = directed(provider_slot, direction);
     let (Some(clocks), Some(provider), Some(provider_clocks), Some(counters), Some(provider_counters)) = (
         maps::clocks(record),
-        maps::provider(allocation.provider),
+        maps::provider(provider_slot),
         maps::provider_clocks(provider_record),
         maps::counters(record),
         maps::provider_counters(provider_record),
@@ -191,7 +192,7 @@ pub(crate) fn count_marked(allocation: &Allocation, slot: u32, direction: Direct
     if let Some(counters) = maps::counters(directed(slot, direction)) {
         add_marked(counters, bytes);
     }
-    if let Some(counters) = maps::provider_counters(directed(allocation.provider, direction)) {
+    if let Some(counters) = maps::provider_counters(directed(u32::from(allocation.provider), direction)) {
         add_marked(counters, bytes);
     }
 }

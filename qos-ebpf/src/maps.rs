@@ -8,13 +8,13 @@ use aya_ebpf::macros::btf_map;
 use qos_common::abi::{
     ALLOCATION_SLOTS, APPLICATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, EXTRA_ROOM,
     Fragment, FragmentKey, Interface, LINE_SLOTS, Line, LineClasses, LineKey, MAX_FRAGMENTS, MAX_INTERFACES,
-    MAX_LINE_PREFIXES, MAX_RULES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings,
-    deadline_place, rule_room, slot_room, word_room,
+    MAX_LINE_PREFIXES, MAX_RULES, Outcome, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, rule_room,
+    slot_room, word_room,
 };
 use qos_common::classify::{Direction, HALVES, Slot, TABLE_SETS, TableSet, half_sets};
 use qos_common::compact::{Extra, Granule, Word};
 
-use crate::classify::{PACKET, Search};
+use crate::classify::{PACKET, Place, Search};
 
 /// `BPF_F_MMAPABLE`, linux/bpf.h: userspace reads and writes the array in place.
 const MMAPABLE: usize = 1 << 10;
@@ -46,9 +46,6 @@ static RULES: Array<Granule, { (HALVES * rule_room(MAX_RULES)) as usize }, MMAPA
 static RULE_EXTRAS: Array<Extra, { (HALVES * EXTRA_ROOM) as usize }, MMAPABLE> = Array::new();
 #[btf_map(name = "allocations")]
 static ALLOCATIONS: Array<Allocation, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
-/// When allocations end, as [`deadline_place`] says.
-#[btf_map(name = "deadlines")]
-static DEADLINES: Array<u64, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "clocks")]
 static CLOCKS: Array<Clocks, ALLOCATION_RECORDS, MMAPABLE> = Array::new();
 #[btf_map(name = "providers")]
@@ -101,9 +98,13 @@ pub(crate) fn search() -> Option<&'static mut Search> {
 /// which the daemon runs once at a time.
 #[inline(always)]
 pub(crate) fn search_of(number: u32) -> Option<&'static mut Search> {
-    // SAFETY: the map returned a pointer to this CPU's own live element, and no other reference to
-    // it is used while a function runs that has one.
-    SEARCHES.get_ptr_mut(number).map(|search| unsafe { &mut *search })
+    place_of(number).map(Place::search)
+}
+
+/// Where the search of a number stands.
+#[inline(always)]
+pub(crate) fn place_of(number: u32) -> Option<Place> {
+    SEARCHES.get_ptr_mut(number).map(Place::new)
 }
 
 /// When all lines that this CPU wrote would have been due one by one, in ns of CLOCK_MONOTONIC.
@@ -171,7 +172,7 @@ pub(crate) fn allocation(record: u32) -> Option<&'static Allocation> {
 /// Reads of a record's allocation, clocks and counters what is never used, so that their lines of the cache
 /// are there when they are.
 #[inline(always)]
-pub(crate) fn fetch_allocation(record: u32) {
+pub(crate) fn fetch_charged(record: u32) {
     let (Some(allocation), Some(clocks), Some(counters)) =
         (ALLOCATIONS.get_ptr(record), CLOCKS.get_ptr(record), counters(record))
     else {
@@ -180,19 +181,8 @@ pub(crate) fn fetch_allocation(record: u32) {
     // SAFETY: the maps returned pointers to live, aligned elements.
     unsafe {
         (&raw const (*allocation).id).read_volatile();
-        (&raw const (*allocation).mtu).read_volatile();
         (&raw const (*clocks).maximum).read_volatile();
         (&raw const (*counters).excess_packets).read_volatile();
-    }
-}
-
-/// When the direction's allocation in a slot ends, in ns of CLOCK_MONOTONIC; zero: none is in use.
-#[inline(always)]
-pub(crate) fn deadline(slot: u32, direction: Direction) -> u64 {
-    match DEADLINES.get_ptr(deadline_place(slot, direction)) {
-        // SAFETY: the map returned a pointer to a live, aligned element. Userspace replaces it by one store.
-        Some(pointer) => unsafe { pointer.read_volatile() },
-        None => 0,
     }
 }
 

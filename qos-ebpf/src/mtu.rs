@@ -4,8 +4,7 @@
 use aya_ebpf::bindings::{__sk_buff, xdp_md};
 use aya_ebpf::programs::{TcContext, XdpContext};
 use qos_common::abi::{
-    ANSWER_BURST_NS, ANSWER_INTERVAL_NS, Allocation, LOWER_MSS, SMALLEST_IPV6_MTU, TASK_MTU, TELL_SENDER,
-    directed,
+    ANSWER_BURST_NS, ANSWER_INTERVAL_NS, Allocation, LOWER_MSS, SMALLEST_IPV6_MTU, TELL_SENDER, directed,
 };
 use qos_common::classify::{Address, Direction, Family};
 
@@ -83,7 +82,7 @@ pub(crate) fn would_refuse(packet: &Packet, allocation: &Allocation) -> bool {
 /// An allocation's MTU as a family has it; zero: any.
 #[inline(always)]
 pub(crate) fn mtu_of(allocation: &Allocation, family: u32) -> u32 {
-    let mtu = allocation.mtu & TASK_MTU;
+    let mtu = u32::from(allocation.mtu);
     if mtu != 0 && mtu < SMALLEST_IPV6_MTU && family == Family::V6 as u32 { SMALLEST_IPV6_MTU } else { mtu }
 }
 

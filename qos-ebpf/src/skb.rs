@@ -37,13 +37,13 @@ pub(crate) fn police(
         return (reason, 0);
     }
     // Not before: who reads has a reference of its own.
-    let Some(search) = maps::search() else {
+    let Some(place) = maps::place_of(PACKET) else {
         return (Outcome::MissingEntry, 0);
     };
+    let search = place.search();
     search.packet.key.length = segment_length(ctx, &search.packet);
-    let Some(search) = classify::<PACKET>() else {
-        return (Outcome::MissingEntry, 0);
-    };
+    classify::<PACKET>(place);
+    let search = place.search();
     let allocation = match search.slot {
         0 => None,
         slot => maps::allocation(directed(slot, direction)),
@@ -53,12 +53,12 @@ pub(crate) fn police(
         if qos_mtu_skb(ctx.skb.skb) != 0 {
             return (Outcome::TooBig, slot);
         }
-        if let Some(Search { task, slot, .. }) = maps::search().filter(|search| search.task != 0)
-            && settings.observe == 0
-        {
-            lower_mss(ctx, *task, *slot, direction);
+        let Search { task, slot, .. } = *place.search();
+        if task != 0 && settings.observe == 0 {
+            lower_mss(ctx, task, slot, direction);
         }
     }
+    let search = place.search();
     if charged {
         return (Outcome::LostMark, slot);
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use qos_common::abi::{
-    self, Allocation, Answer, Counters, IN_USE, Outcome, Outcomes, POLICE, Question, deadline_place, directed,
+    self, Allocation, Answer, Counters, IN_USE, Outcome, Outcomes, POLICE, Question, directed,
 };
 use qos_common::classify::{Address, CHECK_PORTS, Direction, Rule, rank};
 use qos_common::clock::Meter;
@@ -24,7 +24,6 @@ struct Bench {
     object: Option<Object>,
     pins: PathBuf,
     allocations: SharedArray<Allocation>,
-    deadlines: SharedArray<u64>,
     counters: SharedArray<Counters>,
     question: SharedArray<Question>,
     answer: SharedArray<Answer>,
@@ -43,7 +42,6 @@ impl Bench {
         let classifier = Classifier::new(object.rule_maps().expect("maps of rules")).expect("membarrier");
         Self {
             allocations: object.shared("allocations").expect("allocations"),
-            deadlines: object.shared("deadlines").expect("deadlines"),
             counters: object.shared("counters").expect("counters"),
             question: object.shared("question").expect("question"),
             answer: object.shared("answer").expect("answer"),
@@ -62,10 +60,9 @@ impl Bench {
         self.answer.read(0)
     }
 
-    /// Puts an allocation's record and its deadline where packets find them.
+    /// Puts an allocation's record where packets find it.
     fn put(&self, slot: u32, direction: Direction, record: Allocation) {
         self.allocations.write(directed(slot, direction), record);
-        self.deadlines.write(deadline_place(slot, direction), record.deadline());
     }
 
     fn counted(&self, slot: u32, direction: Direction) -> Counters {

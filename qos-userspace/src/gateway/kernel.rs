@@ -874,13 +874,13 @@ impl Kernel {
             maximum: maximum.map_or(Meter::UNSET, |rate| Meter::new(rate.0, maximum_burst.0 + slack)),
             flags: abi::IN_USE | enforce | if level.dscp.is_some() { abi::MARK_DSCP } else { 0 },
             class: self.class(allocation, session, direction),
-            provider: state.providers.get(&allocation.provider).map_or(0, |known| u32::from(known.slot)),
-            application: application.map_or(0, |known| u32::from(known.slot)),
+            provider: state.providers.get(&allocation.provider).map_or(0, |known| known.slot),
+            application: application.map_or(0, |known| known.slot),
             overhead: session.map_or(ETHERNET_OVERHEAD, |session| session.overhead),
             link_layer: session.map_or(LinkLayer::Ethernet, |session| session.link_layer) as u8,
             dscp: level.dscp.unwrap_or_default(),
-            mtu: level.mtu.map_or(0, u32::from),
-            reserved: [0; 10],
+            mtu: level.mtu.unwrap_or_default(),
+            reserved: 0,
         })
     }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
     ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, LINE_SLOTS, Line,
-    LineClasses, LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, deadline_place, directed,
+    LineClasses, LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
 
@@ -20,7 +20,6 @@ const EXPIRY_JITTER_NS: u64 = 50_000_000;
 pub(super) struct Maps {
     settings: Array<MapData, Settings>,
     allocations: SharedArray<Allocation>,
-    deadlines: SharedArray<u64>,
     clocks: SharedArray<Clocks>,
     providers: SharedArray<Provider>,
     provider_clocks: SharedArray<Clocks>,
@@ -46,7 +45,6 @@ impl Maps {
         Ok(Self {
             settings: object.take("settings")?,
             allocations: object.shared("allocations")?,
-            deadlines: object.shared("deadlines")?,
             clocks: object.shared("clocks")?,
             providers: object.shared("providers")?,
             provider_clocks: object.shared("provider_clocks")?,
@@ -84,13 +82,16 @@ impl Maps {
             let index = directed(u32::from(slot), direction);
             let wanted = wanted.unwrap_or_default();
             let found = self.allocations.read(index);
-            let place = deadline_place(u32::from(slot), direction);
-            if same_allocation(&found, &wanted) && same_time(self.deadlines.read(place), wanted.deadline()) {
+            if same_allocation(&found, &wanted) {
                 continue;
             }
             differed = true;
+            if (Allocation { expires_ns: wanted.expires_ns, ..found }) == wanted {
+                // One word, seen at once.
+                self.allocations.write(index, wanted);
+                continue;
+            }
             // Out of use first, so that no packet is judged by half of each record.
-            self.deadlines.write(place, 0);
             self.allocations.write(index, Allocation { flags: 0, ..found });
             if found.id != wanted.id {
                 self.clocks.write(index, Clocks::default());
@@ -98,7 +99,6 @@ impl Maps {
             }
             self.allocations.write(index, Allocation { flags: 0, ..wanted });
             self.allocations.write(index, wanted);
-            self.deadlines.write(place, wanted.deadline());
         }
         differed
     }
@@ -258,12 +258,8 @@ impl Maps {
 
 /// Equal but for the jitter of expiries, which are computed anew from the wall clock each time.
 fn same_allocation(found: &Allocation, wanted: &Allocation) -> bool {
-    same_time(found.expires_ns, wanted.expires_ns)
+    found.expires_ns.abs_diff(wanted.expires_ns) < EXPIRY_JITTER_NS
         && Allocation { expires_ns: wanted.expires_ns, ..*found } == *wanted
-}
-
-fn same_time(found: u64, wanted: u64) -> bool {
-    found.abs_diff(wanted) < EXPIRY_JITTER_NS
 }
 
 fn sum_counters(counters: &SharedArray<Counters>, index: u32, stride: u32) -> Counters {

@@ -9,9 +9,7 @@ use aya::programs::{ProgramFd, TestRun as _, TestRunOptions};
 use aya::util::nr_cpus;
 use aya::{Ebpf, EbpfLoader, Pod};
 use nix::time::{ClockId, clock_gettime};
-use qos_common::abi::{
-    self, ALLOCATION_SLOTS, Allocation, Clocks, IN_USE, POLICE, Provider, deadline_place, directed,
-};
+use qos_common::abi::{self, ALLOCATION_SLOTS, Allocation, Clocks, IN_USE, POLICE, Provider, directed};
 use qos_common::classify::Direction;
 use qos_common::clock::Meter;
 use qos_common::mark::{MarkLayout, Marked, Owner};
@@ -225,15 +223,11 @@ impl Loaded {
                     maximum: Meter::new(400_000_000_000, 1_000_000),
                     flags: IN_USE | POLICE,
                     class: 0x5150_4000 + slot,
-                    provider: slot % 64 + 1,
+                    provider: (slot % 64 + 1) as u16,
                     overhead: 14,
                     ..Default::default()
                 },
             );
-        }
-        let deadlines: SharedArray<u64> = object.shared("deadlines")?;
-        for slot in 1..ALLOCATION_SLOTS {
-            deadlines.write(deadline_place(slot, Direction::Upstream), u64::MAX);
         }
         let providers: SharedArray<Provider> = object.shared("providers")?;
         for slot in 1..=64 {
