@@ -14,7 +14,7 @@ use qos_common::classify::{
 };
 use qos_common::compact::{Probe, Word};
 
-use crate::maps;
+use crate::maps::{self, Account};
 use crate::mtu::mtu_of;
 use crate::packet::{Packet, Piece};
 
@@ -114,31 +114,37 @@ impl Search {
 
 /// Finds the allocation of the packet that was read into the search of that number, which stands at that
 /// place, and lets later fragments follow their first one. Nothing is remembered of what is not a packet.
+///
+/// Returns what the packet is charged to; nothing where the search has no slot.
 #[inline(always)]
-pub(crate) fn classify<const WHOSE: u32>(place: Place) {
+pub(crate) fn classify<const WHOSE: u32>(place: Place) -> Option<Account> {
     let search = place.search();
     if search.packet.piece == Piece::Later as u32 && follow(search) {
-        return;
+        return account(search);
     }
     find::<WHOSE>(place);
     let search = place.search();
-    if search.slot != 0 {
-        // The clock is read when all that came before is there: this is on its way meanwhile.
-        let record = search.record(search.slot);
-        maps::fetch_charged(record);
-        let allocation = maps::allocation(record);
+    let mut found = account(search);
+    if let Some(Account { allocation, .. }) = found {
+        // The clock is read when all that came before is there: the account is on its way together.
         search.now_ns = now_ns();
-        if !allocation.is_some_and(|allocation| allocation.lives(search.now_ns)) {
+        if !allocation.lives(search.now_ns) {
             among_living::<WHOSE>(search);
+            found = account(search);
         }
     }
-    let search = place.search();
     if WHOSE == PACKET {
         maps::count_look_up(search);
         if search.packet.piece == Piece::First as u32 {
             remember(search);
         }
     }
+    found
+}
+
+#[inline(always)]
+fn account(search: &Search) -> Option<Account> {
+    if search.slot == 0 { None } else { maps::account(search.record(search.slot)) }
 }
 
 /// Finds the rule of the packet, whether its allocation still lives or not.

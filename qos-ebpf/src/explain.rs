@@ -2,7 +2,7 @@
 //! counts nothing, remembers nothing.
 
 use aya_ebpf::programs::XdpContext;
-use qos_common::abi::{Outcome, directed};
+use qos_common::abi::Outcome;
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 
@@ -33,9 +33,7 @@ pub(crate) fn run(ctx: &XdpContext) {
         Ok(()) => Outcome::Unclassified as u32,
         Err(reason) => reason as u32,
     };
-    if read.is_ok() {
-        classify::<QUESTION>(place);
-    }
+    let account = if read.is_ok() { classify::<QUESTION>(place) } else { None };
     let search = place.search();
     answer.key = search.packet.key;
     answer.rank = search.rank;
@@ -51,12 +49,11 @@ pub(crate) fn run(ctx: &XdpContext) {
     if read.is_err() {
         return;
     }
-    if search.slot != 0
-        && let Some(allocation) = maps::allocation(directed(search.slot, direction))
-    {
+    if let Some(account) = account {
+        let allocation = account.allocation;
         let layer = LinkLayer::from_raw(allocation.link_layer);
         let bytes = charged(search.packet.ip_length, allocation.overhead, layer);
-        let judgement = judge::<false>(allocation, search.slot, direction, search.now_ns, bytes);
+        let judgement = judge::<false>(account, direction, search.now_ns, bytes);
         answer.allocation = allocation.id;
         answer.charged = bytes;
         answer.outcome = judgement.outcome() as u32;

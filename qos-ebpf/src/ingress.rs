@@ -4,7 +4,7 @@
 
 use aya_ebpf::helpers::generated::bpf_xdp_adjust_meta;
 use aya_ebpf::programs::{TcContext, XdpContext};
-use qos_common::abi::{METADATA_MAGIC, Metadata, Outcome, Settings, TELL_SENDER, directed};
+use qos_common::abi::{METADATA_MAGIC, Metadata, Outcome, Settings, TELL_SENDER};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged};
 use qos_common::mark::{Marked, Owner};
@@ -92,7 +92,7 @@ fn police(
     direction: Direction,
     carries: bool,
 ) -> Outcome {
-    classify::<PACKET>(place);
+    let account = classify::<PACKET>(place);
     if settings.mtus != 0 && carries && qos_mtu_frame(ctx.ctx) != 0 {
         return Outcome::TooBig;
     }
@@ -100,12 +100,12 @@ fn police(
     if search.slot == 0 {
         return Outcome::Unclassified;
     }
-    let Some(allocation) = maps::allocation(directed(search.slot, direction)) else {
+    let Some(account) = account else {
         return Outcome::MissingEntry;
     };
-    let layer = LinkLayer::from_raw(allocation.link_layer);
-    let bytes = charged(search.packet.ip_length, allocation.overhead, layer);
-    judge::<true>(allocation, search.slot, direction, search.now_ns, bytes).outcome()
+    let layer = LinkLayer::from_raw(account.allocation.link_layer);
+    let bytes = charged(search.packet.ip_length, account.allocation.overhead, layer);
+    judge::<true>(account, direction, search.now_ns, bytes).outcome()
 }
 
 /// Makes room for the answer in front of the packet, unless an earlier run on this packet did.

@@ -6,7 +6,7 @@ use qos_common::abi::{Allocation, Clocks, Counters, Outcome, POLICE, Provider, S
 use qos_common::classify::Direction;
 use qos_common::clock::{Arrival, Meter, ticks};
 
-use crate::maps;
+use crate::maps::{self, Account};
 
 /// Compare-exchange attempts on a clock before the charge is simply added.
 const TRIES: usize = 8;
@@ -38,24 +38,20 @@ impl Judgement {
     }
 }
 
-/// Judges `bytes` of an allocation at `now_ns`. With `CHARGE`, moves the clocks and counts; without,
+/// Judges `bytes` of an account at `now_ns`. With `CHARGE`, moves the clocks and counts; without,
 /// only says what would be.
 #[inline(always)]
 pub(crate) fn judge<const CHARGE: bool>(
-    allocation: &Allocation,
-    slot: u32,
+    Account { allocation, clocks, counters }: Account,
     direction: Direction,
     now_ns: u64,
     bytes: u32,
 ) -> Judgement {
-    let record = directed(slot, direction);
     let provider_slot = u32::from(allocation.provider);
     let provider_record = directed(provider_slot, direction);
-    let (Some(clocks), Some(provider), Some(provider_clocks), Some(counters), Some(provider_counters)) = (
-        maps::clocks(record),
+    let (Some(provider), Some(provider_clocks), Some(provider_counters)) = (
         maps::provider(provider_slot),
         maps::provider_clocks(provider_record),
-        maps::counters(record),
         maps::provider_counters(provider_record),
     ) else {
         return Judgement::Missing;

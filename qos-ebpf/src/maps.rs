@@ -169,21 +169,30 @@ pub(crate) fn allocation(record: u32) -> Option<&'static Allocation> {
     ALLOCATIONS.get(record)
 }
 
-/// Reads of a record's allocation, clocks and counters what is never used, so that their lines of the cache
-/// are there when they are.
+/// What packets of one direction of an allocation are charged to by this CPU.
+#[derive(Clone, Copy)]
+pub(crate) struct Account {
+    pub(crate) allocation: &'static Allocation,
+    pub(crate) clocks: *mut Clocks,
+    pub(crate) counters: *mut Counters,
+}
+
+/// The account of a record. Reads of each part of it what is not used, so that their lines of the cache are
+/// on their way together.
 #[inline(always)]
-pub(crate) fn fetch_charged(record: u32) {
+pub(crate) fn account(record: u32) -> Option<Account> {
     let (Some(allocation), Some(clocks), Some(counters)) =
-        (ALLOCATIONS.get_ptr(record), CLOCKS.get_ptr(record), counters(record))
+        (ALLOCATIONS.get(record), clocks(record), counters(record))
     else {
-        return;
+        return None;
     };
     // SAFETY: the maps returned pointers to live, aligned elements.
     unsafe {
-        (&raw const (*allocation).id).read_volatile();
+        (&raw const allocation.id).read_volatile();
         (&raw const (*clocks).maximum).read_volatile();
         (&raw const (*counters).excess_packets).read_volatile();
     }
+    Some(Account { allocation, clocks, counters })
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@ use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::bindings::bpf_hdr_start_off::BPF_HDR_START_MAC;
 use aya_ebpf::helpers::generated::bpf_skb_load_bytes_relative;
 use aya_ebpf::programs::TcContext;
-use qos_common::abi::{Allocation, LAYER3, Outcome, Settings, directed};
+use qos_common::abi::{Allocation, LAYER3, Outcome, Settings};
 use qos_common::classify::Direction;
 use qos_common::length::{LinkLayer, charged_segments};
 
@@ -42,12 +42,8 @@ pub(crate) fn police(
     };
     let search = place.search();
     search.packet.key.length = segment_length(ctx, &search.packet);
-    classify::<PACKET>(place);
+    let account = classify::<PACKET>(place);
     let search = place.search();
-    let allocation = match search.slot {
-        0 => None,
-        slot => maps::allocation(directed(slot, direction)),
-    };
     let slot = if search.limits_only == 0 { search.slot } else { 0 };
     if settings.mtus != 0 {
         if qos_mtu_skb(ctx.skb.skb) != 0 {
@@ -65,11 +61,11 @@ pub(crate) fn police(
     if search.slot == 0 {
         return (Outcome::Unclassified, 0);
     }
-    let Some(allocation) = allocation else {
+    let Some(account) = account else {
         return (Outcome::MissingEntry, 0);
     };
-    let bytes = charge_of(ctx, &search.packet, allocation);
-    (judge::<true>(allocation, search.slot, direction, search.now_ns, bytes).outcome(), slot)
+    let bytes = charge_of(ctx, &search.packet, account.allocation);
+    (judge::<true>(account, direction, search.now_ns, bytes).outcome(), slot)
 }
 
 /// Reads the packet's headers into this CPU's search, pulling them into the linear part first if need
