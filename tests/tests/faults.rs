@@ -275,11 +275,13 @@ fn selectors_that_cost_a_packet_too_much_are_refused_and_the_cost_is_shown() {
     let known = || (daemon.qos_line("list").unwrap(), Kernel::read(&daemon, &net.gateway).unwrap());
     let before = known();
     let one_more = grant(5_100);
-    let output = run(&daemon, &one_more);
-    assert_eq!(output.status.code(), Some(1));
-    let text = stderr(&output);
-    for part in ["compared with 17 rules", "max_checks is 16", "16 selectors", "selector 0 of 1"] {
-        assert!(text.contains(part), "{part}: {text}");
+    for asked in [format!("{one_more} --dry-run"), one_more.clone()] {
+        let output = run(&daemon, &asked);
+        assert_eq!(output.status.code(), Some(1), "{asked}");
+        let text = stderr(&output);
+        for part in ["compared with 17 rules", "max_checks is 16", "16 selectors", "selector 0 of 1"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
     let now = known();
     assert_eq!(now.0, before.0);

@@ -352,10 +352,11 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
     }
 
     fn execute(&mut self, command: &Command, dry_run: bool) -> Result<Decision, ServiceError> {
-        if self.gateway.is_none() {
-            return Err(ServiceError::Detached);
-        }
+        let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
         let decision = manager::decide(&self.state, command, Timestamp::now())?;
+        if dry_run && let Some(refusal) = gateway.would_refuse(&decision.changes) {
+            return Err(refusal.into());
+        }
         if dry_run || decision.changes.is_empty() {
             return Ok(decision);
         }

@@ -37,7 +37,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         Verb::Add { provider, name } => {
             let path = format!("/v1/providers/{provider}/applications");
             let answer = client.post(&path, &NewApplication { name })?;
-            output.outcome(answer, |output, application: Application, _| {
+            output.outcome(&answer, |output, application: Application, _| {
                 output
                     .line(format_args!("application {} of {} added", application.name, application.provider))
             })
@@ -47,7 +47,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 Some(provider) => format!("/v1/providers/{provider}/applications"),
                 None => "/v1/applications".to_owned(),
             };
-            output.show(client.get(&path)?, |output, applications: Listing<Application>| {
+            output.show(&client.get(&path)?, |output, applications: Listing<Application>| {
                 let mut table = output.table(&["PROVIDER", "NAME"], &[]);
                 for application in applications.items {
                     table.add_row([application.provider.to_string(), application.name.to_string()]);
@@ -57,7 +57,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { provider, name } => {
             let answer = client.delete(&format!("/v1/providers/{provider}/applications/{name}"))?;
-            output.outcome(answer, |output, application: Application, _| {
+            output.outcome(&answer, |output, application: Application, _| {
                 output.line(format_args!(
                     "application {} of {} removed",
                     application.name, application.provider

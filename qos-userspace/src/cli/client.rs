@@ -1,6 +1,6 @@
 //! One HTTP request at a time to the daemon, over its Unix socket.
 
-use std::io;
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Deserializer, Serializer};
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
@@ -38,22 +38,22 @@ impl Client {
     }
 
     /// What is at `path`.
-    pub(super) fn get(&self, path: &str) -> Result<Value, CliError> {
+    pub(super) fn get(&self, path: &str) -> Result<Answer, CliError> {
         self.ask(Method::GET, path, None)
     }
 
     /// Posts `body`.
-    pub(super) fn post(&self, path: &str, body: &impl Serialize) -> Result<Value, CliError> {
+    pub(super) fn post(&self, path: &str, body: &impl Serialize) -> Result<Answer, CliError> {
         self.ask(Method::POST, path, Some(to_json(body)?))
     }
 
     /// Puts `body`.
-    pub(super) fn put(&self, path: &str, body: &impl Serialize) -> Result<Value, CliError> {
+    pub(super) fn put(&self, path: &str, body: &impl Serialize) -> Result<Answer, CliError> {
         self.ask(Method::PUT, path, Some(to_json(body)?))
     }
 
     /// Deletes what is at `path`.
-    pub(super) fn delete(&self, path: &str) -> Result<Value, CliError> {
+    pub(super) fn delete(&self, path: &str) -> Result<Answer, CliError> {
         self.ask(Method::DELETE, path, None)
     }
 
@@ -76,7 +76,7 @@ impl Client {
         })
     }
 
-    fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Value, CliError> {
+    fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Answer, CliError> {
         self.runtime.block_on(async {
             let asked = async {
                 let response = accepted(self.send(method, path, body).await?).await?;
@@ -86,8 +86,7 @@ impl Client {
                 self.unreachable(format!("no answer in {} s; see what qosd logs", ANSWER_TIMEOUT.as_secs()))
             })??;
             // Nothing stands for "done".
-            let bytes = if bytes.is_empty() { Bytes::from_static(b"null") } else { bytes };
-            serde_json::from_slice(&bytes).map_err(|error| CliError::Answer(error.to_string()))
+            Ok(Answer(if bytes.is_empty() { Bytes::from_static(b"null") } else { bytes }))
         })
     }
 
@@ -131,9 +130,37 @@ impl Client {
     }
 }
 
-/// An answer as what it should be.
-pub(super) fn typed<T: DeserializeOwned>(answer: Value) -> Result<T, CliError> {
-    serde_json::from_value(answer).map_err(|error| CliError::Answer(error.to_string()))
+/// An answer: JSON, as it came.
+#[derive(Clone, Debug)]
+pub(super) struct Answer(Bytes);
+
+impl Answer {
+    /// The answer that says this.
+    pub(super) fn of(value: &impl Serialize) -> Result<Self, CliError> {
+        Ok(Self(to_json(value)?.into()))
+    }
+
+    /// The answer as what it should be.
+    pub(super) fn typed<T: DeserializeOwned>(&self) -> Result<T, CliError> {
+        serde_json::from_slice(&self.0).map_err(|error| CliError::Answer(error.to_string()))
+    }
+
+    /// Writes it for people to read, or in one line. Piece by piece: it may be of some size.
+    pub(super) fn write(&self, out: &mut dyn Write, pretty: bool) -> Result<(), CliError> {
+        let mut from = Deserializer::from_slice(&self.0);
+        let mut out = BufWriter::new(out);
+        let result = if pretty {
+            serde_transcode::transcode(&mut from, &mut Serializer::pretty(&mut out))
+        } else {
+            serde_transcode::transcode(&mut from, &mut Serializer::new(&mut out))
+        };
+        result.map_err(|error| match error.is_io() {
+            true => io::Error::from(error).into(),
+            false => CliError::Answer(error.to_string()),
+        })?;
+        out.write_all(b"\n")?;
+        Ok(out.flush()?)
+    }
 }
 
 fn to_json(body: &impl Serialize) -> Result<Vec<u8>, CliError> {

@@ -4,9 +4,9 @@ use std::io::{self, BufRead as _, IsTerminal as _};
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::Value;
+use serde::de::IgnoredAny;
 
-use super::client::Client;
+use super::client::{Answer, Client};
 use super::output::Output;
 use super::{CliError, DetachLeftovers};
 use crate::config::{Config, DEFAULT_PATH};
@@ -36,14 +36,14 @@ pub(super) fn run(
     if !detach.yes && !confirmed(output)? {
         return output.line("nothing was changed");
     }
-    match client.post("/v1/detach", &Value::Object(serde_json::Map::new())) {
-        Ok(answer) => output.show(answer, |output, _: Value| output.line("detached; qosd is stopping")),
+    match client.post("/v1/detach", &serde_json::Map::new()) {
+        Ok(answer) => output.show(&answer, |output, _: IgnoredAny| output.line("detached; qosd is stopping")),
         Err(CliError::Unreachable { .. }) => {
             let config = Config::load(&detach.config)?;
             // A daemon that does not answer may be about to start, or listen on another socket.
             let _lock = daemon::lock(&config).map_err(|error| CliError::Detach(Box::new(error)))?;
             detach_leftovers(&config.gateway).map_err(CliError::Detach)?;
-            output.show(Value::Null, |output, _: Value| {
+            output.show(&Answer::of(&())?, |output, _: IgnoredAny| {
                 output.line("detached what an earlier qosd left in the kernel")
             })
         }

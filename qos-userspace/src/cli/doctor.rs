@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use comfy_table::{Cell, Color};
-use serde_json::{Value, json};
+use serde::de::IgnoredAny;
 
 use super::CliError;
-use super::client::{Client, typed};
+use super::client::{Answer, Client};
 use super::output::Output;
 use crate::api::doctor::{self, Check, Severity};
 use crate::api::types::Listing;
@@ -31,8 +31,8 @@ pub(super) fn run(verb: &Doctor, client: &mut Client, output: &mut Output) -> Re
         Err(error @ CliError::Unreachable { .. }) => alone(verb, &error)?,
         Err(error) => return Err(error),
     };
-    let checks = typed::<Listing<Check>>(answer.clone())?.items;
-    output.show(answer, |output, _: Value| print(output, &checks))?;
+    let checks = answer.typed::<Listing<Check>>()?.items;
+    output.show(&answer, |output, _: IgnoredAny| print(output, &checks))?;
     match doctor::worst(&checks) {
         Severity::Ok => Ok(()),
         Severity::Warning => Err(CliError::Unhealthy { errors: false }),
@@ -41,7 +41,7 @@ pub(super) fn run(verb: &Doctor, client: &mut Client, output: &mut Output) -> Re
 }
 
 /// What this process sees itself, in the form of the daemon's answer.
-fn alone(verb: &Doctor, unreachable: &CliError) -> Result<Value, CliError> {
+fn alone(verb: &Doctor, unreachable: &CliError) -> Result<Answer, CliError> {
     let path = verb.config.as_deref().or_else(|| Some(Path::new(DEFAULT_PATH)).filter(|path| path.exists()));
     let config = path.map(Config::load).transpose()?;
     let mut checks = doctor::examine(config.as_ref(), None);
@@ -51,7 +51,7 @@ fn alone(verb: &Doctor, unreachable: &CliError) -> Result<Value, CliError> {
         "what it has in the kernel, and what lines and levels ask for, is not looked at",
         "start it: qosd run",
     ));
-    Ok(json!({ "items": checks }))
+    Answer::of(&Listing { items: checks })
 }
 
 fn print(output: &mut Output, checks: &[Check]) -> Result<(), CliError> {

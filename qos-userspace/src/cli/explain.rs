@@ -78,7 +78,7 @@ pub(super) fn run(explain: &Explain, client: &mut Client, output: &mut Output) -
         packet: hex::encode(&packet.bytes),
         layer3: packet.layer3,
     };
-    output.show(client.post("/v1/explain", &request)?, print)
+    output.show(&client.post("/v1/explain", &request)?, print)
 }
 
 fn packet(explain: &Explain) -> Result<Packet, CliError> {

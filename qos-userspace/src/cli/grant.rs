@@ -71,7 +71,7 @@ pub(super) struct Grant {
 pub(super) fn run(grant: Grant, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     let path = if grant.dry_run { "/v1/allocations?dry_run=true" } else { "/v1/allocations" };
     let answer = client.post(path, &request(grant))?;
-    output.outcome(answer, |output, allocation: Allocation, dry_run| {
+    output.outcome(&answer, |output, allocation: Allocation, dry_run| {
         if dry_run {
             output.line("would be granted; nothing was changed")?;
         } else {

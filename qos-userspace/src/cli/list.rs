@@ -46,7 +46,7 @@ pub(super) fn list(list: &List, client: &mut Client, output: &mut Output) -> Res
     let path =
         if query.is_empty() { "/v1/allocations".to_owned() } else { format!("/v1/allocations?{query}") };
     let ended = list.ended.is_some();
-    output.show(client.get(&path)?, |output, allocations: Listing<Allocation>| {
+    output.show(&client.get(&path)?, |output, allocations: Listing<Allocation>| {
         let last = if ended { "REASON" } else { "EXPIRES" };
         let header = ["ID", "PROVIDER", "APP", "SESSION", "DOWN", "UP", "PRIORITY", last, "FLOWS"];
         let mut table = output.table(&header, &[0, 6]);
@@ -69,7 +69,7 @@ pub(super) fn list(list: &List, client: &mut Client, output: &mut Output) -> Res
 }
 
 pub(super) fn show(show: &Show, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
-    output.show(client.get(&format!("/v1/allocations/{}", show.id))?, |output, allocation: Allocation| {
+    output.show(&client.get(&format!("/v1/allocations/{}", show.id))?, |output, allocation: Allocation| {
         details(output, &allocation)
     })
 }

@@ -9,10 +9,9 @@ use std::io::{self, IsTerminal as _, Write};
 use clap::ValueEnum;
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
 use super::CliError;
-use super::client::typed;
+use super::client::Answer;
 use crate::api::types::Outcome;
 
 /// Narrowest terminal that texts are wrapped on, in columns.
@@ -75,34 +74,26 @@ impl Output {
     /// Prints an answer as it is with `-o json`, else what `table` makes of it for people.
     pub(super) fn show<T: DeserializeOwned>(
         &mut self,
-        answer: Value,
+        answer: &Answer,
         table: impl FnOnce(&mut Self, T) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
-        if !self.is_json() {
-            return table(self, typed(answer)?);
-        }
-        let text = serde_json::to_string_pretty(&answer).map_err(io::Error::other)?;
-        self.line(text)
+        if self.is_json() { answer.write(&mut self.out, true) } else { table(self, answer.typed()?) }
     }
 
     /// Prints what came of a command, and its warnings.
     pub(super) fn outcome<T: DeserializeOwned>(
         &mut self,
-        answer: Value,
+        answer: &Answer,
         table: impl FnOnce(&mut Self, T, bool) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
-        let Outcome { result, warnings, dry_run } = typed::<Outcome<Value>>(answer.clone())?;
+        let Outcome { result, warnings, dry_run } = answer.typed::<Outcome<T>>()?;
         self.warnings(&warnings);
-        if self.is_json() {
-            return self.show(answer, |_, _: Value| Ok(()));
-        }
-        table(self, typed(result)?, dry_run)
+        if self.is_json() { answer.write(&mut self.out, true) } else { table(self, result, dry_run) }
     }
 
     /// Prints an answer as one line of JSON.
-    pub(super) fn json_line(&mut self, object: &Value) -> Result<(), CliError> {
-        let text = serde_json::to_string(object).map_err(io::Error::other)?;
-        self.line(text)
+    pub(super) fn json_line(&mut self, answer: &Answer) -> Result<(), CliError> {
+        answer.write(&mut self.out, false)
     }
 
     pub(super) fn line(&mut self, text: impl Display) -> Result<(), CliError> {

@@ -39,11 +39,11 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
     match verb {
         Verb::Add { name, level } => {
             let answer = client.put(&format!("/v1/profiles/{name}"), &level.level())?;
-            output.outcome(answer, |output, profile: Profile, _| {
+            output.outcome(&answer, |output, profile: Profile, _| {
                 output.line(format_args!("profile {} written", profile.name))
             })
         }
-        Verb::List => output.show(client.get("/v1/profiles")?, |output, profiles: Listing<Profile>| {
+        Verb::List => output.show(&client.get("/v1/profiles")?, |output, profiles: Listing<Profile>| {
             let header = [
                 "NAME",
                 "GUARANTEED DOWN",
@@ -70,7 +70,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             output.print(&table)
         }),
         Verb::Show { name } => {
-            output.show(client.get(&format!("/v1/profiles/{name}"))?, |output, profile: Profile| {
+            output.show(&client.get(&format!("/v1/profiles/{name}"))?, |output, profile: Profile| {
                 let mut pairs = vec![("name", Some(profile.name.to_string()))];
                 pairs.extend(level::pairs(&profile.level));
                 output.pairs(pairs)
@@ -78,7 +78,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/profiles/{name}"))?;
-            output.outcome(answer, |output, profile: Profile, _| {
+            output.outcome(&answer, |output, profile: Profile, _| {
                 output.line(format_args!("profile {} removed", profile.name))
             })
         }

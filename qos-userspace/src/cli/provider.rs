@@ -75,11 +75,11 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 aggregate: Directed { up: add.max_up, down: add.max_down },
             };
             let answer = client.post("/v1/providers", &request)?;
-            output.outcome(answer, |output, provider: Provider, _| {
+            output.outcome(&answer, |output, provider: Provider, _| {
                 output.line(format_args!("provider {} added", provider.name))
             })
         }
-        Verb::List => output.show(client.get("/v1/providers")?, |output, providers: Listing<Provider>| {
+        Verb::List => output.show(&client.get("/v1/providers")?, |output, providers: Listing<Provider>| {
             let mut table = output.table(&["NAME", "KIND", "MAX DOWN", "MAX UP", "NETWORKS"], &[2, 3]);
             for provider in providers.items {
                 table.add_row([
@@ -93,7 +93,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             output.print(&table)
         }),
         Verb::Show { name } => {
-            output.show(client.get(&format!("/v1/providers/{name}"))?, |output, provider: Provider| {
+            output.show(&client.get(&format!("/v1/providers/{name}"))?, |output, provider: Provider| {
                 output.pairs(vec![
                     ("name", Some(provider.name.to_string())),
                     ("kind", Some(kind(provider.kind).to_owned())),
@@ -105,7 +105,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/providers/{name}"))?;
-            output.outcome(answer, |output, provider: Provider, _| {
+            output.outcome(&answer, |output, provider: Provider, _| {
                 output.line(format_args!("provider {} removed", provider.name))
             })
         }

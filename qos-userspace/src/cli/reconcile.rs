@@ -15,7 +15,7 @@ pub(super) struct Reconcile {}
 
 pub(super) fn run(client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     let answer = client.post("/v1/reconcile", &serde_json::Map::new())?;
-    output.show(answer, |output, repairs: Listing<String>| {
+    output.show(&answer, |output, repairs: Listing<String>| {
         if repairs.items.is_empty() {
             return output.line("the kernel is as it should be");
         }

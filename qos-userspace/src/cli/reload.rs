@@ -17,7 +17,7 @@ pub(super) struct Reload {}
 
 pub(super) fn run(client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     let answer = client.post("/v1/reload", &serde_json::Map::new())?;
-    output.show(answer, |output, changed: Listing<String>| {
+    output.show(&answer, |output, changed: Listing<String>| {
         if changed.items.is_empty() {
             return output.line("the configuration is as it was");
         }

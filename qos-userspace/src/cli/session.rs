@@ -79,11 +79,11 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
     match verb {
         Verb::Add(add) => {
             let answer = client.post("/v1/sessions", &request(add))?;
-            output.outcome(answer, |output, session: Session, _| {
+            output.outcome(&answer, |output, session: Session, _| {
                 output.line(format_args!("session {} added", session.name))
             })
         }
-        Verb::List => output.show(client.get("/v1/sessions")?, |output, sessions: Listing<Session>| {
+        Verb::List => output.show(&client.get("/v1/sessions")?, |output, sessions: Listing<Session>| {
             let mut table = output.table(&["NAME", "DOWN", "UP", "LINK LAYER", "ADDRESSES"], &[1, 2]);
             for session in sessions.items {
                 table.add_row([
@@ -97,7 +97,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             output.print(&table)
         }),
         Verb::Show { name } => {
-            output.show(client.get(&format!("/v1/sessions/{name}"))?, |output, session: Session| {
+            output.show(&client.get(&format!("/v1/sessions/{name}"))?, |output, session: Session| {
                 output.pairs(vec![
                     ("name", Some(session.name.to_string())),
                     ("addresses", Some(joined(&session.addresses, "\n"))),
@@ -112,7 +112,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/sessions/{name}"))?;
-            output.outcome(answer, |output, session: Session, _| {
+            output.outcome(&answer, |output, session: Session, _| {
                 output.line(format_args!("session {} removed", session.name))
             })
         }

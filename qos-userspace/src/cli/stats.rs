@@ -8,7 +8,7 @@ use clap::Args;
 use comfy_table::Table;
 
 use super::CliError;
-use super::client::{Client, typed};
+use super::client::Client;
 use super::output::Output;
 use crate::api::types::Listing;
 use crate::domain::{Allocation, AllocationId, BitsPerSecond, ByteCount, Direction};
@@ -41,7 +41,7 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 pub(super) fn run(stats: &Stats, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     match stats.watch {
-        None => output.show(client.get("/v1/statistics")?, |output, now: Statistics| {
+        None => output.show(&client.get("/v1/statistics")?, |output, now: Statistics| {
             let allocations = allocations(client)?;
             output.line(text(&totals(output, &now, &allocations), &now))
         }),
@@ -56,7 +56,7 @@ fn watch(interval: Duration, client: &Client, output: &mut Output) -> Result<(),
         if output.is_json() {
             output.json_line(&answer)?;
         } else {
-            let now: Statistics = typed(answer)?;
+            let now: Statistics = answer.typed()?;
             if let Some(before) = &before {
                 let allocations = allocations(client)?;
                 refresh(output, &text(&rates(output, before, &now, &allocations), &now))?;
@@ -85,7 +85,7 @@ fn refresh(output: &mut Output, text: &str) -> Result<(), CliError> {
 }
 
 fn allocations(client: &Client) -> Result<BTreeMap<AllocationId, Allocation>, CliError> {
-    let listing: Listing<Allocation> = typed(client.get("/v1/allocations")?)?;
+    let listing: Listing<Allocation> = client.get("/v1/allocations")?.typed()?;
     Ok(listing.items.into_iter().map(|allocation| (allocation.id, allocation)).collect())
 }
 

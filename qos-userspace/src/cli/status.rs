@@ -13,7 +13,7 @@ use crate::manager::LineSide;
 pub(super) struct Status {}
 
 pub(super) fn run(client: &mut Client, output: &mut Output) -> Result<(), CliError> {
-    output.show(client.get("/v1/status")?, print)
+    output.show(&client.get("/v1/status")?, print)
 }
 
 fn print(output: &mut Output, status: types::Status) -> Result<(), CliError> {

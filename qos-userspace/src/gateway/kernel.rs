@@ -1179,6 +1179,16 @@ impl Gateway for Kernel {
         Some(Refusal { code, field, value: None, message })
     }
 
+    fn would_refuse(&self, changes: &[Change]) -> Option<Refusal> {
+        let granted = changes.iter().filter_map(|change| match change {
+            Change::PutAllocation(allocation) => Some(allocation),
+            _ => None,
+        });
+        let rules: Vec<_> = granted.flat_map(allocation_rules).collect();
+        let error = self.classifier.would_take(&rules).err()?;
+        <Self as Gateway>::refusal(&error.into())
+    }
+
     fn interfaces_changed(&self) -> Result<bool, GatewayError> {
         Self::interfaces_changed(self)
     }

@@ -256,6 +256,12 @@ pub trait Gateway {
         None
     }
 
+    /// Why [`Gateway::apply`] would refuse `changes`; none: as far as can be told without doing it, it
+    /// would not. Nothing is changed.
+    fn would_refuse(&self, _changes: &[Change]) -> Option<Refusal> {
+        None
+    }
+
     /// Becomes what `config` says, under a state that agrees with it. What is the same in both goes on
     /// undisturbed.
     ///

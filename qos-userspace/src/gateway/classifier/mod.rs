@@ -12,7 +12,7 @@ mod fork;
 mod layout;
 mod room;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -271,11 +271,7 @@ impl Classifier {
     /// # Errors
     /// Where they don't all fit, or a packet might have to be compared with too many; none is added then.
     pub fn insert(&mut self, rules: &[Rule]) -> Result<(), ClassifierError> {
-        let new = rules.iter().filter(|rule| !self.rules.contains_key(&name(rule))).count();
-        let most = self.maps.most() as usize;
-        if self.rules.len() + new > most {
-            return Err(ClassifierError::Full { asked: rules.len(), used: self.rules.len(), most });
-        }
+        self.has_room(rules)?;
         self.follow()?;
         let checks = self.worst_case();
         let before: Vec<_> = rules.iter().map(|rule| self.rules.insert(name(rule), *rule)).collect();
@@ -294,6 +290,35 @@ impl Classifier {
         result
     }
 
+    /// Tells whether [`Classifier::insert`] would take rules, and adds none. Where they could bring a packet
+    /// above the limit, all rules are laid out for the answer.
+    ///
+    /// # Errors
+    /// As of [`Classifier::insert`].
+    pub fn would_take(&self, rules: &[Rule]) -> Result<(), ClassifierError> {
+        self.has_room(rules)?;
+        let before = self.worst_case();
+        // A rule makes the longest list of one table longer by one at most.
+        if before + rules.len() <= self.limit {
+            return Ok(());
+        }
+        let new: HashSet<_> = rules.iter().map(name).collect();
+        let others = self.rules.values().filter(|rule| !new.contains(&name(rule)));
+        let all: Vec<Rule> = others.chain(rules).copied().collect();
+        let layout =
+            Layout::build(&all, self.maps.most()).map_err(|NoRoom| ClassifierError::NoRoom(all.len()))?;
+        self.is_within_limit(&layout, rules, before)
+    }
+
+    fn has_room(&self, rules: &[Rule]) -> Result<(), ClassifierError> {
+        let new = rules.iter().filter(|rule| !self.rules.contains_key(&name(rule))).count();
+        let (used, most) = (self.rules.len(), self.maps.most() as usize);
+        if used + new > most {
+            return Err(ClassifierError::Full { asked: rules.len(), used, most });
+        }
+        Ok(())
+    }
+
     /// Tells that a packet may have to be compared with too many rules, and with more than before.
     fn stay_within_limit(&mut self, new: &[Rule], before: usize) -> Result<(), ClassifierError> {
         if self.worst_case() <= self.limit.max(before) {
@@ -301,11 +326,15 @@ impl Classifier {
         }
         // Laid out with all that there is they may take fewer.
         self.lay_out()?;
-        let checks = self.worst_case();
+        self.is_within_limit(&self.layout, new, before)
+    }
+
+    fn is_within_limit(&self, layout: &Layout, new: &[Rule], before: usize) -> Result<(), ClassifierError> {
+        let checks = layout.most_checks();
         if checks <= self.limit.max(before) {
             return Ok(());
         }
-        let list = self.layout.longest_list_with(new);
+        let list = layout.longest_list_with(new);
         let with = list.iter().map(|rule| (allocation_of(rule.rank), selector_of(rule.rank))).collect();
         Err(ClassifierError::TooManyChecks { checks, limit: self.limit, with })
     }
@@ -736,7 +765,9 @@ mod tests {
         classifier.set_limit(20);
         classifier.insert(&same[..20]).expect("as many as may be");
         for new in [&same[20..21], &same[20..]] {
+            let foreseen = classifier.would_take(new).expect_err("one too many");
             let error = classifier.insert(new).expect_err("one too many");
+            assert_eq!(foreseen.to_string(), error.to_string());
             let ClassifierError::TooManyChecks { checks, limit: 20, with } = &error else {
                 panic!("{error}")
             };
@@ -746,6 +777,7 @@ mod tests {
             assert!(classifier.repair().is_empty());
         }
         let elsewhere = Rule { direction: 1, ..open_rule(21) };
+        classifier.would_take(&[elsewhere]).expect("on other packets' way");
         classifier.insert(&[elsewhere]).expect("on other packets' way");
         // What is there stays, and may become less, not more.
         classifier.set_limit(10);
