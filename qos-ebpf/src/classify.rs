@@ -325,7 +325,7 @@ fn list(search: &mut Search, set: &TableSet, root: Slot, ahead: u64) -> Option<u
 }
 
 /// Rules that are compared before the kernel's own loop goes on: most lists have one.
-const AT_ONCE: u32 = 3;
+const AT_ONCE: u32 = 5;
 
 /// Compares the rules of a list, until one matches or none can be better than what was found.
 #[inline(always)]

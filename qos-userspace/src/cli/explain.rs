@@ -10,6 +10,7 @@ use super::args::{Endpoint, code_point, protocol};
 use super::client::Client;
 use super::output::Output;
 use super::packet::{self, Flow, Packet};
+use super::stats::counted;
 use crate::api::types::{DirectionName, ExplainRequest, Explained};
 use crate::domain::selector::grammar::protocol_name;
 use crate::domain::{BitsPerSecond, Direction, dscp};
@@ -145,8 +146,11 @@ fn print(output: &mut Output, explained: Explained) -> Result<(), CliError> {
         (
             "looked at",
             Some(format!(
-                "{} tables, {} forks, {} rules; {} more had matched and are expired",
-                explanation.tables, explanation.forks, explanation.rules, explanation.expired
+                "{}, {}, {}; {} more had matched and are expired",
+                counted(explanation.tables, "table"),
+                counted(explanation.forks, "fork"),
+                counted(explanation.rules, "rule"),
+                explanation.expired
             )),
         ),
         ("way", (!way.is_empty()).then_some(way)),

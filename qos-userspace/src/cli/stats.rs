@@ -226,7 +226,8 @@ fn text(tables: &[Table], now: &Statistics) -> String {
         .join("\n\n")
 }
 
-fn counted(count: u32, what: &str) -> String {
+/// So many of something.
+pub(super) fn counted(count: u32, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 

@@ -404,7 +404,7 @@ fn an_explanation_is_told_in_words() {
         charged     42 bytes
         line        dsl-1
         class       5150:4001
-        looked at   1 tables, 0 forks, 2 rules; 0 more had matched and are expired
+        looked at   1 table, 0 forks, 2 rules; 0 more had matched and are expired
         way         table 1: tree, 2 rules compared, matches selector 0 of 1
         ",
     );
