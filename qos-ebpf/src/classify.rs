@@ -129,10 +129,11 @@ pub(crate) fn classify<const WHOSE: u32>(place: Place) -> Option<Account> {
         // The clock is read when all that came before is there: the account is on its way together.
         search.now_ns = now_ns();
         if !allocation.lives(search.now_ns) {
-            among_living::<WHOSE>(search);
-            found = account(search);
+            among_living::<WHOSE>(place);
+            found = account(place.search());
         }
     }
+    let search = place.search();
     if WHOSE == PACKET {
         maps::count_look_up(search);
         if search.packet.piece == Piece::First as u32 {
@@ -158,7 +159,8 @@ pub(crate) fn find<const WHOSE: u32>(place: Place) {
 /// Looks once more, and passes over what has ended. Out of line: what has ended is soon removed, unless
 /// nobody is there to do so.
 #[inline(never)]
-fn among_living<const WHOSE: u32>(search: &mut Search) {
+fn among_living<const WHOSE: u32>(place: Place) {
+    let search = place.search();
     search.rank = u64::MAX;
     search.slot = 0;
     search.living = 1;
@@ -205,12 +207,13 @@ fn remember(search: &mut Search) -> bool {
 /// Out of line: connections open rarely.
 #[inline(never)]
 pub(crate) fn opposite_mtu() -> u32 {
-    let Some(search) = maps::search() else { return 0 };
+    let Some(place) = maps::place_of(PACKET) else { return 0 };
+    let search = place.search();
     let (rank, slot) = (search.rank, search.slot);
     turn(&mut search.packet.key);
     search.now_ns = now_ns();
-    among_living::<PACKET>(search);
-    let Some(search) = maps::search() else { return 0 };
+    among_living::<PACKET>(place);
+    let search = place.search();
     let mtu = match maps::allocation(search.record(search.slot)) {
         Some(allocation) if search.slot != 0 => mtu_of(allocation, search.packet.key.family),
         _ => 0,
