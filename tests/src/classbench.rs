@@ -197,20 +197,46 @@ impl TupleRule {
     }
 }
 
+/// How IPv4 addresses become IPv6 addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Plan {
+    /// As an operator has them: its own /32, in which the IPv4 address is the number of a network of /64, and
+    /// a host's interface identifier depends on the seed and the address. /0 stays /0, /1 to /31 become /33
+    /// to /63, and /32 becomes /128.
+    Subnets,
+    /// Each bit of an address becomes four, which depend on the seed, on the bit and on all bits before it,
+    /// and never are the same for both values of the bit: /n becomes /4n. Of the values of so many bits that
+    /// follow one another few occur, which is hard on whatever looks at some of them at once.
+    Nibbles,
+}
+
 /// Makes IPv6 sets and packets of the same shapes as IPv4 ones.
 ///
-/// Each bit of an address becomes four, which depend on the seed, on the bit and on all bits before it, and
-/// never are the same for both values of the bit. So a prefix /n becomes a /4n, /0 stays /0 and /32 becomes
-/// /128; prefixes contain one another, and packets lie within them, exactly as before. What else a rule says
-/// stays, but that ICMP becomes ICMPv6. A set, its trace and the answers to it keep their places.
+/// Prefixes contain one another, and packets lie within them, exactly as before. What else a rule says stays,
+/// but that ICMP becomes ICMPv6. A set, its trace and the answers to it keep their places.
 #[derive(Clone, Copy, Debug)]
 pub struct Widening {
     /// Sets of the same seed go together.
     pub seed: u64,
+    /// How.
+    pub plan: Plan,
 }
 
 impl Widening {
     fn bits(self, address: u128) -> u128 {
+        match self.plan {
+            Plan::Subnets => self.subnet(address),
+            Plan::Nibbles => self.nibbles(address),
+        }
+    }
+
+    fn subnet(self, address: u128) -> u128 {
+        let operator = 0x2001_0db8_u128 << 96;
+        let host = Random::new(self.seed ^ (address >> 96) as u64).next();
+        operator | address >> 32 | u128::from(host)
+    }
+
+    fn nibbles(self, address: u128) -> u128 {
         (0..32).fold(0, |wide, place| {
             // Bits before this one, behind a one that tells how many they are.
             let before = (address >> 96 | 1 << 32) >> (32 - place);
@@ -224,7 +250,16 @@ impl Widening {
     /// The IPv6 prefix of an IPv4 one.
     #[must_use]
     pub fn prefix(self, prefix: Prefix) -> Prefix {
-        Prefix::new(self.bits(prefix.bits), 4 * prefix.length)
+        Prefix::new(self.bits(prefix.bits), self.length(prefix.length))
+    }
+
+    const fn length(self, length: u8) -> u8 {
+        match (self.plan, length) {
+            (_, 0) => 0,
+            (Plan::Subnets, 32) => 128,
+            (Plan::Subnets, length) => 32 + length,
+            (Plan::Nibbles, length) => 4 * length,
+        }
     }
 
     /// The IPv6 rule of an IPv4 one.
@@ -488,7 +523,8 @@ mod tests {
     fn packets_of_a_rule_match_it() {
         let rules = generate(500, 9);
         assert_eq!(rules, generate(500, 9));
-        for rules in [rules.clone(), rules.iter().map(|rule| WIDENING.rule(rule)).collect()] {
+        let wide = PLANS.map(|plan| rules.iter().map(|rule| Widening { seed: 7, plan }.rule(rule)).collect());
+        for rules in [rules.clone()].into_iter().chain(wide) {
             let packets = uniform(&rules, 2_000, 1);
             assert_eq!(packets, uniform(&rules, 2_000, 1));
             assert!(first_matches(&rules, &packets).iter().all(Option::is_some));
@@ -499,21 +535,23 @@ mod tests {
         }
     }
 
-    const WIDENING: Widening = Widening { seed: 7 };
+    const PLANS: [Plan; 2] = [Plan::Subnets, Plan::Nibbles];
 
     #[test]
     fn wide_rules_answer_wide_packets_as_narrow_ones_do() {
         let rules = generate(2_000, 3);
         let mut packets = uniform(&rules, 2_000, 4);
         packets.extend(flood(2_000, 5));
-        let wide_rules: Vec<_> = rules.iter().map(|rule| WIDENING.rule(rule)).collect();
-        let wide_packets: Vec<_> = packets.iter().map(|packet| WIDENING.packet(packet)).collect();
         let answers = first_matches(&rules, &packets);
-        assert_eq!(first_matches(&wide_rules, &wide_packets), answers);
         assert!(answers.contains(&None) && answers[..2_000].iter().all(Option::is_some));
-        for rule in wide_rules {
-            let selector = rule.selector().unwrap();
-            assert_eq!(selector.source, Some(rule.networks()[0]));
+        for widening in PLANS.map(|plan| Widening { seed: 7, plan }) {
+            let wide_rules: Vec<_> = rules.iter().map(|rule| widening.rule(rule)).collect();
+            let wide_packets: Vec<_> = packets.iter().map(|packet| widening.packet(packet)).collect();
+            assert_eq!(first_matches(&wide_rules, &wide_packets), answers, "{widening:?}");
+            for rule in wide_rules {
+                let selector = rule.selector().unwrap();
+                assert_eq!(selector.source, Some(rule.networks()[0]));
+            }
         }
     }
 
@@ -529,15 +567,16 @@ mod tests {
             let b = (u64::from(a) >> (32 - common) << (32 - common)) as u32
                 | (u64::from(b) & ((1u64 << (32 - common)) - 1)) as u32;
             let [narrow_a, narrow_b] = [prefix(a, long), prefix(b, short)];
-            let widening = Widening { seed };
-            let [wide_a, wide_b] = [narrow_a, narrow_b].map(|prefix| widening.prefix(prefix));
             let contains = |outer: Prefix, inner: Prefix| {
                 outer.length <= inner.length && outer.contains(inner.bits)
             };
-            proptest::prop_assert_eq!(contains(wide_b, wide_a), contains(narrow_b, narrow_a));
-            proptest::prop_assert_eq!(wide_a == wide_b, narrow_a == narrow_b);
-            proptest::prop_assert_eq!(wide_a.length, 4 * long);
-            proptest::prop_assert_eq!(widening.prefix(narrow_a), wide_a);
+            for widening in PLANS.map(|plan| Widening { seed, plan }) {
+                let [wide_a, wide_b] = [narrow_a, narrow_b].map(|prefix| widening.prefix(prefix));
+                proptest::prop_assert_eq!(contains(wide_b, wide_a), contains(narrow_b, narrow_a));
+                proptest::prop_assert_eq!(wide_a == wide_b, narrow_a == narrow_b);
+                proptest::prop_assert_eq!(wide_a.length == 128, long == 32);
+                proptest::prop_assert_eq!(widening.prefix(narrow_a), wide_a);
+            }
         }
     }
 }

@@ -88,12 +88,14 @@ fn the_classifier_is_measured_and_every_answer_is_right() {
 
 #[test]
 fn an_ipv6_set_is_measured_beside_the_ipv4_one_it_is_made_of() {
-    let report = classify(&["--count", "500", "--ipv6"]);
-    assert_eq!((&report["family"], &report["mismatches"]), (&"ipv6".into(), &0.into()), "{report}");
-    for key in ["classify_uniform_ns", "lpm_uniform_ns", "hash_uniform_ns", "ipv4_classify_uniform_ns"] {
-        assert!(report[key].is_number(), "{key}: {report}");
+    for plan in [&["--ipv6"][..], &["--ipv6", "nibbles"]] {
+        let report = classify(&[&["--count", "500"], plan].concat());
+        assert_eq!((&report["family"], &report["mismatches"]), (&"ipv6".into(), &0.into()), "{report}");
+        for key in ["classify_uniform_ns", "lpm_uniform_ns", "hash_uniform_ns", "ipv4_classify_uniform_ns"] {
+            assert!(report[key].is_number(), "{key}: {report}");
+        }
+        assert!(report["classify_uniform_of_ipv4"].is_number(), "{report}");
     }
-    assert!(report["classify_uniform_of_ipv4"].is_number(), "{report}");
 }
 
 /// Whether there is an `nft`; says so where there is none.

@@ -5,7 +5,7 @@
 //! and 1,000 lines. Every answer is compared with a linear search. `lpm` is one look-up of the packet's
 //! destination among as many distinct prefixes as there are rules, `hash` one of the whole flow among those
 //! of the uniform traffic; `classify` is the look-up alone, `path` the whole ingress from parsing to the
-//! verdict. An IPv6 set is made of the IPv4 one ([`WIDENING`]), which is measured in turn with it.
+//! verdict. An IPv6 set is made of the IPv4 one ([`widening`]), which is measured in turn with it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,12 +15,12 @@ use anyhow::{Context as _, Result};
 use aya::programs::ProgramFd;
 use qos_common::abi::MAX_RULES;
 use qos_common::classify::Family;
-use qos_tests::classbench::{self, Tuple, TupleRule};
+use qos_tests::classbench::{self, Plan, Tuple, TupleRule};
 use serde::Serialize;
 
 use crate::programs::{Driver, Step};
 use crate::rules::{
-    Classifier, Gateway, LINES, Loaded, PROVIDERS, WIDENING, fill_baselines, steps, verified,
+    Classifier, Gateway, LINES, Loaded, PROVIDERS, fill_baselines, steps, verified, widening,
 };
 use crate::{forward, markdown, median};
 
@@ -107,12 +107,13 @@ pub(crate) struct Options {
     pub(crate) trace: Option<PathBuf>,
     pub(crate) count: usize,
     pub(crate) rounds: usize,
-    pub(crate) ipv6: bool,
+    pub(crate) ipv6: Option<Plan>,
     pub(crate) forward: bool,
 }
 
 pub(crate) fn measure(options: &Options) -> Result<Report> {
     let narrow = Packets {
+        plan: None,
         rules: match &options.rules {
             Some(path) => classbench::read_rules(path)?,
             None => classbench::generate(options.count, 1),
@@ -120,7 +121,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
         flood: classbench::flood(FLOWS, 3),
         trace: options.trace.as_deref().map(classbench::read_trace).transpose()?.unwrap_or_default(),
     };
-    let wide = options.ipv6.then(|| narrow.widened());
+    let wide = options.ipv6.map(|plan| narrow.widened(plan));
     let packets = wide.as_ref().unwrap_or(&narrow);
     let mut set = Set::load(packets)?;
     let (compared, mismatches) = set.compare(packets)?;
@@ -140,7 +141,7 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
         kernel: nix::sys::utsname::uname()?.release().to_string_lossy().into_owned(),
         cpus: thread::available_parallelism()?.get(),
         rounds: options.rounds,
-        family: if options.ipv6 { "ipv6" } else { "ipv4" },
+        family: if options.ipv6.is_some() { "ipv6" } else { "ipv4" },
         rules: packets.rules.len(),
         allocations: set.loaded.allocations,
         compared,
@@ -159,6 +160,8 @@ pub(crate) fn measure(options: &Options) -> Result<Report> {
 
 /// A set, and what packets come to it besides those of its rules.
 struct Packets {
+    /// How they were made of IPv4 ones; none: they are.
+    plan: Option<Plan>,
     rules: Vec<TupleRule>,
     flood: Vec<Tuple>,
     trace: Vec<Tuple>,
@@ -166,10 +169,12 @@ struct Packets {
 
 impl Packets {
     /// The flood too: random IPv6 addresses would be within nobody's prefixes.
-    fn widened(&self) -> Self {
-        let packets = |packets: &[Tuple]| packets.iter().map(|packet| WIDENING.packet(packet)).collect();
+    fn widened(&self, plan: Plan) -> Self {
+        let widening = widening(plan);
+        let packets = |packets: &[Tuple]| packets.iter().map(|packet| widening.packet(packet)).collect();
         Self {
-            rules: self.rules.iter().map(|rule| WIDENING.rule(rule)).collect(),
+            plan: Some(plan),
+            rules: self.rules.iter().map(|rule| widening.rule(rule)).collect(),
             flood: packets(&self.flood),
             trace: packets(&self.trace),
         }
@@ -188,14 +193,14 @@ struct Set {
 }
 
 impl Set {
-    fn load(Packets { rules, flood, .. }: &Packets) -> Result<Self> {
+    fn load(Packets { plan, rules, flood, .. }: &Packets) -> Result<Self> {
         let family = rules[0].family;
         let uniform = classbench::uniform(rules, FLOWS, 2);
-        let mut gateway = Gateway::start(&format!("{family:?}"), family, LINES, MAX_RULES)?;
+        let mut gateway = Gateway::start(&format!("{family:?}"), *plan, LINES, MAX_RULES)?;
         let loaded = gateway.load(rules)?;
         let mut driver = Driver::load()?;
         let classifier = Classifier::load(&gateway.pins)?;
-        fill_baselines(&mut driver, family, rules, &uniform)?;
+        fill_baselines(&mut driver, *plan, rules, &uniform)?;
         let traffic = |name| {
             let (program, chunks, packets) = match name {
                 "hot" => ("bench_xdp", CHUNKS, &uniform[..HOT_FLOWS]),
@@ -210,7 +215,7 @@ impl Set {
     }
 
     /// Compares every answer with the linear search; returns how many there are, and how many are wrong.
-    fn compare(&mut self, Packets { rules, flood, trace }: &Packets) -> Result<(usize, usize)> {
+    fn compare(&mut self, Packets { rules, flood, trace, .. }: &Packets) -> Result<(usize, usize)> {
         let (mut compared, mut mismatches) = (0, 0);
         for packets in [&self.uniform, flood, trace] {
             let answers = self.classifier.answers(&mut self.driver, packets)?;

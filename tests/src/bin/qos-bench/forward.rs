@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use qos_common::abi::MAX_RULES;
-use qos_common::classify::Family;
 use qos_tests::classbench::{Tuple, TupleRule};
 use serde::Serialize;
 
@@ -105,7 +104,7 @@ pub(crate) fn measure(
     let packets: Vec<_> = packets.iter().filter(|packet| is_forwarded(packet)).copied().collect();
     ensure!(!packets.is_empty(), "no packet of these rules is one that a router forwards");
     let plain = Router::new()?;
-    let mut without_lines = Gateway::start("forward", Family::V4, 0, MAX_RULES)?;
+    let mut without_lines = Gateway::start("forward", None, 0, MAX_RULES)?;
     without_lines.load(rules)?;
     let nft = Router::new()?;
     let held = nftables::holdable(rules);

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use qos_common::abi::{MAX_RULES, MAX_RULES_RANGE};
-use qos_common::classify::Family;
 use qos_tests::classbench::{self, Tuple, TupleRule};
 use qos_tests::random::Random;
 use serde::Serialize;
@@ -92,7 +91,7 @@ pub(crate) fn measure(counts: &[usize], rounds: usize) -> Result<Report> {
 fn measure_count(count: usize, rounds: usize, skipped: &mut Vec<String>) -> Result<Point> {
     let rules = classbench::generate(count, 1);
     let packets = classbench::uniform(&rules, count.max(PACKETS), 2);
-    let mut gateway = Gateway::start("growth", Family::V4, LINES, MAX_RULES.max(count as u32))?;
+    let mut gateway = Gateway::start("growth", None, LINES, MAX_RULES.max(count as u32))?;
     let loaded = gateway.load(&rules)?;
     let mut driver = Driver::with_room(packets.len().max(1 << 17) as u32)?;
     let mut classifier = Classifier::load(&gateway.pins)?;
@@ -105,7 +104,7 @@ fn measure_count(count: usize, rounds: usize, skipped: &mut Vec<String>) -> Resu
 
     // Each of the hash's flows is there, and comes as often as the others, in an order that nobody guesses.
     let flows = if count < packets.len() { classbench::uniform(&rules, count, 3) } else { packets.clone() };
-    fill_baselines(&mut driver, Family::V4, &rules, &flows)?;
+    fill_baselines(&mut driver, None, &rules, &flows)?;
     let [of_rules, of_flows] = [packets.clone(), again(&flows, packets.len())].map(|packets| steps(&packets));
     let mut subjects = [
         (driver.own_fd("bench_empty")?, &of_rules, Vec::new()),

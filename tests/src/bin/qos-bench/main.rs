@@ -27,6 +27,7 @@ use anyhow::{Context as _, Result};
 use clap::builder::RangedU64ValueParser;
 use clap::{Parser, Subcommand, ValueEnum as _};
 use qos_tests::boxes::Kind;
+use qos_tests::classbench::Plan;
 use serde::Serialize;
 
 #[derive(Debug, Parser)]
@@ -77,9 +78,9 @@ enum What {
         /// Rounds that the medians are taken over.
         #[arg(long, default_value_t = 9, value_parser = at_least_one())]
         rounds: usize,
-        /// Measures the IPv6 set that is made of this one: each bit of an address becomes four.
-        #[arg(long)]
-        ipv6: bool,
+        /// Measures the IPv6 set that is made of this one.
+        #[arg(long, value_name = "PLAN", num_args = 0..=1, default_missing_value = "subnets")]
+        ipv6: Option<Plan>,
         /// Also forwards packets between two veth pairs: with no rules, with these, and with these in a
         /// concatenated interval set of nftables.
         #[arg(long, conflicts_with = "ipv6")]

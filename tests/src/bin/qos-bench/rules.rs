@@ -19,7 +19,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use qos_common::abi::{ABI_VERSION, ALLOCATION_SLOTS};
 use qos_common::classify::Family;
-use qos_tests::classbench::{self, ALL_PORTS, Prefix, Tuple, TupleRule, Widening};
+use qos_tests::classbench::{self, ALL_PORTS, Plan, Prefix, Tuple, TupleRule, Widening};
 use qos_tests::random::Random;
 use qos_userspace::domain::{BitsPerSecond, Directed, LinkLayer};
 use qos_userspace::gateway::Kernel;
@@ -43,8 +43,11 @@ const UPDATES: u32 = 500;
 /// Flows of the traffic meanwhile, and packets of one call.
 const BUSY_FLOWS: usize = 1_000;
 const BUSY: u32 = 200_000;
-/// Makes IPv6 sets.
-pub(crate) const WIDENING: Widening = Widening { seed: 6 };
+
+/// What makes IPv6 sets by a plan.
+pub(crate) const fn widening(plan: Plan) -> Widening {
+    Widening { seed: 6, plan }
+}
 
 /// A gateway with providers, lines and rules.
 pub(crate) struct Gateway {
@@ -53,7 +56,8 @@ pub(crate) struct Gateway {
     pub(crate) router: Router,
     pub(crate) pins: PathBuf,
     state: State,
-    family: Family,
+    /// How its rules were made of IPv4 ones; none: they are.
+    plan: Option<Plan>,
 }
 
 /// The rules in the kernel.
@@ -86,13 +90,13 @@ impl Drop for Gateway {
 
 impl Gateway {
     /// With no rules yet, and room for `max_rules`. `name` tells it from others of this process.
-    pub(crate) fn start(name: &str, family: Family, lines: u32, max_rules: u32) -> Result<Self> {
+    pub(crate) fn start(name: &str, plan: Option<Plan>, lines: u32, max_rules: u32) -> Result<Self> {
         let router = Router::new()?;
         let pins = PathBuf::from(format!("/sys/fs/bpf/qos-bench-{}-{name}", std::process::id()));
         let mut state = gateway::state(max_rules);
-        let (everything, first) = match family {
-            Family::V4 => ("0.0.0.0/0", "100.64.0.0/32"),
-            Family::V6 => ("::/0", "fd64::/128"),
+        let (everything, first) = match plan {
+            None => ("0.0.0.0/0", "100.64.0.0/32"),
+            Some(_) => ("::/0", "fd64::/128"),
         };
         for number in 0..PROVIDERS {
             gateway::add_provider(&mut state, &provider(number), everything.parse()?)?;
@@ -102,7 +106,7 @@ impl Gateway {
         }
         let config = gateway::config(pins.clone(), false, max_rules);
         let kernel = router.namespace.run(|| Kernel::start(&config, &state))?;
-        Ok(Self { kernel: Some(kernel), router, pins, state, family })
+        Ok(Self { kernel: Some(kernel), router, pins, state, plan })
     }
 
     fn grant(&mut self, provider: &str, rules: &[TupleRule], precedence: u16) -> Result<Vec<Change>> {
@@ -174,8 +178,8 @@ impl Gateway {
                 destination_ports: [number as u16 + 1; 2],
                 protocol: Some(17),
             };
-            if self.family == Family::V6 {
-                rule = WIDENING.rule(&rule);
+            if let Some(plan) = self.plan {
+                rule = widening(plan).rule(&rule);
             }
             let packet = classbench::uniform(&[rule], 1, u64::from(number));
             // Above all others.
@@ -391,11 +395,11 @@ struct Flow6 {
 // SAFETY: as above.
 unsafe impl Pod for Flow6 {}
 
-/// Fills what packets of this family are looked up in by the baselines: as many distinct prefixes as there
-/// are rules, those of the rules' destinations first, and the flows of these packets.
+/// Fills what packets of rules of this plan are looked up in by the baselines: as many distinct prefixes as
+/// there are rules, those of the rules' destinations first, and the flows of these packets.
 pub(crate) fn fill_baselines(
     driver: &mut Driver,
-    family: Family,
+    plan: Option<Plan>,
     rules: &[TupleRule],
     packets: &[Tuple],
 ) -> Result<()> {
@@ -404,11 +408,11 @@ pub(crate) fn fill_baselines(
     while prefixes.len() < rules.len() {
         let length = random.choose(&[16, 20, 22, 24, 24, 28, 32]);
         let prefix = classbench::prefix(random.next() as u32, length);
-        prefixes.insert(if family == Family::V6 { WIDENING.prefix(prefix) } else { prefix });
+        prefixes.insert(plan.map_or(prefix, |plan| widening(plan).prefix(prefix)));
     }
     let ports = |packet: &Tuple| [packet.source_port.to_be_bytes(), packet.destination_port.to_be_bytes()];
-    match family {
-        Family::V4 => {
+    match plan {
+        None => {
             fill_trie(driver, "prefixes", &prefixes, v4)?;
             fill_hash(driver, "flows", packets, |packet| Flow {
                 source: v4(packet.source),
@@ -417,7 +421,7 @@ pub(crate) fn fill_baselines(
                 protocol: u32::from(packet.protocol),
             })
         }
-        Family::V6 => {
+        Some(_) => {
             fill_trie(driver, "prefixes6", &prefixes, u128::to_be_bytes)?;
             fill_hash(driver, "flows6", packets, |packet| Flow6 {
                 addresses: [packet.source, packet.destination].map(u128::to_be_bytes),
