@@ -5,11 +5,13 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use etherparse::NetSlice;
+use qos_tests::ask::measure_undisturbed;
 use qos_tests::capture::{Capture, Frame, Injector};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::frames::{FrameSpec, GRE, ICMP, ICMP6, SCTP, TCP, UDP};
 use qos_tests::topology::{HOST_LINK, Host, Topology};
 use qos_tests::traffic::TcpFlow;
+use qos_userspace::domain::BitsPerSecond;
 
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Code point that the allocations write.
@@ -142,8 +144,10 @@ fn super_packets_are_marked_and_arrive_whole() {
         let capture = Capture::open(&home.namespace, HOST_LINK).unwrap();
         let flow =
             TcpFlow::new((far, 0), (near, 80)).dscp(10).start(&video.namespace, &home.namespace).unwrap();
-        let measured = flow.measure(Duration::from_secs(1), Duration::from_secs(2)).unwrap();
-        let rate = measured.achieved.0 as f64 / 20e6;
+        let (any, limit) = (BitsPerSecond(0), BitsPerSecond(20_000_000));
+        let (warm_up, window) = (Duration::from_secs(1), Duration::from_secs(2));
+        let measured = measure_undisturbed(&[(&flow, any)], warm_up, window).unwrap().remove(0);
+        let rate = measured.ratio_to(limit);
         println!("IPv{}: {:.3} of 20 Mbit/s", if v6 { 6 } else { 4 }, rate);
         assert!((rate - 1.0).abs() < 0.03, "{} of 20 Mbit/s", measured.achieved);
         let data = |frame: &Frame| !frame.outgoing && frame.bytes.len() > 1_000;
