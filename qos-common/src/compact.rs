@@ -486,6 +486,9 @@ mod tests {
         assert!(list.admits(5) && list.admits(0x85) && !list.admits(6) && !Word::EMPTY.admits(0));
         let fork = Word::fork(0, ANY_TAG);
         assert!(fork.is_fork() && !fork.is_empty() && fork.admits(77));
+        assert_eq!((list.leads_on(5), list.leads_on(0x85), list.leads_on(6)), (u32::MAX, u32::MAX, 0));
+        let own_fork = Word::fork(3, Word::tag_of(5));
+        assert_eq!([own_fork, list.with_tag(ANY_TAG), Word::EMPTY].map(|word| word.leads_on(5)), [0; 3]);
         assert_eq!(list.with_tag(ANY_TAG), Word::list(Word::REACH - 1, ANY_TAG));
         assert_eq!(Word::EMPTY.with_tag(9), Word::EMPTY);
         assert_eq!(Word::from_raw(fork.raw()), fork);

@@ -12,4 +12,5 @@ pub mod gateway;
 pub mod hex;
 pub mod manager;
 mod notify;
+mod plural;
 pub mod store;

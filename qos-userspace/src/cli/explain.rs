@@ -10,12 +10,12 @@ use super::args::{Endpoint, code_point, protocol};
 use super::client::Client;
 use super::output::Output;
 use super::packet::{self, Flow, Packet};
-use super::stats::counted;
 use crate::api::types::{DirectionName, ExplainRequest, Explained};
 use crate::domain::selector::grammar::protocol_name;
 use crate::domain::{BitsPerSecond, Direction, dscp};
 use crate::hex;
 use crate::manager::report::Explanation;
+use crate::plural::counted;
 
 /// Tells what becomes of a packet, and why
 ///

@@ -13,6 +13,7 @@ use super::output::Output;
 use crate::api::types::Listing;
 use crate::domain::{Allocation, AllocationId, BitsPerSecond, ByteCount, Direction};
 use crate::manager::report::{ClassifierStatistics, Count, Counts, DirectedCounts, MtuCounts, Statistics};
+use crate::plural::counted;
 
 /// Shows what was counted, and rates
 ///
@@ -224,11 +225,6 @@ fn text(tables: &[Table], now: &Statistics) -> String {
         .chain([classifier(now)])
         .collect::<Vec<_>>()
         .join("\n\n")
-}
-
-/// So many of something.
-pub(super) fn counted(count: u32, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// What the classifier is made of and what it costs.

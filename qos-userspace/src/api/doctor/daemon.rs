@@ -1,8 +1,8 @@
 //! What the daemon's own status says of the whole gateway.
 
 use super::Check;
-use super::lines::counted;
 use crate::api::types::Status;
+use crate::plural::counted;
 
 /// Share of a table above which it counts as nearly full, in percent.
 const NEARLY_FULL: u64 = 90;

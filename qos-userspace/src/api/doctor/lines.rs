@@ -7,6 +7,7 @@ use qos_common::length::{self, ETHERNET_OVERHEAD, LinkLayer};
 use super::Check;
 use crate::domain::{AllocationId, Enforcement};
 use crate::manager::State;
+use crate::plural::counted;
 
 /// Bytes of the largest packet that GRO makes.
 const LARGEST_MERGED: u32 = 65_535;
@@ -142,10 +143,6 @@ fn share(more: i16, ip_length: u32, overhead: i16) -> f64 {
 
 pub(super) fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
-}
-
-pub(super) fn counted(count: usize, what: &str) -> String {
-    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::Check;
 use super::lines::{self, Lines};
 use crate::gateway::port::Port;
+use crate::plural::counted;
 
 /// `judged`: where what comes in is judged, as the status says; none: not known.
 pub(super) fn checks(
@@ -101,7 +102,7 @@ fn gro(
         if judged == Some("tc") && lines.policed > 0 {
             costs.push(format!(
                 "{} here: merged packets are dropped whole, up to 64 KiB at once",
-                lines::counted(lines.policed, "policed level")
+                counted(lines.policed, "policed level")
             ));
         }
     }

@@ -28,6 +28,7 @@ use self::layout::Layout;
 use self::room::NoRoom;
 use super::memory::{SharedArray, grace_period};
 use crate::manager::report::ClassifierStatistics;
+use crate::plural::counted;
 
 /// Changes after which rules are laid out anew, where they are few.
 const CHANGES: usize = 256;
@@ -299,7 +300,7 @@ impl Classifier {
         self.has_room(rules)?;
         let before = self.worst_case();
         // A rule makes the longest list of one table longer by one at most.
-        if before + rules.len() <= self.limit {
+        if before + rules.len() <= self.limit.max(before) {
             return Ok(());
         }
         let new: HashSet<_> = rules.iter().map(name).collect();
@@ -573,8 +574,7 @@ impl Met<'_> {
             line += &format!(", fork on {}", window.in_words(family));
         }
         match (self.compared, self.word) {
-            (Some(1), _) => line += ", 1 rule compared",
-            (Some(count), _) => line += &format!(", {count} rules compared"),
+            (Some(count), _) => line += &format!(", {} compared", counted(count, "rule")),
             (None, Some((word, hash))) if !word.is_empty() && !word.admits(hash) => {
                 line += ", other addresses there";
             }

@@ -133,7 +133,6 @@ impl Gateway {
         let begin = Instant::now();
         self.apply(&changes)?;
         let time = begin.elapsed();
-        // The caller's, who keeps it while it is applied.
         drop(changes);
         Ok(Loaded { allocations, share, time, user_bytes: resident()?.saturating_sub(before) })
     }
