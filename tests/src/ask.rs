@@ -14,16 +14,13 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::daemon::Daemon;
-use crate::stops::Watch;
 use crate::traffic::{Flow, Measured, measure};
 
 /// Idle share below which others keep the machine from doing what is measured.
 const IDLE: f64 = 0.1;
-/// Share of the time that a processor may have stopped: a shaped flow may lose as much of its rate, which
+/// Share of the window that processors may have stopped: a shaped flow may lose as much of its rate, which
 /// [`Measured::ratio_to`] takes into account.
 const STOPPED: f64 = 0.05;
-/// What is taken into account at most.
-const MOST_STOPPED: f64 = 0.2;
 /// How often a measurement that the machine spoilt is taken.
 const REPEATS: u32 = 8;
 /// Pause before the first repeat; a longer one before each later one.
@@ -109,22 +106,20 @@ pub fn measure_undisturbed(
     let watched: Vec<&dyn Flow> = flows.iter().map(|(flow, _)| *flow).collect();
     let mut repeats = 1;
     loop {
-        let (before, watch, began) = (processor_time()?, Watch::start()?, Instant::now());
-        let mut measured = measure(&watched, warm_up, window)?;
-        let (time, stopped) = (began.elapsed(), watch.stopped()?);
-        for measured in &mut measured {
-            measured.stopped = (stopped.as_secs_f64() / time.as_secs_f64()).min(MOST_STOPPED);
-        }
+        let (before, began) = (processor_time()?, Instant::now());
+        let measured = measure(&watched, warm_up, window)?;
+        let (time, stopped) = (began.elapsed(), measured.first().map_or(0.0, |measured| measured.stopped));
         let idle = idle_share(before, processor_time()?);
         let short = measured.iter().zip(flows).any(|(measured, (_, offered))| {
             measured.receiver_dropped > 0 || (measured.offered.0 as f64) < offered.0 as f64 * OFFERED
         });
-        if !short && idle >= IDLE && stopped <= time.mul_f64(STOPPED) {
+        if !short && idle >= IDLE && stopped <= STOPPED {
             return Ok(measured);
         }
         println!(
-            "spoilt, {repeats} of {REPEATS}: {:.0} % idle, stopped for {stopped:?} of {time:?}{}",
+            "spoilt, {repeats} of {REPEATS}: {:.0} % idle, stopped for {:.1} % of the time{}",
             idle * 100.0,
+            stopped * 100.0,
             if short { ", less offered than was to be" } else { "" }
         );
         let pause = PAUSE * repeats;

@@ -16,7 +16,7 @@ use qos_tests::kernel::{Kernel, pinned_links};
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
 use qos_tests::topology::{HOST_LINK, LAN, Topology, WAN};
-use qos_tests::traffic::{Flow, Measured, RunningUdp, UdpFlow, charged_length};
+use qos_tests::traffic::{Flow, RunningUdp, UdpFlow, charged_length, watched};
 use qos_userspace::domain::{AllocationId, BitsPerSecond};
 
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -108,12 +108,12 @@ impl Load {
     fn undisturbed(mut self, what: impl FnOnce(&mut Daemon)) {
         let before = Kernel::read(&self.daemon, &self.net.gateway).unwrap();
         let outcomes = self.daemon.statistics().unwrap().outcomes;
-        self.flows.iter().for_each(|watched| watched.flow.begin());
-        what(&mut self.daemon);
-        thread::sleep(Duration::from_millis(500));
-        self.flows.iter().for_each(|watched| watched.flow.end());
-        let measured: Vec<Measured> =
-            self.flows.iter().map(|watched| watched.flow.collect().unwrap()).collect();
+        let flows: Vec<&dyn Flow> = self.flows.iter().map(|watched| &watched.flow as &dyn Flow).collect();
+        let measured = watched(&flows, || {
+            what(&mut self.daemon);
+            thread::sleep(Duration::from_millis(500));
+        })
+        .unwrap();
         for (watched, measured) in self.flows.iter().zip(&measured) {
             println!("{:?}", Brief(measured));
             match watched.limit {

@@ -11,7 +11,7 @@ mod tcp;
 mod udp;
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use qos_common::length::{ETHERNET_OVERHEAD, LinkLayer, charged};
@@ -20,7 +20,12 @@ use qos_userspace::domain::units::BitsPerSecond;
 pub use tcp::{RunningTcp, TcpFlow};
 pub use udp::{RunningUdp, UdpFlow};
 
-/// A running flow that can be watched. [`measure`] calls the three in order.
+use crate::stops::Watch;
+
+/// Share of a window that is taken into account at most where the machine stopped.
+const MOST_STOPPED: f64 = 0.5;
+
+/// A running flow that can be watched. [`watched`] calls the three in order.
 pub trait Flow {
     /// Opens the window.
     fn begin(&self);
@@ -57,7 +62,7 @@ pub struct Measured {
     /// UDP packets that reached the receiving host and overran its socket. They are not in `lost`.
     /// Not zero means that the machine was too busy to measure.
     pub receiver_dropped: u64,
-    /// Share of the time for which the machine was seen to stop; zero where nobody watched it.
+    /// Share of the window for which the machine was seen to stop; zero where nobody watched it.
     pub stopped: f64,
     /// One-way latency of the UDP packets sent within the window that arrived.
     pub latency: Option<Latency>,
@@ -96,9 +101,21 @@ impl Measured {
     /// nobody can send then. What is above all the same is told as it is.
     #[must_use]
     pub fn ratio_to(&self, expected: BitsPerSecond) -> f64 {
-        let ratio = self.achieved.0 as f64 / expected.0 as f64;
-        if ratio < 1.0 { (ratio / (1.0 - self.stopped)).min(1.0) } else { ratio }
+        made_good(self.achieved.0 as f64 / expected.0 as f64, self.stopped)
     }
+}
+
+/// What all together achieved, divided by `expected`, as [`Measured::ratio_to`] says it of one.
+#[must_use]
+pub fn sum_to(measured: &[Measured], expected: BitsPerSecond) -> f64 {
+    let achieved: u64 = measured.iter().map(|measured| measured.achieved.0).sum();
+    let stopped = measured.iter().map(|measured| measured.stopped).fold(0.0, f64::max);
+    made_good(achieved as f64 / expected.0 as f64, stopped)
+}
+
+/// What a share of a rate would be without the time for which the machine stopped: at most 1, or as it is.
+fn made_good(share: f64, stopped: f64) -> f64 {
+    if share < 1.0 { (share / (1.0 - stopped)).min(1.0) } else { share }
 }
 
 /// One-way latencies, exact: every packet counts.
@@ -157,14 +174,26 @@ impl Latency {
 /// When a flow's sockets failed.
 pub fn measure(flows: &[&dyn Flow], warm_up: Duration, window: Duration) -> Result<Vec<Measured>> {
     thread::sleep(warm_up);
+    watched(flows, || thread::sleep(window))
+}
+
+/// Watches all `flows`, and the machine, while something is done. Results are in the order of the flows.
+///
+/// # Errors
+/// When a flow's sockets failed.
+pub fn watched(flows: &[&dyn Flow], what: impl FnOnce()) -> Result<Vec<Measured>> {
+    let (watch, began) = (Watch::start()?, Instant::now());
     for flow in flows {
         flow.begin();
     }
-    thread::sleep(window);
+    what();
     for flow in flows {
         flow.end();
     }
-    flows.iter().map(|flow| flow.collect()).collect()
+    let ended = Instant::now();
+    let stopped = watch.stopped()?.share_of(&(began..ended)).min(MOST_STOPPED);
+    let collected = flows.iter().map(|flow| flow.collect().map(|measured| Measured { stopped, ..measured }));
+    collected.collect()
 }
 
 /// What an IP packet of `ip_length` bytes is charged, in bytes.

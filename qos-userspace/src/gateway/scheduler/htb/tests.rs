@@ -608,7 +608,7 @@ fn guarantee_then_excess_then_rest() {
         for _ in 0..5 {
             let (watch, began) = (Watch::start().expect("watches"), Instant::now());
             let rates = rates_of_three(line);
-            let stopped = watch.stopped().expect("watched").as_secs_f64() / began.elapsed().as_secs_f64();
+            let stopped = watch.stopped().expect("watched").share_of(&(began..Instant::now()));
             println!("Mbit/s: {rates:.3?}, the machine stopped for {:.1} %", stopped * 100.0);
             if stopped < least.0 {
                 least = (stopped, rates);
