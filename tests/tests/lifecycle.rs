@@ -23,7 +23,9 @@ use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::{Kernel, Maps, detach_link, pinned_links, programs};
 use qos_tests::netlink::{Netlink, TrafficControl, set_offloads};
 use qos_tests::topology::{HOST_LINK, LAN, Topology, WAN, reach};
-use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, measure};
+use qos_tests::traffic::{
+    Flow, Latency, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, measure, watched,
+};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{Allocation, AllocationId, Status};
 use serde_json::{Value, json};
@@ -81,8 +83,8 @@ fn up(net: &Topology, port: u16, rate: BitsPerSecond, packet: u32) -> RunningUdp
         .unwrap()
 }
 
-fn within(measured: BitsPerSecond, expected: BitsPerSecond, tolerance: f64) -> bool {
-    (measured.0 as f64 / expected.0 as f64 - 1.0).abs() <= tolerance
+fn within(measured: &Measured, expected: BitsPerSecond, tolerance: f64) -> bool {
+    (measured.ratio_to(expected) - 1.0).abs() <= tolerance
 }
 
 fn link_index(net: &Topology, name: &str) -> u32 {
@@ -206,22 +208,22 @@ fn limits_and_counts_hold_through_kill_and_restart_under_load() {
     let before = Kernel::read(&daemon, &net.gateway).unwrap();
     let stats = daemon.statistics().unwrap();
     let flows: [&dyn Flow; 4] = [&policed, &policed_up, &shaped, &guaranteed];
-    flows.iter().for_each(|flow| flow.begin());
     let mut dead = Duration::ZERO;
-    for cycle in 0..CYCLES {
+    let measured = watched(&flows, || {
+        for cycle in 0..CYCLES {
+            thread::sleep(Duration::from_millis(500));
+            daemon.kill().unwrap();
+            let killed = Instant::now();
+            thread::sleep(Duration::from_millis(200));
+            daemon.restart().unwrap();
+            dead += killed.elapsed();
+            assert!(daemon.status().unwrap().gateway.taken_over, "cycle {cycle}");
+            // Nothing was repaired that was not broken.
+            assert_eq!(daemon.status().unwrap().gateway.repairs, [], "cycle {cycle}");
+        }
         thread::sleep(Duration::from_millis(500));
-        daemon.kill().unwrap();
-        let killed = Instant::now();
-        thread::sleep(Duration::from_millis(200));
-        daemon.restart().unwrap();
-        dead += killed.elapsed();
-        assert!(daemon.status().unwrap().gateway.taken_over, "cycle {cycle}");
-        // Nothing was repaired that was not broken.
-        assert_eq!(daemon.status().unwrap().gateway.repairs, [], "cycle {cycle}");
-    }
-    thread::sleep(Duration::from_millis(500));
-    flows.iter().for_each(|flow| flow.end());
-    let measured: Vec<Measured> = flows.iter().map(|flow| flow.collect().unwrap()).collect();
+    })
+    .unwrap();
     println!(
         "{CYCLES} restarts, {dead:?} without a daemon: {:#?}",
         measured.iter().map(Brief).collect::<Vec<_>>()
@@ -238,7 +240,7 @@ fn limits_and_counts_hold_through_kill_and_restart_under_load() {
         let worst = flow.peak(window, limit);
         println!("limit {limit}: largest of {} windows of {window:?} {worst}", series.len());
         assert!(worst.0 as f64 <= limit.0 as f64 * tolerance, "limit {limit}: {series:?}");
-        assert!(within(flow.achieved, limit, 0.03), "limit {limit}: {:?}", Brief(flow));
+        assert!(within(flow, limit, 0.03), "limit {limit}: {:?}", Brief(flow));
     }
     assert_eq!(measured[3].lost, 0, "{:?}", Brief(&measured[3]));
 
@@ -351,19 +353,19 @@ fn hundreds_of_grants_and_revokes_a_second_disturb_nobody() {
     };
 
     let flows: [&dyn Flow; 3] = [&steady, &policed, &flood];
-    flows.iter().for_each(|flow| flow.begin());
-    let began = Instant::now();
     let time = Duration::from_secs(5);
-    let mut done = 0;
-    while began.elapsed() < time {
-        cycle(done, &mut live);
-        done += 1;
-        let next = began + Duration::from_secs_f64(f64::from(done) / PACE);
-        thread::sleep(next.saturating_duration_since(Instant::now()));
-    }
-    let reached = f64::from(done) / began.elapsed().as_secs_f64();
-    flows.iter().for_each(|flow| flow.end());
-    let measured: Vec<Measured> = flows.iter().map(|flow| flow.collect().unwrap()).collect();
+    let (mut done, mut reached) = (0, 0.0);
+    let measured = watched(&flows, || {
+        let began = Instant::now();
+        while began.elapsed() < time {
+            cycle(done, &mut live);
+            done += 1;
+            let next = began + Duration::from_secs_f64(f64::from(done) / PACE);
+            thread::sleep(next.saturating_duration_since(Instant::now()));
+        }
+        reached = f64::from(done) / began.elapsed().as_secs_f64();
+    })
+    .unwrap();
     for flow in &measured {
         println!("{:?}", Brief(flow));
     }
@@ -385,8 +387,8 @@ fn hundreds_of_grants_and_revokes_a_second_disturb_nobody() {
     println!("{reached:.0} grants and as many revokes a second of {PACE} asked; {fastest:.0} unpaced");
     assert!(reached > PACE * 0.98, "{reached} a second");
     assert_eq!(measured[0].lost, 0, "{:?}", Brief(&measured[0]));
-    assert!(within(measured[0].achieved, measured[0].offered, 0.01), "{:?}", Brief(&measured[0]));
-    assert!(within(measured[1].achieved, mbit(10), 0.03), "{:?}", Brief(&measured[1]));
+    assert!(within(&measured[0], measured[0].offered, 0.01), "{:?}", Brief(&measured[0]));
+    assert!(within(&measured[1], mbit(10), 0.03), "{:?}", Brief(&measured[1]));
 
     drop((steady, policed, flood));
     // The last class drains within a reconciliation or two.
@@ -572,7 +574,7 @@ fn detach_leaves_the_namespace_as_it_was_found() {
                 .unwrap();
         }
         let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
-        assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
+        assert!(within(&held, mbit(1), 0.06), "{:?}", Brief(&held));
         assert_ne!(found(&net), before);
 
         if dead {
@@ -598,7 +600,7 @@ fn detach_leaves_the_namespace_as_it_was_found() {
         daemon.restart().unwrap();
         assert!(!daemon.status().unwrap().gateway.taken_over);
         let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
-        assert!(within(held.achieved, mbit(1), 0.06), "{:?}", Brief(&held));
+        assert!(within(&held, mbit(1), 0.06), "{:?}", Brief(&held));
         daemon.qos(["detach", "--yes"]).unwrap();
         daemon.wait(Duration::from_secs(5)).unwrap();
         assert_eq!(found(&net), before);
@@ -628,8 +630,8 @@ fn a_packet_whose_mark_is_lost_is_charged_once() {
     let after = daemon.counts(id).unwrap().down;
     println!("{:?}; {:?}", Brief(&measured[0]), Brief(&measured[1]));
     // The line is full of the rest, so that only a class of its own lets it through.
-    assert!(within(measured[0].achieved, mbit(2), 0.03), "{:?}", Brief(&measured[0]));
-    assert!(within(measured[1].achieved, mbit(8), 0.03), "{:?}", Brief(&measured[1]));
+    assert!(within(&measured[0], mbit(2), 0.03), "{:?}", Brief(&measured[0]));
+    assert!(within(&measured[1], mbit(8), 0.03), "{:?}", Brief(&measured[1]));
     assert!(after.marked.packets > before.marked.packets, "{after:?}");
     let frame = capture
         .find(Duration::from_secs(1), |frame| frame.ports().is_some_and(|ports| ports.1 == 5_000))
@@ -688,7 +690,7 @@ fn an_interface_that_leaves_the_configuration_is_left_alone() {
             daemon.restart().unwrap();
             let flow = down(&net, 5_000, mbit(3), 1_000);
             let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
-            assert!(within(held.achieved, mbit(1), 0.06), "the others go on: {:?}", Brief(&held));
+            assert!(within(&held, mbit(1), 0.06), "the others go on: {:?}", Brief(&held));
         }
         assert_eq!(on_extra(), bare, "dead: {dead}");
         if !dead {
@@ -846,7 +848,7 @@ fn drift_is_repaired_and_told() {
                 "{name}"
             );
             let held = undisturbed(&flow, Duration::from_millis(400), Duration::from_millis(800)).unwrap();
-            assert!(within(held.achieved, mbit(2), 0.06), "{name}: {:?}", Brief(&held));
+            assert!(within(&held, mbit(2), 0.06), "{name}: {:?}", Brief(&held));
             let after: Vec<_> = daemon.status().unwrap().gateway.repairs;
             assert!(after.len() <= repairs + new.len(), "{name} is repaired once: {after:?}");
         }
@@ -872,7 +874,7 @@ fn a_foreign_root_qdisc_is_told_and_left_alone_and_the_maximum_holds_without_it(
     });
     let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
     println!("under a foreign root: {:?}", Brief(&held));
-    assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+    assert!(within(&held, mbit(2), 0.06), "{:?}", Brief(&held));
 
     netlink.delete_root(lan).unwrap();
     eventually(Duration::from_secs(3), "the tree is back", || {
@@ -891,7 +893,7 @@ fn an_interface_that_goes_and_comes_back_is_attached_again() {
         .unwrap();
     let flow = up(&net, 5_000, mbit(6), 1_000);
     let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
-    assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+    assert!(within(&held, mbit(2), 0.06), "{:?}", Brief(&held));
     drop(flow);
     let grant_and_revoke = |daemon: &Daemon| {
         let flow = "down udp from 203.0.113.0/24 to 192.0.2.10:5009";
@@ -947,7 +949,7 @@ fn an_interface_that_goes_and_comes_back_is_attached_again() {
         assert_eq!(now.links.len(), 6, "{:?}", now.links);
         let flow = up(&net, 5_000, mbit(6), 1_000);
         let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
-        assert!(within(held.achieved, mbit(2), 0.06), "dead: {dead}: {:?}", Brief(&held));
+        assert!(within(&held, mbit(2), 0.06), "dead: {dead}: {:?}", Brief(&held));
         assert_eq!(list(&daemon, "list").iter().map(|found| found.id).collect::<Vec<_>>(), [kept.id]);
     }
 }
@@ -972,7 +974,7 @@ fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
         );
         assert!(!daemon.socket().exists());
         let held = undisturbed(&flow, WARM_UP, WINDOW).unwrap();
-        assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+        assert!(within(&held, mbit(2), 0.06), "{:?}", Brief(&held));
         let refused = daemon.qos_output(["status"]).unwrap();
         assert_eq!(refused.status.code(), Some(3));
         assert!(String::from_utf8_lossy(&refused.stderr).contains("cannot reach qosd on "));
@@ -995,7 +997,7 @@ fn a_signal_stops_the_daemon_and_not_what_it_enforces() {
         let log = daemon.log_tail();
         assert!(log.contains("again: ending at once"), "{log}");
         let held = undisturbed(&flow, Duration::from_millis(300), WINDOW).unwrap();
-        assert!(within(held.achieved, mbit(2), 0.06), "{:?}", Brief(&held));
+        assert!(within(&held, mbit(2), 0.06), "{:?}", Brief(&held));
         daemon.restart().unwrap();
     }
     let log = daemon.log_tail();
