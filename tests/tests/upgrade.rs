@@ -120,12 +120,16 @@ impl Load {
                 // At such rates any busy process lets packets overtake each other: the sender is moved to
                 // another CPU, whose backlog is shorter.
                 None => assert!(measured.lost <= self.overrun(), "{:?}", Brief(measured)),
-                // A clock begun anew would let 25 ms through at once.
+                // A clock begun anew would let 25 ms through at once, at each exchange of a version. A machine
+                // that stops right within one lets what passed meanwhile through twice, that once.
                 Some(limit) => {
                     let window = Duration::from_millis(250);
-                    let most = measured.peak(window, limit);
+                    let peaks = measured.peaks(window, limit);
+                    println!("limit {limit}, most in {window:?}: {:?}", &peaks[..3]);
                     let series = measured.series(window);
-                    assert!(most.0 as f64 <= limit.0 as f64 * 1.05, "limit {limit}: {series:?}");
+                    for (peak, tolerance) in peaks.iter().zip([1.11, 1.05]) {
+                        assert!(peak.0 as f64 <= limit.0 as f64 * tolerance, "limit {limit}: {series:?}");
+                    }
                     assert!((measured.ratio_to(limit) - 1.0).abs() < 0.03, "{:?}", Brief(measured));
                 }
             }

@@ -797,6 +797,7 @@ impl Object {
                 let id = xdp.attach_to_link(link).map_err(|reason| place.error(program, &reason))?;
                 // The pin holds it; were it held here too, removing the pin would not end it.
                 drop(xdp.take_link(id).map_err(|reason| place.error(program, &reason))?);
+                self.carry(Carried::set_clocks);
                 return Ok((hook, true));
             }
         }
@@ -827,7 +828,9 @@ impl Object {
         judge: Judge,
         side: TcAttachType,
     ) -> Result<(bool, bool), ObjectError> {
-        self.attach_tc_program(place, hooks.tc, judge.tc_program(hooks.role, side), side)
+        let attached = self.attach_tc_program(place, hooks.tc, judge.tc_program(hooks.role, side), side);
+        self.carry(Carried::set_clocks);
+        attached
     }
 
     fn attach_tc_program(

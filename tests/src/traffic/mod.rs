@@ -10,6 +10,7 @@ mod socket;
 mod tcp;
 mod udp;
 
+use std::cmp::Reverse;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -87,14 +88,22 @@ impl Measured {
         bytes.into_iter().map(|bytes| rate(bytes, bin)).collect()
     }
 
-    /// The most that arrived in a `bin` of a flow held to `limit`. What the bin before has less than that is
-    /// not counted against a bin: a machine that stops for a moment hands over late what was let through in
-    /// time.
+    /// The most that arrived in a `bin` of a flow held to `limit`, as [`Measured::peaks`] has it.
     #[must_use]
     pub fn peak(&self, bin: Duration, limit: BitsPerSecond) -> BitsPerSecond {
+        self.peaks(bin, limit).first().copied().unwrap_or_default()
+    }
+
+    /// What arrived in each `bin` of a flow held to `limit`, the most first. What the bin before has less than
+    /// that is not counted against a bin: a machine that stops for a moment hands over late what was let
+    /// through in time.
+    #[must_use]
+    pub fn peaks(&self, bin: Duration, limit: BitsPerSecond) -> Vec<BitsPerSecond> {
         let series = self.series(bin);
         let late = series.windows(2).map(|pair| pair[1].0.saturating_sub(limit.0.saturating_sub(pair[0].0)));
-        BitsPerSecond(series.first().map(|first| first.0).into_iter().chain(late).max().unwrap_or(0))
+        let mut peaks: Vec<_> = series.first().map(|first| first.0).into_iter().chain(late).collect();
+        peaks.sort_unstable_by_key(|&peak| Reverse(peak));
+        peaks.into_iter().map(BitsPerSecond).collect()
     }
 
     /// `achieved` divided by `expected`; 1 is as expected. Time for which the machine stopped is not counted:
