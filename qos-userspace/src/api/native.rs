@@ -5,7 +5,7 @@ use axum::body::Body as HttpBody;
 use axum::extract::{DefaultBodyLimit, State as Shared};
 use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{get, post, put};
 use serde::{Deserialize, Serialize};
 
 use super::Api;
@@ -15,7 +15,7 @@ use super::extract::{Body, LARGEST_BODY, Named, Options};
 use super::reload::ReloadError;
 use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
-use super::types::{ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
+use super::types::{ContractChange, ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
 use crate::domain::{
     Allocation, AllocationId, Application, Direction, Level, Name, Profile, Provider, Session,
 };
@@ -40,7 +40,12 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/providers/{name}", get(provider).delete(remove_provider))
         .route("/v1/applications", get(applications))
         .route("/v1/providers/{name}/applications", get(applications_of).post(add_application))
-        .route("/v1/providers/{name}/applications/{application}", delete(remove_application))
+        .route("/v1/providers/{name}/contract", put(change_contract))
+        .route("/v1/providers/{name}/applications/{application}", get(application).delete(remove_application))
+        .route(
+            "/v1/providers/{name}/applications/{application}/contract",
+            put(change_contract_of_application),
+        )
         .route("/v1/sessions", get(sessions).post(add_session))
         .route("/v1/sessions/{name}", get(session).delete(remove_session))
         .route("/v1/profiles", get(profiles))
@@ -214,14 +219,52 @@ async fn add_application(
     Shared(api): Shared<Api>,
     Named(provider): Named<Name>,
     Options(options): Options<ChangeOptions>,
-    Body(NewApplication { name }): Body<NewApplication>,
+    Body(NewApplication { name, contract }): Body<NewApplication>,
 ) -> Result<Response, ApiError> {
-    change(&api, Command::AddApplication { provider, name }, options, |change| match change {
+    change(&api, Command::AddApplication { provider, name, contract }, options, |change| match change {
         Change::PutApplication(application) => Some(application.clone()),
         _ => None,
     })
     .await
     .map(created)
+}
+
+async fn application(
+    Shared(api): Shared<Api>,
+    Named((provider, name)): Named<(Name, Name)>,
+) -> Answer<Application> {
+    show(&api, "application", name, move |service, name| {
+        service.state().applications.get(&(provider, name.clone())).cloned()
+    })
+    .await
+}
+
+async fn change_contract(
+    Shared(api): Shared<Api>,
+    Named(provider): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+    Body(ContractChange { contract, was }): Body<ContractChange>,
+) -> Answer<Outcome<Provider>> {
+    let command = Command::ChangeContract { provider, application: None, contract, was };
+    change(&api, command, options, |change| match change {
+        Change::PutProvider(provider) => Some(provider.clone()),
+        _ => None,
+    })
+    .await
+}
+
+async fn change_contract_of_application(
+    Shared(api): Shared<Api>,
+    Named((provider, name)): Named<(Name, Name)>,
+    Options(options): Options<ChangeOptions>,
+    Body(ContractChange { contract, was }): Body<ContractChange>,
+) -> Answer<Outcome<Application>> {
+    let command = Command::ChangeContract { provider, application: Some(name), contract, was };
+    change(&api, command, options, |change| match change {
+        Change::PutApplication(application) => Some(application.clone()),
+        _ => None,
+    })
+    .await
 }
 
 async fn remove_application(

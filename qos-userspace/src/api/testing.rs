@@ -328,7 +328,7 @@ impl TestDaemon {
         self.must(
             "POST",
             "/v1/providers",
-            r#"{"name":"acme","kind":"application","networks":["203.0.113.0/24"],"aggregate":{"down":"50mbit"}}"#,
+            r#"{"name":"acme","kind":"application","networks":["203.0.113.0/24"],"contract":{"maximum":{"down":"50mbit"}}}"#,
         );
         self.must("POST", "/v1/providers/acme/applications", r#"{"name":"video"}"#);
         self.must(

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::service::{Operations as _, ServiceError};
 use super::testing::{Recorder, TestDaemon, ask, grant, service};
-use crate::domain::{AllocationId, BitsPerSecond, Directed, Name, ProviderKind};
+use crate::domain::{AllocationId, BitsPerSecond, Contract, Directed, Name, ProviderKind};
 use crate::manager::{Change, Command, NewProvider};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -675,7 +675,10 @@ fn add_provider(name: &str) -> Command {
         name: name.parse::<Name>().expect("a name"),
         kind: ProviderKind::Application,
         networks: vec!["203.0.113.0/24".parse().expect("a network")],
-        aggregate: Directed { down: Some(BitsPerSecond(1_000_000)), up: None },
+        contract: Contract {
+            maximum: Directed { down: Some(BitsPerSecond(1_000_000)), up: None },
+            ..Contract::default()
+        },
     })
 }
 

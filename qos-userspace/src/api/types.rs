@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{Allocation, BitsPerSecond, Directed, Name};
+use crate::domain::{Allocation, BitsPerSecond, Contract, Directed, Name};
 use crate::manager::LineSide;
 use crate::manager::report::{Explanation, GatewayStatus};
 
@@ -33,6 +33,21 @@ pub struct Outcome<T> {
 pub struct NewApplication {
     /// Unique among the provider's applications.
     pub name: Name,
+    /// What it may have of what its provider has.
+    #[serde(default)]
+    pub contract: Contract,
+}
+
+/// Another contract.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContractChange {
+    /// What the provider or application may have from now on.
+    pub contract: Contract,
+    /// What it had when the asker looked: the change is refused where somebody else changed it meanwhile.
+    /// Left out: whatever it had.
+    #[serde(default)]
+    pub was: Option<Contract>,
 }
 
 /// A packet to explain.

@@ -12,6 +12,7 @@ mod app;
 mod args;
 mod client;
 mod completions;
+mod contract;
 mod detach;
 mod doctor;
 mod explain;

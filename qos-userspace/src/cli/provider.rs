@@ -6,9 +6,10 @@ use ipnet::IpNet;
 use super::CliError;
 use super::args::prefix;
 use super::client::Client;
-use super::output::{Output, joined, or_dash};
-use crate::api::types::Listing;
-use crate::domain::{BitsPerSecond, Directed, Name, Provider, ProviderKind};
+use super::contract::{self, ContractArgs};
+use super::output::{Output, joined};
+use crate::api::types::{ContractChange, Listing};
+use crate::domain::{Contract, Name, Provider, ProviderKind};
 use crate::manager::NewProvider;
 
 #[derive(Debug, Subcommand)]
@@ -20,8 +21,25 @@ pub(super) enum Verb {
     #[command(after_long_help = "\
 Examples:
   qos provider add acme --kind application --network 203.0.113.0/24 --network 2001:db8:a::/48
-  qos provider add isp --kind network --network 192.0.2.0/24 --max-down 200mbit --max-up 50mbit")]
+  qos provider add isp --kind network --network 192.0.2.0/24 --max-down 200mbit --max-up 50mbit
+  qos provider add games --kind application --network 198.51.100.0/24 --best-priority 2 --allocations 1000")]
     Add(Add),
+    /// Changes a provider's contract: what is named becomes as it says, the rest stays
+    ///
+    /// What is granted stays as it is until it ends. What the new contract would not have admitted is told.
+    #[command(after_long_help = "\
+Examples:
+  qos provider change acme --guaranteed-down 100mbit --profiles voice,video
+  qos provider change acme --max-down none --profiles all --dry-run")]
+    Change {
+        /// Its name
+        name: Name,
+        #[command(flatten)]
+        contract: ContractArgs,
+        /// Only say what would come of it
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Shows all providers
     List,
     /// Shows one provider
@@ -46,12 +64,8 @@ pub(super) struct Add {
     /// A network it may claim; may be given several times
     #[arg(long = "network", value_name = "PREFIX", required = true, value_parser = prefix, value_delimiter = ',')]
     networks: Vec<IpNet>,
-    /// What all its allocations together may carry to subscribers
-    #[arg(long, value_name = "RATE")]
-    max_down: Option<BitsPerSecond>,
-    /// What all its allocations together may carry from subscribers
-    #[arg(long, value_name = "RATE")]
-    max_up: Option<BitsPerSecond>,
+    #[command(flatten)]
+    contract: ContractArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -72,35 +86,51 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                     Kind::Network => ProviderKind::Network,
                 },
                 networks: add.networks,
-                aggregate: Directed { up: add.max_up, down: add.max_down },
+                contract: add.contract.applied_to(&Contract::default()),
             };
             let answer = client.post("/v1/providers", &request)?;
             output.outcome(&answer, |output, provider: Provider, _| {
                 output.line(format_args!("provider {} added", provider.name))
             })
         }
+        Verb::Change { name, contract, dry_run } => {
+            let path = format!("/v1/providers/{name}");
+            let was = client.get(&path)?.typed::<Provider>()?.contract;
+            let change = ContractChange { contract: contract.applied_to(&was), was: Some(was) };
+            let option = if dry_run { "?dry_run=true" } else { "" };
+            let answer = client.put(&format!("{path}/contract{option}"), &change)?;
+            output.outcome(&answer, |output, provider: Provider, dry_run| {
+                output.line(match dry_run {
+                    true => {
+                        format!("the contract of provider {} would be changed; nothing was", provider.name)
+                    }
+                    false => format!("the contract of provider {} is changed", provider.name),
+                })?;
+                output.pairs(contract::pairs(&provider.contract))
+            })
+        }
         Verb::List => output.show(&client.get("/v1/providers")?, |output, providers: Listing<Provider>| {
-            let mut table = output.table(&["NAME", "KIND", "MAX DOWN", "MAX UP", "NETWORKS"], &[2, 3]);
+            let header: Vec<_> = ["NAME", "KIND", "NETWORKS"].into_iter().chain(contract::HEADER).collect();
+            let mut table = output.table(&header, &[3, 4, 5, 6, 7, 9]);
             for provider in providers.items {
-                table.add_row([
+                let cells = [
                     provider.name.to_string(),
                     kind(provider.kind).to_owned(),
-                    or_dash(provider.aggregate.down),
-                    or_dash(provider.aggregate.up),
                     joined(&provider.networks, ", "),
-                ]);
+                ];
+                table.add_row(cells.into_iter().chain(contract::cells(&provider.contract)));
             }
             output.print(&table)
         }),
         Verb::Show { name } => {
             output.show(&client.get(&format!("/v1/providers/{name}"))?, |output, provider: Provider| {
-                output.pairs(vec![
+                let mut pairs = vec![
                     ("name", Some(provider.name.to_string())),
                     ("kind", Some(kind(provider.kind).to_owned())),
                     ("networks", Some(joined(&provider.networks, "\n"))),
-                    ("maximum down", provider.aggregate.down.map(|rate| rate.to_string())),
-                    ("maximum up", provider.aggregate.up.map(|rate| rate.to_string())),
-                ])
+                ];
+                pairs.extend(contract::pairs(&provider.contract));
+                output.pairs(pairs)
             })
         }
         Verb::Remove { name } => {

@@ -331,7 +331,10 @@ fn exit_statuses_tell_refusals_failures_and_absence_apart() {
         ],
     );
     assert_eq!(too_much.status, 1);
-    assert!(too_much.err.contains("aggregate of provider acme downstream: asked 90 Mbit/s"), "{too_much:?}");
+    assert!(
+        too_much.err.contains("contract of provider acme, guaranteed downstream: asked 90 Mbit/s"),
+        "{too_much:?}"
+    );
 
     daemon.recorder.record().refuse = 1;
     let failed = qos(&socket, &GRANT);

@@ -4,6 +4,7 @@
 //! field and the value; nothing behind the edge checks again. No IO, no kernel, no store.
 
 pub mod allocation;
+pub mod contract;
 pub mod dscp;
 pub mod duration;
 pub mod level;
@@ -14,6 +15,7 @@ pub mod session;
 pub mod units;
 
 pub use allocation::{Allocation, AllocationId, Status};
+pub use contract::Contract;
 pub use level::{Directed, Enforcement, Level, Profile, SMALLEST_IPV6_MTU, SMALLEST_MTU};
 pub use name::Name;
 pub use provider::{Application, Provider, ProviderKind};

@@ -3,9 +3,8 @@
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::level::Directed;
+use super::contract::Contract;
 use super::name::Name;
-use super::units::BitsPerSecond;
 
 /// What a provider is, and so which side of a flow is its own to claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -27,8 +26,8 @@ pub struct Provider {
     pub kind: ProviderKind,
     /// Prefixes that its selectors may name on its side of a flow.
     pub networks: Vec<IpNet>,
-    /// What all its allocations together may carry.
-    pub aggregate: Directed<Option<BitsPerSecond>>,
+    /// What it may have.
+    pub contract: Contract,
     /// Index in the kernel's map, 1 to 1,023.
     pub slot: u16,
 }
@@ -41,6 +40,8 @@ pub struct Application {
     pub provider: Name,
     /// Unique among the provider's applications.
     pub name: Name,
+    /// What it may have of what its provider has.
+    pub contract: Contract,
     /// Index in the kernel's map, 1 to 4,095.
     pub slot: u16,
 }

@@ -1368,12 +1368,12 @@ fn allocation_rules(allocation: &Allocation) -> Vec<Rule> {
 }
 
 fn provider_record(provider: &crate::domain::Provider) -> abi::Provider {
-    let meter = |direction| {
-        provider
-            .aggregate
-            .get(direction)
-            .map_or(Meter::UNSET, |rate| Meter::new(rate.0, rate.bytes_in(AGGREGATE_BURST_NS).max(2 * 1_514)))
-    };
+    let meter =
+        |direction| {
+            provider.contract.maximum.get(direction).map_or(Meter::UNSET, |rate| {
+                Meter::new(rate.0, rate.bytes_in(AGGREGATE_BURST_NS).max(2 * 1_514))
+            })
+        };
     abi::Provider {
         name: padded(&provider.name),
         aggregate: Direction::BOTH.map(meter),

@@ -10,6 +10,7 @@ use qos_common::clock::{MAX_RATE, MIN_RATE};
 use qos_common::length::ETHERNET_OVERHEAD;
 
 use super::capacity::{PRIORITIES, SLOWEST_LINE, Share};
+use super::contract::{Party, check_contract, left_behind};
 use super::grant::{check_profile, grant};
 use super::state::{link_delay_ns, span};
 use super::{
@@ -18,7 +19,7 @@ use super::{
 };
 use crate::domain::selector::check_prefix;
 use crate::domain::{
-    AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider, Session,
+    AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Name, Profile, Provider, Session,
 };
 
 /// Decides what follows from `command` at `now`. Nothing is changed by it.
@@ -33,7 +34,13 @@ pub fn decide(state: &State, command: &Command, now: Timestamp) -> Result<Decisi
     match command {
         Command::AddProvider(new) => add_provider(state, new),
         Command::RemoveProvider { name } => remove_provider(state, name),
-        Command::AddApplication { provider, name } => add_application(state, provider, name),
+        Command::AddApplication { provider, name, contract } => {
+            add_application(state, provider, name, contract)
+        }
+        Command::ChangeContract { provider, application, contract, was } => {
+            let party = Party { provider: provider.clone(), application: application.clone() };
+            change_contract(state, &party, contract, was.as_ref())
+        }
         Command::RemoveApplication { provider, name } => remove_application(state, provider, name),
         Command::AddSession(new) => add_session(state, new),
         Command::RemoveSession { name } => remove_session(state, name),
@@ -51,15 +58,7 @@ fn add_provider(state: &State, new: &NewProvider) -> Result<Decision, Refusal> {
     }
     check_prefixes("networks", &new.networks)?;
     let mut warnings = Vec::new();
-    for direction in Direction::BOTH {
-        let Some(aggregate) = *new.aggregate.get(direction) else { continue };
-        check_rate(&format!("aggregate.{}", direction_field(direction)), aggregate)?;
-        let link = *state.network.link.get(direction);
-        if aggregate > link {
-            let word = direction_word(direction);
-            warnings.push(format!("aggregate {word}: {aggregate} is above the link's {link}"));
-        }
-    }
+    check_contract(state, &new.contract, &mut warnings)?;
     for other in state.providers.values().filter(|other| other.kind == new.kind) {
         let shared = new.networks.iter().find(|network| {
             other.networks.iter().any(|known| known.contains(*network) || network.contains(known))
@@ -72,7 +71,7 @@ fn add_provider(state: &State, new: &NewProvider) -> Result<Decision, Refusal> {
         name: new.name.clone(),
         kind: new.kind,
         networks: new.networks.clone(),
-        aggregate: new.aggregate,
+        contract: new.contract.clone(),
         slot: free_slot(state, SlotKind::Provider)?,
     };
     Ok(Decision { changes: vec![Change::PutProvider(provider)], warnings })
@@ -87,14 +86,50 @@ fn remove_provider(state: &State, name: &Name) -> Result<Decision, Refusal> {
     Ok(only(Change::DeleteProvider(name.clone())))
 }
 
-fn add_application(state: &State, provider: &Name, name: &Name) -> Result<Decision, Refusal> {
+fn add_application(
+    state: &State,
+    provider: &Name,
+    name: &Name,
+    contract: &Contract,
+) -> Result<Decision, Refusal> {
     find_provider(state, "provider", provider)?;
     if state.applications.contains_key(&(provider.clone(), name.clone())) {
         return Err(exists("name", &format!("application of provider {provider}"), name));
     }
+    let mut warnings = Vec::new();
+    check_contract(state, contract, &mut warnings)?;
     let slot = free_slot(state, SlotKind::Application)?;
-    let application = Application { provider: provider.clone(), name: name.clone(), slot };
-    Ok(only(Change::PutApplication(application)))
+    let (provider, name, contract) = (provider.clone(), name.clone(), contract.clone());
+    let application = Application { provider, name, contract, slot };
+    Ok(Decision { changes: vec![Change::PutApplication(application)], warnings })
+}
+
+fn change_contract(
+    state: &State,
+    party: &Party,
+    contract: &Contract,
+    was: Option<&Contract>,
+) -> Result<Decision, Refusal> {
+    let provider = find_provider(state, "provider", &party.provider)?;
+    let application = match &party.application {
+        Some(name) => Some(find_application(state, "application", &party.provider, name)?),
+        None => None,
+    };
+    let now = application.map_or(&provider.contract, |application| &application.contract);
+    if was.is_some_and(|was| was != now) {
+        let message =
+            format!("contract of {party}: it was changed by somebody else meanwhile; look at it again");
+        return Err(Refusal::new(RefusalCode::Conflict, "was", party, message));
+    }
+    let mut warnings = Vec::new();
+    check_contract(state, contract, &mut warnings)?;
+    warnings.extend(left_behind(state, party, contract));
+    let contract = contract.clone();
+    let change = match application {
+        Some(application) => Change::PutApplication(Application { contract, ..application.clone() }),
+        None => Change::PutProvider(Provider { contract, ..provider.clone() }),
+    };
+    Ok(Decision { changes: vec![change], warnings })
 }
 
 fn remove_application(state: &State, provider: &Name, name: &Name) -> Result<Decision, Refusal> {

@@ -8,6 +8,7 @@ use qos_common::classify::{Direction, Family, MAX_SELECTORS};
 use qos_common::clock::Meter;
 
 use super::capacity::{PRIORITIES, Share};
+use super::contract;
 use super::decide::{check_rate, find_application, find_provider, free_slot, given, list};
 use super::overlap::{Relation, allocation as allocation_of, precedence as precedence_of};
 use super::state::{line_delay_ns, link_delay_ns, microseconds, rules};
@@ -30,9 +31,10 @@ const MOST_COMPARED: usize = 20_000;
 
 pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Result<Decision, Refusal> {
     let provider = find_provider(state, "provider", &request.provider)?;
-    if let Some(application) = &request.application {
-        find_application(state, "application", &request.provider, application)?;
-    }
+    let application = match &request.application {
+        Some(name) => Some(find_application(state, "application", &request.provider, name)?),
+        None => None,
+    };
     let profile = find_profile(state, request.profile.as_ref())?;
     check_selectors(&request.selectors)?;
     check_claims(provider, &request.selectors)?;
@@ -59,6 +61,7 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
     };
     allocation.class = class(state, &allocation)?;
     check_rules(state, &allocation, &mut warnings)?;
+    contract::admit(state, provider, application, &allocation)?;
     admit(state, provider, session, &allocation, &mut warnings)?;
     allocation.delay_bound_us = check_delay(state, session, &allocation, &mut warnings)?;
     check_loss(session, &allocation, &mut warnings)?;
@@ -483,12 +486,6 @@ fn admit(
             }
             warnings.push(format!("{word}: the guarantee is soft, the gateway does not send into the line"));
         }
-        if let (Some(asked), Some(aggregate)) = (guaranteed, *provider.aggregate.get(direction)) {
-            let promised = state.index.guaranteed(&provider.name, direction);
-            let left = BitsPerSecond(aggregate.0.saturating_sub(promised.0));
-            let resource = format!("aggregate of provider {}", provider.name);
-            refuse_beyond(&resource, allocation, direction, asked, left)?;
-        }
         if let Some(share) = Share::of(&state.network, session, allocation, direction) {
             let asked = BitsPerSecond(share.rate);
             if let Some(session) = session {
@@ -536,10 +533,10 @@ fn warn_of_maximum(
     let Some(maximum) = *level.maximum.get(direction) else { return };
     let line = session
         .map(|session| (format!("line {}", session.name), state.network.line_speed(session, direction)));
-    let aggregate =
-        provider.aggregate.get(direction).map(|aggregate| ("provider's aggregate".to_owned(), aggregate));
+    let contract =
+        provider.contract.maximum.get(direction).map(|most| ("provider's contract".to_owned(), most));
     let limits =
-        line.into_iter().chain([("link".to_owned(), *state.network.link.get(direction))]).chain(aggregate);
+        line.into_iter().chain([("link".to_owned(), *state.network.link.get(direction))]).chain(contract);
     if let Some((what, speed)) = limits.min_by_key(|(_, speed)| *speed).filter(|(_, speed)| *speed < maximum)
     {
         warnings.push(format!(

@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use self::report::{Explanation, GatewayStatus, Statistics};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider,
-    ProviderKind, Selector, Session,
+    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Name, Profile,
+    Provider, ProviderKind, Selector, Session,
 };
 
 pub mod capacity;
+mod contract;
 mod decide;
 mod grant;
 mod overlap;
@@ -79,6 +80,19 @@ pub enum Command {
         provider: Name,
         /// Its name.
         name: Name,
+        /// What it may have of what its provider has.
+        contract: Contract,
+    },
+    /// Changes the contract of a provider, or of one of its applications. What is granted stays.
+    ChangeContract {
+        /// Whose, or whose application's.
+        provider: Name,
+        /// The application; none: the provider's own.
+        application: Option<Name>,
+        /// What it may have from now on.
+        contract: Contract,
+        /// What it had when the asker looked; refused where it has changed since. None: whatever it was.
+        was: Option<Contract>,
     },
     /// Removes an application that has no allocation.
     RemoveApplication {
@@ -122,9 +136,9 @@ pub struct NewProvider {
     pub kind: ProviderKind,
     /// Prefixes it may claim.
     pub networks: Vec<ipnet::IpNet>,
-    /// What all its allocations together may carry.
+    /// What it may have.
     #[serde(default)]
-    pub aggregate: Directed<Option<BitsPerSecond>>,
+    pub contract: Contract,
 }
 
 /// A session to name.

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use qos_common::classify::Rule;
 
 use super::capacity::{Load, PRIORITIES, Share};
+use super::contract::TakenByParty;
 use super::overlap::RuleIndex;
 use super::slots::{FreeSlots, SlotKind};
 use super::{Change, Network};
@@ -313,8 +314,8 @@ pub(super) struct Index {
     /// All classes under the link: lines' rests, allocations, the default.
     pub(super) link: Directed<Load>,
     pub(super) lines: BTreeMap<Name, Line>,
-    /// Sum of each provider's guarantees, in bit/s.
-    guaranteed: BTreeMap<Name, Directed<u64>>,
+    /// What allocations take of contracts.
+    pub(super) taken: TakenByParty,
     /// By priority: the delay that the link may add before a delay budget is broken, in ns. A line
     /// has one entry for its tightest budget, an allocation on no line one of its own.
     room: [BTreeSet<(u64, AllocationId)>; PRIORITIES],
@@ -348,7 +349,7 @@ impl Index {
         Self {
             link,
             lines: BTreeMap::new(),
-            guaranteed: BTreeMap::new(),
+            taken: TakenByParty::default(),
             room: Default::default(),
             addresses: BTreeMap::new(),
             prefix_lengths: BTreeMap::new(),
@@ -356,11 +357,6 @@ impl Index {
             expiries: BTreeSet::new(),
             mtus: 0,
         }
-    }
-
-    /// Sum of a provider's guarantees.
-    pub(super) fn guaranteed(&self, provider: &Name, direction: Direction) -> BitsPerSecond {
-        BitsPerSecond(self.guaranteed.get(provider).map_or(0, |sums| *sums.get(direction)))
     }
 
     /// The session that holds all of `prefix`.
@@ -415,11 +411,8 @@ impl Index {
             if let Some(share) = Share::of(network, None, allocation, direction) {
                 self.link.get_mut(direction).add(&share);
             }
-            if let Some(guaranteed) = allocation.level.guaranteed.get(direction) {
-                let sums = self.guaranteed.entry(allocation.provider.clone()).or_default();
-                *sums.get_mut(direction) += guaranteed.0;
-            }
         }
+        self.taken.add(allocation);
         if let Some(session) = session {
             let line = self.lines.entry(session.name.clone()).or_default();
             line.allocations.insert(allocation.id);
@@ -448,15 +441,8 @@ impl Index {
             if let Some(share) = Share::of(network, None, allocation, direction) {
                 self.link.get_mut(direction).remove(&share);
             }
-            if let Some(guaranteed) = allocation.level.guaranteed.get(direction)
-                && let Some(sums) = self.guaranteed.get_mut(&allocation.provider)
-            {
-                *sums.get_mut(direction) -= guaranteed.0;
-                if *sums == Directed::default() {
-                    self.guaranteed.remove(&allocation.provider);
-                }
-            }
         }
+        self.taken.remove(allocation);
         if let Some(line) = session.and_then(|session| self.lines.get_mut(&session.name)) {
             line.allocations.remove(&allocation.id);
             for direction in Direction::BOTH {

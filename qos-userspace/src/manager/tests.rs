@@ -13,8 +13,8 @@ use super::{
     Refusal, RefusalCode, SlotKind, State, capacity, decide,
 };
 use crate::domain::{
-    Allocation, AllocationId, BitsPerSecond, ByteCount, Directed, Direction, Enforcement, Level, LinkLayer,
-    Name, Profile, ProviderKind, Status, selector,
+    Allocation, AllocationId, BitsPerSecond, ByteCount, Contract, Directed, Direction, Enforcement, Level,
+    LinkLayer, Name, Profile, ProviderKind, Status, selector,
 };
 
 pub(crate) fn network() -> Network {
@@ -47,8 +47,12 @@ fn provider(text: &str, kind: ProviderKind, networks: &[&str]) -> NewProvider {
         name: name(text),
         kind,
         networks: networks.iter().map(|network| network.parse().unwrap()).collect(),
-        aggregate: Directed::default(),
+        contract: Contract::default(),
     }
+}
+
+fn add_application(provider: &str, text: &str) -> Command {
+    Command::AddApplication { provider: name(provider), name: name(text), contract: Contract::default() }
 }
 
 fn session(text: &str, addresses: &[&str], down: &str, up: &str) -> NewSession {
@@ -128,7 +132,7 @@ pub(crate) fn town() -> (State, Vec<Change>) {
     let changes = [
         Command::AddProvider(acme),
         Command::AddProvider(isp),
-        Command::AddApplication { provider: name("acme"), name: name("video") },
+        add_application("acme", "video"),
         Command::AddSession(line),
         Command::AddSession(slow),
         Command::PutProfile(voice),
@@ -481,16 +485,16 @@ fn capacity_is_given_out_once() {
 }
 
 #[test]
-fn a_provider_stays_within_its_aggregate() {
+fn a_provider_stays_within_its_contract() {
     let mut state = town().0;
-    let aggregate = Directed { up: None, down: Some(rate("10mbit")) };
-    let new = NewProvider { aggregate, ..provider("tiny", ProviderKind::Application, &["203.0.113.0/24"]) };
+    let contract = Contract { maximum: down_only("10mbit"), ..Contract::default() };
+    let new = NewProvider { contract, ..provider("tiny", ProviderKind::Application, &["203.0.113.0/24"]) };
     carry_out(&mut state, Command::AddProvider(new));
     let asked = |flows: &str, down: &str| GrantRequest { level: guaranteed(down), ..request("tiny", flows) };
     grant(&mut state, asked("down from 203.0.113.1 to 192.0.2.1", "6mbit"));
     assert_eq!(
         refused_grant(&state, asked("down from 203.0.113.2 to 192.0.2.1", "5mbit")).message,
-        "aggregate of provider tiny downstream: asked 5 Mbit/s, left 4 Mbit/s"
+        "contract of provider tiny, guaranteed downstream: asked 5 Mbit/s, left 4 Mbit/s of 10 Mbit/s"
     );
     let level =
         LevelRequest { maximum: Directed { up: None, down: Some(rate("15mbit")) }, ..guaranteed("1mbit") };
@@ -498,8 +502,183 @@ fn a_provider_stays_within_its_aggregate() {
         warnings(&state, GrantRequest { level, ..request("tiny", "down from 203.0.113.3 to 192.0.2.1") });
     assert_eq!(
         found,
-        ["downstream: the maximum of 15 Mbit/s can't be reached, the provider's aggregate has 10 Mbit/s"]
+        ["downstream: the maximum of 15 Mbit/s can't be reached, the provider's contract has 10 Mbit/s"]
     );
+}
+
+fn down_only(down: &str) -> Directed<Option<BitsPerSecond>> {
+    Directed { up: None, down: Some(rate(down)) }
+}
+
+/// A provider `tiny` with an application `chat`, and who is asked for under which contracts.
+fn contracted(contract: Contract, application: Contract) -> State {
+    let mut state = town().0;
+    let new = NewProvider { contract, ..provider("tiny", ProviderKind::Application, &["203.0.113.0/24"]) };
+    carry_out(&mut state, Command::AddProvider(new));
+    let (provider, text) = (name("tiny"), name("chat"));
+    carry_out(&mut state, Command::AddApplication { provider, name: text, contract: application });
+    state
+}
+
+/// What `tiny` asks for one of its servers.
+fn asked_of(server: u8, level: LevelRequest, application: Option<&str>) -> GrantRequest {
+    let flows = format!("down from 203.0.113.{server} to 192.0.2.1");
+    GrantRequest { level, application: application.map(name), ..request("tiny", &flows) }
+}
+
+#[test]
+fn different_contracts_answer_the_same_request_differently() {
+    let open = Contract::default;
+    let guaranteed_most = Contract { guaranteed: down_only("3mbit"), ..open() };
+    let maximum_most = Contract { maximum: down_only("3mbit"), ..open() };
+    let level = LevelRequest { maximum: down_only("2mbit"), ..guaranteed("2mbit") };
+    let unbounded = guaranteed("1mbit");
+    let profiles = |names: &[&str]| Some(names.iter().map(|text| name(text)).collect());
+    let cases: Vec<(Contract, Contract, Option<&str>, LevelRequest, Result<u32, (RefusalCode, &str)>)> = vec![
+        (open(), open(), None, level.clone(), Ok(2)),
+        (
+            guaranteed_most.clone(),
+            open(),
+            None,
+            level.clone(),
+            Err((
+                RefusalCode::InsufficientCapacity,
+                "contract of provider tiny, guaranteed downstream: asked 2 Mbit/s, left 1 Mbit/s of 3 Mbit/s",
+            )),
+        ),
+        (open(), guaranteed_most.clone(), None, level.clone(), Ok(2)),
+        (
+            open(),
+            guaranteed_most,
+            Some("chat"),
+            level.clone(),
+            Err((
+                RefusalCode::InsufficientCapacity,
+                "contract of application chat of provider tiny, guaranteed downstream: asked 2 Mbit/s, left 1 Mbit/s of 3 Mbit/s",
+            )),
+        ),
+        (maximum_most.clone(), open(), None, unbounded.clone(), Ok(2)),
+        (
+            open(),
+            maximum_most,
+            Some("chat"),
+            unbounded,
+            Err((
+                RefusalCode::Invalid,
+                "level.maximum.down: nothing is asked for, and the contract of application chat of provider tiny sums maxima to 3 Mbit/s: name one",
+            )),
+        ),
+        (
+            Contract { best_priority: 5, ..open() },
+            open(),
+            None,
+            level.clone(),
+            Err((
+                RefusalCode::Forbidden,
+                "level.priority: 4 is better than 5, the best in the contract of provider tiny",
+            )),
+        ),
+        (Contract { best_priority: 4, ..open() }, open(), None, level.clone(), Ok(2)),
+        (
+            Contract { profiles: profiles(&["voice"]), ..open() },
+            open(),
+            None,
+            level.clone(),
+            Err((
+                RefusalCode::Forbidden,
+                "profile: none is not in the contract of provider tiny, which has voice",
+            )),
+        ),
+        (
+            Contract { profiles: profiles(&[]), ..open() },
+            open(),
+            None,
+            level.clone(),
+            Err((
+                RefusalCode::Forbidden,
+                "profile: none is not in the contract of provider tiny, which has no profile",
+            )),
+        ),
+        (
+            Contract { allocations: Some(0), ..open() },
+            open(),
+            None,
+            level.clone(),
+            Err((
+                RefusalCode::InsufficientCapacity,
+                "contract of provider tiny: asked one allocation more, and 0 of 0 are in use",
+            )),
+        ),
+        (
+            open(),
+            Contract { allocations: Some(1), ..open() },
+            Some("chat"),
+            level,
+            Err((
+                RefusalCode::InsufficientCapacity,
+                "contract of application chat of provider tiny: asked one allocation more, and 1 of 1 are in use",
+            )),
+        ),
+    ];
+    for (provider, application, asker, level, expected) in cases {
+        let case = format!("{provider:?} {application:?} {asker:?}");
+        let mut state = contracted(provider, application);
+        let mut outcome = Ok(0);
+        // The second is asked beside the first.
+        for server in 1..=2 {
+            let asked = Command::Grant(Box::new(asked_of(server, level.clone(), asker)));
+            match decide(&state, &asked, now()) {
+                Ok(decision) => {
+                    decision.changes.iter().for_each(|change| state.apply(change));
+                    outcome = outcome.map(|granted| granted + 1);
+                }
+                Err(refusal) => {
+                    outcome = Err((refusal.code, refusal.message));
+                    break;
+                }
+            }
+        }
+        assert_eq!(outcome, expected.map_err(|(code, message)| (code, message.to_owned())), "{case}");
+    }
+}
+
+#[test]
+fn a_changed_contract_leaves_what_is_granted_and_tells_what_it_would_not_admit() {
+    let mut state = contracted(Contract::default(), Contract::default());
+    for server in 1..=2 {
+        grant(&mut state, asked_of(server, guaranteed("2mbit"), Some("chat")));
+    }
+    let change = |application: Option<&str>, contract: Contract, was: Option<Contract>| {
+        let (provider, application) = (name("tiny"), application.map(name));
+        Command::ChangeContract { provider, application, contract, was }
+    };
+    let narrow = Contract { guaranteed: down_only("3mbit"), best_priority: 5, ..Contract::default() };
+    for asker in [None, Some("chat")] {
+        let decision =
+            decide(&state, &change(asker, narrow.clone(), Some(Contract::default())), now()).unwrap();
+        let [summary, first, second] = &decision.warnings[..] else { panic!("{:?}", decision.warnings) };
+        assert_eq!(summary, "guaranteed downstream: 4 Mbit/s in use, 3 Mbit/s in the contract");
+        for (id, text) in [(1, first), (2, second)] {
+            assert!(text.starts_with(&format!("allocation {id} on line dsl-1: level.priority: 4")), "{text}");
+        }
+    }
+    carry_out(&mut state, change(None, narrow.clone(), None));
+    assert_eq!(state.allocations.len(), 2);
+    let refusal =
+        decide(&state, &change(None, Contract::default(), Some(Contract::default())), now()).unwrap_err();
+    assert_eq!((refusal.code, refusal.field.as_deref()), (RefusalCode::Conflict, Some("was")));
+    carry_out(&mut state, change(None, Contract::default(), Some(narrow)));
+    for (contract, field) in [
+        (Contract { best_priority: 8, ..Contract::default() }, "contract.best_priority"),
+        (Contract { profiles: Some([name("nothing")].into()), ..Contract::default() }, "contract.profiles"),
+        (
+            Contract { guaranteed: down_only("2mbit"), maximum: down_only("1mbit"), ..Contract::default() },
+            "contract.guaranteed.down",
+        ),
+    ] {
+        let refusal = decide(&state, &change(None, contract, None), now()).unwrap_err();
+        assert_eq!(refusal.field.as_deref(), Some(field), "{refusal}");
+    }
 }
 
 #[test]
@@ -719,8 +898,8 @@ fn registrations_are_checked() {
         grant(&mut state, GrantRequest { application: Some(name("video")), ..request("acme", TO_DSL_1) });
     assert_eq!(granted.id.0, 1);
     let kind = ProviderKind::Application;
-    let aggregate = |down: &str| NewProvider {
-        aggregate: Directed { up: None, down: Some(rate(down)) },
+    let limited = |down: &str| NewProvider {
+        contract: Contract { maximum: down_only(down), ..Contract::default() },
         ..provider("new", kind, &["203.0.113.0/24"])
     };
     let line = |addresses: &[&str]| Command::AddSession(session("new", addresses, "10mbit", "1mbit"));
@@ -760,8 +939,14 @@ fn registrations_are_checked() {
             "203.0.113.0/24",
             "named twice",
         ),
-        (Command::AddProvider(aggregate("0")), Invalid, "aggregate.down", "0 bit/s", "is zero"),
-        (Command::AddProvider(aggregate("500gbit")), Invalid, "aggregate.down", "500 Gbit/s", "400 Gbit/s"),
+        (Command::AddProvider(limited("0")), Invalid, "contract.maximum.down", "0 bit/s", "is zero"),
+        (
+            Command::AddProvider(limited("500gbit")),
+            Invalid,
+            "contract.maximum.down",
+            "500 Gbit/s",
+            "400 Gbit/s",
+        ),
         (Command::RemoveProvider { name: name("nobody") }, NotFound, "name", "nobody", "no provider nobody"),
         (
             Command::RemoveProvider { name: name("acme") },
@@ -770,20 +955,8 @@ fn registrations_are_checked() {
             "acme",
             "in use by application video",
         ),
-        (
-            Command::AddApplication { provider: name("nobody"), name: name("x") },
-            NotFound,
-            "provider",
-            "nobody",
-            "no provider",
-        ),
-        (
-            Command::AddApplication { provider: name("acme"), name: name("video") },
-            Conflict,
-            "name",
-            "video",
-            "already",
-        ),
+        (add_application("nobody", "x"), NotFound, "provider", "nobody", "no provider"),
+        (add_application("acme", "video"), Conflict, "name", "video", "already"),
         (
             Command::RemoveApplication { provider: name("acme"), name: name("games") },
             NotFound,
@@ -1075,12 +1248,26 @@ fn any_rates(
 }
 
 fn any_provider(number: u8) -> impl Strategy<Value = Command> {
-    let aggregate = any_rates((0.3, 0.3), &["3mbit", "8mbit", "30mbit"]);
-    (any::<bool>(), aggregate).prop_map(move |(application, aggregate)| {
+    (any::<bool>(), any_contract()).prop_map(move |(application, contract)| {
         let kind = if application { ProviderKind::Application } else { ProviderKind::Network };
         let networks = &["0.0.0.0/0", "::/0"];
-        Command::AddProvider(NewProvider { aggregate, ..provider(&format!("p{number}"), kind, networks) })
+        Command::AddProvider(NewProvider { contract, ..provider(&format!("p{number}"), kind, networks) })
     })
+}
+
+fn any_contract() -> impl Strategy<Value = Contract> {
+    let maximum = any_rates((0.3, 0.3), &["3mbit", "8mbit", "30mbit"]);
+    let guaranteed = any_rates((0.2, 0.2), &["1mbit", "2mbit"]);
+    let allocations = prop::option::weighted(0.2, 0u32..4);
+    (maximum, guaranteed, 0u8..3, allocations).prop_map(
+        |(maximum, guaranteed, best_priority, allocations)| Contract {
+            guaranteed,
+            maximum,
+            best_priority,
+            profiles: None,
+            allocations,
+        },
+    )
 }
 
 fn any_session(number: u8) -> impl Strategy<Value = Command> {
@@ -1140,7 +1327,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     prop_oneof![
         1 => (1u8..=3).prop_flat_map(any_provider),
         1 => provider_name().prop_map(|name| Command::RemoveProvider { name }),
-        1 => provider_name().prop_map(|provider| Command::AddApplication { provider, name: name("app") }),
+        1 => provider_name().prop_map(|provider| add_application(provider.as_str(), "app")),
         1 => provider_name().prop_map(|provider| Command::RemoveApplication { provider, name: name("app") }),
         1 => (1u8..=4).prop_flat_map(any_session),
         1 => (1u8..=4).prop_map(|number| Command::RemoveSession { name: name(&format!("s{number}")) }),
@@ -1168,11 +1355,14 @@ fn check(state: &State) {
         on_link += state.allocations.values().map(|other| guaranteed_of(&other)).sum::<u64>();
         assert!(on_link <= network.link.get(direction).0, "link {direction:?}: {on_link}");
         for provider in state.providers.values() {
-            let own = state.allocations.values().filter(|other| other.provider == provider.name);
-            let sum: u64 = own.map(|other| guaranteed_of(&other)).sum();
-            if let Some(aggregate) = provider.aggregate.get(direction) {
-                assert!(sum <= aggregate.0, "provider {}: {sum} of {aggregate}", provider.name);
+            let own = || state.allocations.values().filter(|other| other.provider == provider.name);
+            let sum: u64 = own().map(|other| guaranteed_of(&other)).sum();
+            let Contract { guaranteed, maximum, best_priority, allocations, .. } = &provider.contract;
+            for most in [guaranteed.get(direction), maximum.get(direction)].into_iter().flatten() {
+                assert!(sum <= most.0, "provider {}: {sum} of {most}", provider.name);
             }
+            assert!(own().all(|allocation| allocation.level.priority >= *best_priority));
+            assert!(allocations.is_none_or(|most| own().count() <= most as usize));
         }
     }
     assert_eq!((state.overcommitted(), state.broken_delays()), (vec![], vec![]));

@@ -24,8 +24,8 @@ use super::{Store, StoreError};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::session::link_layer;
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Directed, Enforcement, Level, Profile,
-    Provider, ProviderKind, Selector, Session, Status, dscp,
+    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, Directed, Enforcement, Level,
+    Profile, Provider, ProviderKind, Selector, Session, Status, dscp,
 };
 use crate::manager::{Change, Network, SlotKind, State};
 
@@ -36,8 +36,12 @@ pub const HISTORY_LIMIT: u32 = 100_000;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Statement `n` brings a file of version `n` to version `n + 1`.
-const MIGRATIONS: [&str; 3] =
-    [include_str!("schema-1.sql"), include_str!("schema-2.sql"), include_str!("schema-3.sql")];
+const MIGRATIONS: [&str; 4] = [
+    include_str!("schema-1.sql"),
+    include_str!("schema-2.sql"),
+    include_str!("schema-3.sql"),
+    include_str!("schema-4.sql"),
+];
 
 /// An SQLite file that this process owns.
 #[derive(Debug)]
@@ -473,22 +477,38 @@ fn provider_columns(provider: &Provider) -> Vec<Column> {
         ProviderKind::Application => "application",
         ProviderKind::Network => "network",
     };
-    vec![
+    let mut columns = vec![
         ("name", text(&provider.name)),
         ("kind", text(kind)),
         ("networks", json(&provider.networks)),
-        ("aggregate_up", option(provider.aggregate.up, |rate| integer(rate.0))),
-        ("aggregate_down", option(provider.aggregate.down, |rate| integer(rate.0))),
         ("slot", integer(provider.slot.into())),
+    ];
+    columns.extend(contract_columns(&provider.contract));
+    columns
+}
+
+fn contract_columns(contract: &Contract) -> [Column; 7] {
+    let rate = |rate: Option<BitsPerSecond>| option(rate, |rate| integer(rate.0));
+    let profiles = contract.profiles.as_ref().map(|names| names.iter().collect::<Vec<_>>());
+    [
+        ("guaranteed_up", rate(contract.guaranteed.up)),
+        ("guaranteed_down", rate(contract.guaranteed.down)),
+        ("maximum_up", rate(contract.maximum.up)),
+        ("maximum_down", rate(contract.maximum.down)),
+        ("best_priority", integer(contract.best_priority.into())),
+        ("profiles", option(profiles, |names| json(&names))),
+        ("allocations", option(contract.allocations, |most| integer(most.into()))),
     ]
 }
 
 fn application_columns(application: &Application) -> Vec<Column> {
-    vec![
+    let mut columns = vec![
         ("provider", text(&application.provider)),
         ("name", text(&application.name)),
         ("slot", integer(application.slot.into())),
-    ]
+    ];
+    columns.extend(contract_columns(&application.contract));
+    columns
 }
 
 fn session_columns(session: &Session) -> Vec<Column> {
@@ -609,6 +629,13 @@ impl Reader<'_, '_> {
         serde_json::from_str(&text).map_err(|error| format!("column {column}: {error}"))
     }
 
+    fn json_option<T: serde::de::DeserializeOwned>(&self, column: &str) -> Result<Option<T>, String> {
+        let text: Option<String> = self.get(column)?;
+        let read =
+            |text: String| serde_json::from_str(&text).map_err(|error| format!("column {column}: {error}"));
+        text.map(read).transpose()
+    }
+
     fn slot(&self, column: &str, kind: SlotKind) -> Result<u16, String> {
         self.slot_option(column, kind)?.ok_or_else(|| format!("column {column}: nothing is there"))
     }
@@ -647,7 +674,7 @@ fn read_provider(row: &Reader<'_, '_>) -> Result<Provider, String> {
             other => return Err(format!("column kind: `{other}` is not known")),
         },
         networks: row.json("networks")?,
-        aggregate: row.rates("aggregate_up", "aggregate_down")?,
+        contract: read_contract(row)?,
         slot: row.slot("slot", SlotKind::Provider)?,
     })
 }
@@ -656,7 +683,22 @@ fn read_application(row: &Reader<'_, '_>) -> Result<Application, String> {
     Ok(Application {
         provider: row.parse("provider")?,
         name: row.parse("name")?,
+        contract: read_contract(row)?,
         slot: row.slot("slot", SlotKind::Application)?,
+    })
+}
+
+fn read_contract(row: &Reader<'_, '_>) -> Result<Contract, String> {
+    let best_priority = row.number("best_priority")?;
+    if best_priority > LAST_PRIORITY {
+        return Err(format!("column best_priority: {best_priority} is out of range"));
+    }
+    Ok(Contract {
+        guaranteed: row.rates("guaranteed_up", "guaranteed_down")?,
+        maximum: row.rates("maximum_up", "maximum_down")?,
+        best_priority,
+        profiles: row.json_option("profiles")?,
+        allocations: row.number_option("allocations")?,
     })
 }
 

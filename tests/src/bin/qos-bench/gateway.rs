@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use qos_tests::topology::{LAN, WAN};
 use qos_userspace::domain::selector::Selector;
-use qos_userspace::domain::{BitsPerSecond, Directed, Enforcement, ProviderKind};
+use qos_userspace::domain::{BitsPerSecond, Contract, Directed, Enforcement, ProviderKind};
 use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
 use qos_userspace::manager::capacity::SMALLEST_REST;
 use qos_userspace::manager::{
@@ -64,7 +64,7 @@ pub(crate) fn add_provider(state: &mut State, name: &str, network: IpNet) -> Res
         name: name.parse()?,
         kind: ProviderKind::Application,
         networks: vec![network],
-        aggregate: Directed { up: Some(CAPACITY), down: None },
+        contract: Contract { maximum: Directed { up: Some(CAPACITY), down: None }, ..Contract::default() },
     };
     decide(state, &Command::AddProvider(provider)).map(drop)
 }

@@ -1,0 +1,15 @@
+-- Contracts: what a provider, or one of its applications, may have.
+ALTER TABLE providers RENAME COLUMN aggregate_up TO maximum_up;
+ALTER TABLE providers RENAME COLUMN aggregate_down TO maximum_down;
+ALTER TABLE providers ADD COLUMN guaranteed_up INTEGER;
+ALTER TABLE providers ADD COLUMN guaranteed_down INTEGER;
+ALTER TABLE providers ADD COLUMN best_priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE providers ADD COLUMN profiles TEXT; -- JSON list of names; none: all
+ALTER TABLE providers ADD COLUMN allocations INTEGER;
+ALTER TABLE applications ADD COLUMN maximum_up INTEGER;
+ALTER TABLE applications ADD COLUMN maximum_down INTEGER;
+ALTER TABLE applications ADD COLUMN guaranteed_up INTEGER;
+ALTER TABLE applications ADD COLUMN guaranteed_down INTEGER;
+ALTER TABLE applications ADD COLUMN best_priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE applications ADD COLUMN profiles TEXT;
+ALTER TABLE applications ADD COLUMN allocations INTEGER;
