@@ -192,9 +192,9 @@ fn lists_are_printed_as_tables() {
     assert_prints(
         &must(&daemon, &["provider", "list"]),
         "
-        NAME  KIND          MAX DOWN  MAX UP  NETWORKS
-        acme  application  50 Mbit/s       -  203.0.113.0/24, 2001:db8:a::/48
-        isp   network              -       -  192.0.2.0/24
+        NAME  KIND         NETWORKS                         GUARANTEED DOWN   MAX DOWN  GUARANTEED UP  MAX UP  BEST PRIORITY  PROFILES  ALLOCATIONS
+        acme  application  203.0.113.0/24, 2001:db8:a::/48                -  50 Mbit/s              -       -              0  all                 -
+        isp   network      192.0.2.0/24                                   -          -              -       -              0  all                 -
         ",
     );
     assert_prints(
@@ -221,8 +221,8 @@ fn lists_are_printed_as_tables() {
     assert_prints(
         &must(&daemon, &["app", "list"]),
         "
-        PROVIDER  NAME
-        acme      video
+        PROVIDER  NAME   GUARANTEED DOWN  MAX DOWN  GUARANTEED UP  MAX UP  BEST PRIORITY  PROFILES  ALLOCATIONS
+        acme      video                -         -              -       -              0  all                 -
         ",
     );
     assert_prints(

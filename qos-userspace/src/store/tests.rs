@@ -15,7 +15,7 @@ use proptest::test_runner::TestRunner;
 use rusqlite::Connection;
 
 use super::{SqliteStore, Store, StoreError};
-use crate::domain::{AllocationId, BitsPerSecond, Directed, Enforcement, Status};
+use crate::domain::{AllocationId, BitsPerSecond, Contract, Directed, Enforcement, Status};
 use crate::manager::tests::{any_history, grant_on_line, network, town};
 use crate::manager::{Change, Command, LevelRequest, State, decide};
 
@@ -84,6 +84,7 @@ fn allocations_of_an_earlier_version_keep_their_classes() {
         carry_out(&mut store, &mut state, &Command::Revoke { id: AllocationId(id) }, now());
     }
     drop(store);
+    without_contracts(&path);
     let earlier = "DROP INDEX allocations_by_class; ALTER TABLE allocations DROP COLUMN class;
          ALTER TABLE history DROP COLUMN class; DELETE FROM freed_slots WHERE kind = 'class';
          PRAGMA user_version = 2";
@@ -100,6 +101,39 @@ fn allocations_of_an_earlier_version_keep_their_classes() {
     assert_eq!(classes, [(7, Some(4)), (8, Some(6))], "not those that were freed last");
     drop(store);
     assert!(reopened(&path) == state);
+}
+
+/// Makes a file of version 3 of one of version 4.
+fn without_contracts(path: &Path) {
+    let mut earlier = "ALTER TABLE providers RENAME COLUMN maximum_up TO aggregate_up;
+         ALTER TABLE providers RENAME COLUMN maximum_down TO aggregate_down;
+         ALTER TABLE applications DROP COLUMN maximum_up;
+         ALTER TABLE applications DROP COLUMN maximum_down;"
+        .to_owned();
+    for table in ["providers", "applications"] {
+        for column in ["guaranteed_up", "guaranteed_down", "best_priority", "profiles", "allocations"] {
+            earlier.push_str(&format!("ALTER TABLE {table} DROP COLUMN {column};"));
+        }
+    }
+    earlier.push_str("PRAGMA user_version = 3");
+    Connection::open(path).unwrap().execute_batch(&earlier).unwrap();
+}
+
+/// Before version 4 a provider had an aggregate and nothing else, an application nothing.
+#[test]
+fn the_aggregate_of_an_earlier_version_is_the_maximum_of_a_contract() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.db");
+    let (store, state) = filled(&path);
+    drop(store);
+    without_contracts(&path);
+    let loaded = reopened(&path);
+    for (name, provider) in &state.providers {
+        let kept = Contract { maximum: provider.contract.maximum, ..Contract::default() };
+        assert_eq!(loaded.providers[name].contract, kept, "{name}");
+    }
+    assert!(loaded.providers.values().any(|provider| provider.contract != Contract::default()));
+    assert!(loaded.applications.values().all(|application| application.contract == Contract::default()));
 }
 
 #[test]
@@ -204,8 +238,8 @@ fn a_file_that_is_not_ours_is_told_from_a_damaged_one() {
     drop(filled(&path));
     Connection::open(&path).unwrap().execute_batch("PRAGMA user_version = 9").unwrap();
     let error = open().unwrap_err();
-    assert!(matches!(error, StoreError::TooNew { found: 9, known: 3, .. }), "{error}");
-    assert!(error.to_string().contains("schema version 9, this qosd knows versions up to 3"), "{error}");
+    assert!(matches!(error, StoreError::TooNew { found: 9, known: 4, .. }), "{error}");
+    assert!(error.to_string().contains("schema version 9, this qosd knows versions up to 4"), "{error}");
 
     let error = SqliteStore::open(folder.path().join("no/such/folder/state.db")).unwrap_err();
     assert!(matches!(error, StoreError::CannotOpen { .. }), "{error}");
