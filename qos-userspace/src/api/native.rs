@@ -15,9 +15,11 @@ use super::extract::{Body, LARGEST_BODY, Named, Options};
 use super::reload::ReloadError;
 use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
-use super::types::{ContractChange, ExplainRequest, Explained, Listing, NewApplication, Outcome, Status};
+use super::types::{
+    ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, Outcome, Status,
+};
 use crate::domain::{
-    Allocation, AllocationId, Application, Direction, Level, Name, Profile, Provider, Session,
+    Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Session,
 };
 use crate::gateway::PACKET_LENGTHS;
 use crate::manager::report::Statistics;
@@ -52,6 +54,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/profiles/{name}", get(profile).put(put_profile).delete(remove_profile))
         .route("/v1/allocations", get(allocations).post(grant))
         .route("/v1/allocations/{id}", get(allocation).delete(revoke))
+        .route("/v1/allocations/{id}/extend", post(extend))
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
@@ -324,9 +327,10 @@ async fn put_profile(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
     Options(options): Options<ChangeOptions>,
-    Body(level): Body<Level>,
+    Body(NewProfile { level, status, duration }): Body<NewProfile>,
 ) -> Answer<Outcome<Profile>> {
-    change(&api, Command::PutProfile(Profile { name, level }), options, |change| match change {
+    let profile = Profile { name, level, status, duration };
+    change(&api, Command::PutProfile(profile), options, |change| match change {
         Change::PutProfile(profile) => Some(profile.clone()),
         _ => None,
     })
@@ -387,6 +391,19 @@ async fn grant(
     })
     .await
     .map(created)
+}
+
+async fn extend(
+    Shared(api): Shared<Api>,
+    Named(id): Named<AllocationId>,
+    Options(options): Options<ChangeOptions>,
+    Body(Extension { by }): Body<Extension>,
+) -> Answer<Outcome<Allocation>> {
+    change(&api, Command::Extend { id, by }, options, |change| match change {
+        Change::PutAllocation(allocation) => Some(allocation.clone()),
+        _ => None,
+    })
+    .await
 }
 
 async fn revoke(

@@ -82,8 +82,8 @@ fn a_dry_run_says_what_would_be_and_changes_nothing() {
 fn everything_can_be_registered_shown_and_removed() {
     let daemon = TestDaemon::start();
     daemon.furnish();
-    let level = r#"{"guaranteed":{"down":"1mbit"},"dscp":46}"#;
-    assert_eq!(daemon.must("PUT", "/v1/profiles/voice", level)["result"]["level"]["dscp"], 46);
+    let profile = r#"{"level":{"guaranteed":{"down":"1mbit"},"dscp":46},"duration":{"longest":"1h"}}"#;
+    assert_eq!(daemon.must("PUT", "/v1/profiles/voice", profile)["result"]["level"]["dscp"], 46);
     for (path, name) in [
         ("/v1/providers", "acme"),
         ("/v1/applications", "video"),
@@ -512,7 +512,7 @@ fn a_refusal_of_the_kernel_leaves_store_and_state_as_before() {
 fn a_restart_brings_everything_back_and_drops_what_expired() {
     let daemon = TestDaemon::start();
     daemon.furnish();
-    daemon.must("PUT", "/v1/profiles/voice", r#"{"dscp":46}"#);
+    daemon.must("PUT", "/v1/profiles/voice", r#"{"level":{"dscp":46}}"#);
     daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
     daemon.must("POST", "/v1/allocations", &grant(5_001, "1mbit", r#","duration":"PT1S""#));
     let lists = ["/v1/providers", "/v1/applications", "/v1/sessions", "/v1/profiles"];

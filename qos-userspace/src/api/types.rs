@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{Allocation, BitsPerSecond, Contract, Directed, Name};
+use crate::domain::{
+    Allocation, BitsPerSecond, Contract, Directed, DurationRange, Level, Name, ProfileStatus,
+};
 use crate::manager::LineSide;
 use crate::manager::report::{Explanation, GatewayStatus};
 
@@ -48,6 +50,28 @@ pub struct ContractChange {
     /// Left out: whatever it had.
     #[serde(default)]
     pub was: Option<Contract>,
+}
+
+/// A named level to write; its name is in the path.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewProfile {
+    /// The level that the name stands for.
+    pub level: Level,
+    /// Whether new requests may name it.
+    #[serde(default)]
+    pub status: ProfileStatus,
+    /// How long an allocation that names it may last, extensions counted.
+    #[serde(default)]
+    pub duration: DurationRange,
+}
+
+/// By how much the end of an allocation is put off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Extension {
+    /// As text: `"30m"`, `"PT30M"`.
+    pub by: SignedDuration,
 }
 
 /// A packet to explain.

@@ -16,6 +16,7 @@ mod contract;
 mod detach;
 mod doctor;
 mod explain;
+mod extend;
 mod grant;
 mod level;
 mod list;
@@ -114,6 +115,7 @@ enum Verb {
     Profile(profile::Verb),
     // What each of these is for is said where its arguments are.
     Grant(Box<grant::Grant>),
+    Extend(extend::Extend),
     Revoke(revoke::Revoke),
     List(list::List),
     Show(list::Show),
@@ -236,6 +238,7 @@ fn dispatch(
         Verb::Session(verb) => session::run(verb, client, output),
         Verb::Profile(verb) => profile::run(verb, client, output),
         Verb::Grant(verb) => grant::run(*verb, client, output),
+        Verb::Extend(verb) => extend::run(&verb, client, output),
         Verb::Revoke(verb) => revoke::run(&verb, client, output),
         Verb::List(verb) => list::list(&verb, client, output),
         Verb::Show(verb) => list::show(&verb, client, output),

@@ -1,25 +1,36 @@
 //! `qos profile`: named levels.
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
+use jiff::SignedDuration;
 
 use super::CliError;
 use super::client::Client;
 use super::level::{self, LevelArgs};
 use super::output::{Output, or_dash};
-use crate::api::types::Listing;
-use crate::domain::{Name, Profile, dscp};
+use crate::api::types::{Listing, NewProfile};
+use crate::domain::{DurationRange, Name, Profile, ProfileStatus, dscp, duration};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Verb {
     /// Names a level, or changes what a name stands for in later grants
     #[command(after_long_help = "\
 Example:
-  qos profile add voice --guaranteed-down 100kbit --guaranteed-up 100kbit --priority 0 --dscp EF --delay 20ms")]
+  qos profile add voice --guaranteed-down 100kbit --guaranteed-up 100kbit --priority 0 --dscp EF --delay 20ms \\
+      --longest 12h")]
     Add {
         /// Its name: 1 to 32 of a-z A-Z 0-9 . _ -
         name: Name,
         #[command(flatten)]
         level: Box<LevelArgs>,
+        /// The shortest time that it may be asked for
+        #[arg(long, value_name = "DURATION", value_parser = duration::parse, help_heading = "Profile")]
+        shortest: Option<SignedDuration>,
+        /// The longest time that an allocation of it lasts, extensions counted; requests must then name theirs
+        #[arg(long, value_name = "DURATION", value_parser = duration::parse, help_heading = "Profile")]
+        longest: Option<SignedDuration>,
+        /// Whether new requests may name it
+        #[arg(long, value_enum, default_value_t, help_heading = "Profile")]
+        status: StatusName,
     },
     /// Shows all named levels
     List,
@@ -35,10 +46,34 @@ Example:
     },
 }
 
+/// Whether a profile may be asked for.
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub(super) enum StatusName {
+    /// It may
+    #[default]
+    Active,
+    /// Not now
+    Inactive,
+    /// Not any more
+    Deprecated,
+}
+
+impl From<StatusName> for ProfileStatus {
+    fn from(name: StatusName) -> Self {
+        match name {
+            StatusName::Active => Self::Active,
+            StatusName::Inactive => Self::Inactive,
+            StatusName::Deprecated => Self::Deprecated,
+        }
+    }
+}
+
 pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     match verb {
-        Verb::Add { name, level } => {
-            let answer = client.put(&format!("/v1/profiles/{name}"), &level.level())?;
+        Verb::Add { name, level, shortest, longest, status } => {
+            let duration = DurationRange { shortest, longest };
+            let profile = NewProfile { level: level.level(), status: status.into(), duration };
+            let answer = client.put(&format!("/v1/profiles/{name}"), &profile)?;
             output.outcome(&answer, |output, profile: Profile, _| {
                 output.line(format_args!("profile {} written", profile.name))
             })
@@ -53,9 +88,11 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 "PRIORITY",
                 "DSCP",
                 "ENFORCEMENT",
+                "LONGEST",
+                "STATUS",
             ];
             let mut table = output.table(&header, &[1, 2, 3, 4, 5]);
-            for Profile { name, level } in profiles.items {
+            for Profile { name, level, status, duration } in profiles.items {
                 table.add_row([
                     name.to_string(),
                     or_dash(level.guaranteed.down),
@@ -65,6 +102,8 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                     level.priority.to_string(),
                     or_dash(level.dscp.map(dscp::name)),
                     level::enforcement(level.enforcement).to_owned(),
+                    or_dash(duration.longest.map(|longest| format!("{longest:#}"))),
+                    status.name().to_owned(),
                 ]);
             }
             output.print(&table)
@@ -73,6 +112,10 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             output.show(&client.get(&format!("/v1/profiles/{name}"))?, |output, profile: Profile| {
                 let mut pairs = vec![("name", Some(profile.name.to_string()))];
                 pairs.extend(level::pairs(&profile.level));
+                let text = |duration: SignedDuration| format!("{duration:#}");
+                pairs.push(("shortest", profile.duration.shortest.map(text)));
+                pairs.push(("longest", profile.duration.longest.map(text)));
+                pairs.push(("status", Some(profile.status.name().to_owned())));
                 output.pairs(pairs)
             })
         }

@@ -228,8 +228,8 @@ fn lists_are_printed_as_tables() {
     assert_prints(
         &must(&daemon, &["profile", "list"]),
         "
-        NAME   GUARANTEED DOWN  MAX DOWN  GUARANTEED UP  MAX UP  PRIORITY  DSCP  ENFORCEMENT
-        voice       100 kbit/s         -     100 kbit/s       -         0  EF    shape
+        NAME   GUARANTEED DOWN  MAX DOWN  GUARANTEED UP  MAX UP  PRIORITY  DSCP  ENFORCEMENT  LONGEST  STATUS
+        voice       100 kbit/s         -     100 kbit/s       -         0  EF    shape        -        active
         ",
     );
 }

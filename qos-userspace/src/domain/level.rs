@@ -3,7 +3,6 @@
 use serde::{Deserialize, Serialize};
 
 use super::Direction;
-use super::name::Name;
 use super::units::{BitsPerSecond, ByteCount};
 
 /// A value for each direction.
@@ -130,16 +129,6 @@ impl Level {
             (_, None) => usual,
         })
     }
-}
-
-/// A named level.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Profile {
-    /// Unique among profiles.
-    pub name: Name,
-    /// The level it stands for.
-    pub level: Level,
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ pub mod dscp;
 pub mod duration;
 pub mod level;
 pub mod name;
+pub mod profile;
 pub mod provider;
 pub mod selector;
 pub mod session;
@@ -16,8 +17,9 @@ pub mod units;
 
 pub use allocation::{Allocation, AllocationId, Status};
 pub use contract::Contract;
-pub use level::{Directed, Enforcement, Level, Profile, SMALLEST_IPV6_MTU, SMALLEST_MTU};
+pub use level::{Directed, Enforcement, Level, SMALLEST_IPV6_MTU, SMALLEST_MTU};
 pub use name::Name;
+pub use profile::{DurationRange, Profile, ProfileStatus};
 pub use provider::{Application, Provider, ProviderKind};
 pub use selector::Selector;
 pub use session::Session;

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use qos_common::abi::{MAX_LINE_LENGTHS, MAX_LINE_PREFIXES};
 use qos_common::clock::{MAX_RATE, MIN_RATE};
 use qos_common::length::ETHERNET_OVERHEAD;
 
 use super::capacity::{PRIORITIES, SLOWEST_LINE, Share};
 use super::contract::{Party, check_contract, left_behind};
-use super::grant::{check_profile, grant};
+use super::grant::{LONGEST, check_duration, check_profile, grant};
 use super::state::{link_delay_ns, span};
 use super::{
     Change, Command, Decision, NewProvider, NewSession, Refusal, RefusalCode, SlotKind, State,
@@ -19,7 +19,8 @@ use super::{
 };
 use crate::domain::selector::check_prefix;
 use crate::domain::{
-    AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Name, Profile, Provider, Session,
+    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, DurationRange, Name,
+    Profile, Provider, Session,
 };
 
 /// Decides what follows from `command` at `now`. Nothing is changed by it.
@@ -47,6 +48,7 @@ pub fn decide(state: &State, command: &Command, now: Timestamp) -> Result<Decisi
         Command::PutProfile(profile) => put_profile(profile),
         Command::RemoveProfile { name } => remove_profile(state, name),
         Command::Grant(request) => grant(state, request, now),
+        Command::Extend { id, by } => extend(state, *id, *by),
         Command::Revoke { id } => revoke(state, *id, now),
         Command::Expire => Ok(expire(state, now)),
     }
@@ -291,6 +293,18 @@ fn remove_session(state: &State, name: &Name) -> Result<Decision, Refusal> {
 
 fn put_profile(profile: &Profile) -> Result<Decision, Refusal> {
     check_profile(&profile.level)?;
+    let DurationRange { shortest, longest } = profile.duration;
+    for (field, duration) in [("duration.shortest", shortest), ("duration.longest", longest)] {
+        if let Some(duration) = duration {
+            check_duration(field, duration)?;
+        }
+    }
+    if let (Some(shortest), Some(longest)) = (shortest, longest)
+        && shortest > longest
+    {
+        let reason = format!("is above the longest, {longest:#}");
+        return Err(Refusal::invalid("duration.shortest", format!("{shortest:#}"), &reason));
+    }
     Ok(only(Change::PutProfile(profile.clone())))
 }
 
@@ -301,13 +315,44 @@ fn remove_profile(state: &State, name: &Name) -> Result<Decision, Refusal> {
     Ok(only(Change::DeleteProfile(name.clone())))
 }
 
+/// Moves the end, as far as the profile that was named allows: what goes beyond is cut off and told.
+fn extend(state: &State, id: AllocationId, by: SignedDuration) -> Result<Decision, Refusal> {
+    let allocation = find_allocation(state, id)?;
+    check_duration("by", by)?;
+    let value = format!("{by:#}");
+    let Some(end) = allocation.expires_at else {
+        return Err(Refusal::invalid("by", value, &format!("changes nothing: allocation {id} has no end")));
+    };
+    let asked = end.checked_add(by).ok().filter(|end| end.duration_since(allocation.granted_at) <= LONGEST);
+    let Some(asked) = asked else {
+        return Err(Refusal::invalid("by", value, &format!("makes allocation {id} longer than 100 years")));
+    };
+    let profile = allocation.profile.as_ref().and_then(|name| state.profiles.get(name));
+    let longest = profile.and_then(|profile| Some((&profile.name, profile.duration.longest?)));
+    let (mut until, mut warnings) = (asked, Vec::new());
+    if let Some((profile, longest)) = longest {
+        // An end that was granted before the profile changed stays.
+        let last = allocation.granted_at.checked_add(longest).unwrap_or(asked).max(end);
+        if asked > last {
+            until = last;
+            warnings.push(format!("extended to {until}: profile {profile} lasts {longest:#} at most"));
+        }
+    }
+    let extended = Allocation { expires_at: Some(until), ..allocation.clone() };
+    Ok(Decision { changes: vec![Change::PutAllocation(extended)], warnings })
+}
+
 fn revoke(state: &State, id: AllocationId, now: Timestamp) -> Result<Decision, Refusal> {
-    let allocation = state.allocations.get(&id).ok_or_else(|| {
+    let allocation = find_allocation(state, id)?;
+    Ok(only(Change::EndAllocation(allocation.ended(now, "revoked"))))
+}
+
+fn find_allocation(state: &State, id: AllocationId) -> Result<&Allocation, Refusal> {
+    state.allocations.get(&id).ok_or_else(|| {
         let was = id.0 > 0 && id < state.next_allocation;
         let reason = if was { "has ended already" } else { "was never granted" };
         Refusal::new(RefusalCode::NotFound, "id", id, format!("id: allocation {id} {reason}"))
-    })?;
-    Ok(only(Change::EndAllocation(allocation.ended(now, "revoked"))))
+    })
 }
 
 fn expire(state: &State, now: Timestamp) -> Decision {

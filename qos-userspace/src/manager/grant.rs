@@ -17,12 +17,12 @@ use super::{
 };
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
-    Allocation, AllocationId, BitsPerSecond, ByteCount, Directed, Level, Name, Profile, Provider,
-    ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session, Status, dscp,
+    Allocation, AllocationId, BitsPerSecond, ByteCount, Directed, DurationRange, Level, Name, Profile,
+    ProfileStatus, Provider, ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session, Status, dscp,
 };
 
 /// Longest time an allocation is granted for: 100 years.
-const LONGEST: SignedDuration = SignedDuration::from_hours(100 * 365 * 24 + 25 * 24);
+pub(super) const LONGEST: SignedDuration = SignedDuration::from_hours(100 * 365 * 24 + 25 * 24);
 
 /// Warnings about selectors that meet others, at most.
 const MOST_OVERLAPS: usize = 8;
@@ -52,7 +52,7 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
         session: session.map(|session| session.name.clone()),
         delay_bound_us: Directed::default(),
         granted_at: now,
-        expires_at: expiry(request.duration, now)?,
+        expires_at: expiry(request.duration, profile, now)?,
         ended_at: None,
         status: Status::Available,
         reason: None,
@@ -101,11 +101,14 @@ pub(super) fn check_profile(level: &Level) -> Result<(), Refusal> {
 
 fn find_profile<'a>(state: &'a State, name: Option<&Name>) -> Result<Option<&'a Profile>, Refusal> {
     let Some(name) = name else { return Ok(None) };
-    state
-        .profiles
-        .get(name)
-        .map(Some)
-        .ok_or_else(|| Refusal::unknown("profile", "profile", name, &mut state.profiles.keys()))
+    let Some(profile) = state.profiles.get(name) else {
+        return Err(Refusal::unknown("profile", "profile", name, &mut state.profiles.keys()));
+    };
+    if profile.status != ProfileStatus::Active {
+        let message = format!("profile: {name} is {}, and may not be asked for", profile.status.name());
+        return Err(Refusal::new(RefusalCode::ProfileNotApplicable, "profile", name, message));
+    }
+    Ok(Some(profile))
 }
 
 fn check_selectors(selectors: &[Selector]) -> Result<(), Refusal> {
@@ -378,18 +381,52 @@ fn check_burst(
     Ok(())
 }
 
-fn expiry(duration: Option<SignedDuration>, now: Timestamp) -> Result<Option<Timestamp>, Refusal> {
-    let Some(duration) = duration else { return Ok(None) };
+/// Checks a duration by itself.
+pub(super) fn check_duration(field: &str, duration: SignedDuration) -> Result<(), Refusal> {
     let value = format!("{duration:#}");
     if !duration.is_positive() {
-        return Err(Refusal::invalid("duration", value, "ends before it begins: name a time from now on"));
+        return Err(Refusal::invalid(field, value, "ends before it begins: name a time from now on"));
     }
     if duration > LONGEST {
-        return Err(Refusal::invalid("duration", value, "is longer than 100 years: leave it out for no end"));
+        return Err(Refusal::invalid(field, value, "is longer than 100 years: leave it out for no end"));
     }
-    now.checked_add(duration)
-        .map(Some)
-        .map_err(|_| Refusal::invalid("duration", value, "ends after the last date there is"))
+    Ok(())
+}
+
+fn expiry(
+    duration: Option<SignedDuration>,
+    profile: Option<&Profile>,
+    now: Timestamp,
+) -> Result<Option<Timestamp>, Refusal> {
+    if let Some(duration) = duration {
+        check_duration("duration", duration)?;
+    }
+    if let Some(profile) = profile {
+        check_range(duration, profile)?;
+    }
+    let Some(duration) = duration else { return Ok(None) };
+    now.checked_add(duration).map(Some).map_err(|_| {
+        Refusal::invalid("duration", format!("{duration:#}"), "ends after the last date there is")
+    })
+}
+
+/// Checks a duration against those that the profile has.
+fn check_range(duration: Option<SignedDuration>, profile: &Profile) -> Result<(), Refusal> {
+    let DurationRange { shortest, longest } = profile.duration;
+    let name = &profile.name;
+    let reason = match (duration, shortest, longest) {
+        (Some(asked), Some(shortest), _) if asked < shortest => {
+            format!("is shorter than {shortest:#}, the shortest of profile {name}")
+        }
+        (Some(asked), _, Some(longest)) if asked > longest => {
+            format!("is longer than {longest:#}, the longest of profile {name}")
+        }
+        (None, _, Some(longest)) => format!("is asked for, and profile {name} lasts {longest:#} at most"),
+        _ => return Ok(()),
+    };
+    let value = duration.map_or_else(|| "no end".to_owned(), |asked| format!("{asked:#}"));
+    let message = format!("duration: {value} {reason}");
+    Err(Refusal::new(RefusalCode::DurationOutOfRange, "duration", value, message))
 }
 
 /// Looks for room among the rules, and for rules of others that the new ones meet.

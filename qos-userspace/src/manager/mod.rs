@@ -117,6 +117,13 @@ pub enum Command {
     },
     /// Asks for an allocation.
     Grant(Box<GrantRequest>),
+    /// Puts off the end of an allocation, as far as its profile allows.
+    Extend {
+        /// Its number.
+        id: AllocationId,
+        /// By how much.
+        by: SignedDuration,
+    },
     /// Ends an allocation.
     Revoke {
         /// Its number.

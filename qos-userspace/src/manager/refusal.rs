@@ -16,6 +16,10 @@ pub enum RefusalCode {
     NotFound,
     /// It exists already, or is in use.
     Conflict,
+    /// The profile has no allocations of such a duration.
+    DurationOutOfRange,
+    /// The profile may not be asked for.
+    ProfileNotApplicable,
     /// The provider may not claim these addresses.
     Forbidden,
     /// More than is left, or than this network can promise.

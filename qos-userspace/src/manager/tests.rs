@@ -14,7 +14,7 @@ use super::{
 };
 use crate::domain::{
     Allocation, AllocationId, BitsPerSecond, ByteCount, Contract, Directed, Direction, Enforcement, Level,
-    LinkLayer, Name, Profile, ProviderKind, Status, selector,
+    DurationRange, LinkLayer, Name, Profile, ProfileStatus, ProviderKind, Status, selector,
 };
 
 pub(crate) fn network() -> Network {
@@ -124,6 +124,8 @@ pub(crate) fn town() -> (State, Vec<Change>) {
     let voice = Profile {
         name: name("voice"),
         level: Level { guaranteed, loss: Some(0.1 + 0.2), priority: 1, ..Level::default() },
+        status: ProfileStatus::Active,
+        duration: DurationRange { shortest: None, longest: None },
     };
     let acme = provider("acme", ProviderKind::Application, &["198.51.100.0/24", "2001:db8:a::/48"]);
     let isp = provider("isp", ProviderKind::Network, &["192.0.2.0/24", "2001:db8:b::/48"]);
@@ -151,6 +153,96 @@ pub(crate) fn grant_on_line(number: u32) -> Command {
         application: number.is_multiple_of(2).then(|| name("video")),
         ..request("acme", &format!("down udp from 198.51.100.0/24:{} to 192.0.2.1", number + 1))
     }))
+}
+
+/// Profile `call`, of one minute to two hours.
+fn with_call() -> State {
+    let mut state = town().0;
+    let call = Profile {
+        name: name("call"),
+        level: Level { dscp: Some(46), ..Level::default() },
+        status: ProfileStatus::Active,
+        duration: DurationRange {
+            shortest: Some(SignedDuration::from_mins(1)),
+            longest: Some(SignedDuration::from_hours(2)),
+        },
+    };
+    carry_out(&mut state, Command::PutProfile(call));
+    state
+}
+
+fn call(duration: Option<SignedDuration>) -> GrantRequest {
+    let (profile, level) = (Some(name("call")), LevelRequest::default());
+    GrantRequest { profile, level, duration, ..request("acme", TO_DSL_1) }
+}
+
+#[test]
+fn a_profile_says_how_long_and_whether() {
+    let mut state = with_call();
+    let ask = |state: &State, duration| refused(state, Command::Grant(Box::new(call(duration))));
+    for (duration, text) in [
+        (None, "duration: no end is asked for, and profile call lasts 2h at most"),
+        (Some(SignedDuration::from_secs(59)), "duration: 59s is shorter than 1m, the shortest of profile call"),
+        (Some(SignedDuration::from_secs(7_201)), "duration: 2h 1s is longer than 2h, the longest of profile call"),
+    ] {
+        let refusal = ask(&state, duration);
+        assert_eq!((refusal.code, refusal.message.as_str()), (RefusalCode::DurationOutOfRange, text));
+    }
+    let hour = Some(SignedDuration::from_hours(1));
+    let granted = grant(&mut state, call(hour));
+    for status in [ProfileStatus::Inactive, ProfileStatus::Deprecated] {
+        let profile = Profile { status, ..state.profiles[&name("call")].clone() };
+        carry_out(&mut state, Command::PutProfile(profile));
+        let refusal = ask(&state, hour);
+        assert_eq!(refusal.code, RefusalCode::ProfileNotApplicable);
+        assert!(refusal.message.contains(status.name()), "{refusal}");
+        assert!(state.allocations.contains_key(&granted.id), "what was granted stays");
+    }
+    let upside_down =
+        DurationRange { shortest: Some(SignedDuration::from_hours(2)), longest: Some(SignedDuration::from_hours(1)) };
+    let profile = Profile { duration: upside_down, ..state.profiles[&name("call")].clone() };
+    let refusal = refused(&state, Command::PutProfile(profile));
+    assert_eq!(refusal.field.as_deref(), Some("duration.shortest"), "{refusal}");
+}
+
+#[test]
+fn an_extension_ends_where_the_profile_does() {
+    let mut state = with_call();
+    let hours = SignedDuration::from_hours;
+    let id = grant(&mut state, call(Some(hours(1)))).id;
+    let mut extended = |state: &mut State, id, by| {
+        let decision = carry_out(state, Command::Extend { id, by });
+        (state.allocations[&id].expires_at.unwrap().to_string(), decision.warnings)
+    };
+    let by = SignedDuration::from_mins(30);
+    assert_eq!(extended(&mut state, id, by), ("2026-01-01T01:30:00Z".to_owned(), vec![]));
+    let cut = "extended to 2026-01-01T02:00:00Z: profile call lasts 2h at most".to_owned();
+    for _ in 0..2 {
+        assert_eq!(extended(&mut state, id, hours(1)), ("2026-01-01T02:00:00Z".to_owned(), vec![cut.clone()]));
+    }
+    // A profile that lasts less now takes nothing back.
+    let shorter = DurationRange { shortest: None, longest: Some(hours(1)) };
+    let profile = Profile { duration: shorter, ..state.profiles[&name("call")].clone() };
+    carry_out(&mut state, Command::PutProfile(profile));
+    assert_eq!(extended(&mut state, id, hours(1)).0, "2026-01-01T02:00:00Z");
+    // Without its profile nothing limits it.
+    carry_out(&mut state, Command::RemoveProfile { name: name("call") });
+    assert_eq!(extended(&mut state, id, hours(1)), ("2026-01-01T03:00:00Z".to_owned(), vec![]));
+
+    let forever = GrantRequest { level: guaranteed("1mbit"), ..request("acme", TO_DSL_1) };
+    let forever = grant(&mut state, GrantRequest { precedence: 1, ..forever }).id;
+    for (id, by, text) in [
+        (id, hours(0), "by: 0s ends before it begins"),
+        (id, hours(-1), "by: 1h ago ends before it begins"),
+        (id, hours(100 * 366 * 24), "longer than 100 years"),
+        (forever, hours(1), "has no end"),
+        (AllocationId(9), hours(1), "id: allocation 9 was never granted"),
+    ] {
+        let refusal = refused(&state, Command::Extend { id, by });
+        assert!(refusal.message.contains(text), "{refusal}");
+    }
+    carry_out(&mut state, Command::Revoke { id });
+    assert!(refused(&state, Command::Extend { id, by }).message.contains("has ended already"));
 }
 
 const TO_DSL_1: &str = "down udp from 198.51.100.0/24 to 192.0.2.1";
@@ -908,7 +1000,10 @@ fn registrations_are_checked() {
         change(&mut new);
         Command::AddSession(new)
     };
-    let profile = |level| Command::PutProfile(Profile { name: name("new"), level });
+    let profile = |level| {
+        let (status, duration) = (ProfileStatus::Active, DurationRange::default());
+        Command::PutProfile(Profile { name: name("new"), level, status, duration })
+    };
     let cases: Vec<(Command, RefusalCode, &str, &str, &str)> = vec![
         (
             Command::AddProvider(provider("acme", kind, &["203.0.113.0/24"])),

@@ -6,6 +6,11 @@ ALTER TABLE providers ADD COLUMN guaranteed_down INTEGER;
 ALTER TABLE providers ADD COLUMN best_priority INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE providers ADD COLUMN profiles TEXT; -- JSON list of names; none: all
 ALTER TABLE providers ADD COLUMN allocations INTEGER;
+-- Whether a profile may be asked for, and for how long: ISO 8601 durations.
+ALTER TABLE profiles ADD COLUMN status TEXT NOT NULL DEFAULT 'active'
+    CHECK (status IN ('active', 'inactive', 'deprecated'));
+ALTER TABLE profiles ADD COLUMN shortest TEXT;
+ALTER TABLE profiles ADD COLUMN longest TEXT;
 ALTER TABLE applications ADD COLUMN maximum_up INTEGER;
 ALTER TABLE applications ADD COLUMN maximum_down INTEGER;
 ALTER TABLE applications ADD COLUMN guaranteed_up INTEGER;

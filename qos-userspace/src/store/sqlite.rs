@@ -24,8 +24,8 @@ use super::{Store, StoreError};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::session::link_layer;
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, Directed, Enforcement, Level,
-    Profile, Provider, ProviderKind, Selector, Session, Status, dscp,
+    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, Directed, DurationRange,
+    Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Selector, Session, Status, dscp,
 };
 use crate::manager::{Change, Network, SlotKind, State};
 
@@ -200,7 +200,17 @@ impl Store for SqliteStore {
             state.apply(&Change::PutSession(session));
         }
         for profile in self.rows("profiles", "SELECT * FROM profiles", &["name"], |row| {
-            Ok(Profile { name: row.parse("name")?, level: read_level(row)? })
+            let status: String = row.get("status")?;
+            let known = ProfileStatus::NAMES.iter().find(|(_, name)| *name == status);
+            Ok(Profile {
+                name: row.parse("name")?,
+                level: read_level(row)?,
+                status: known.map(|(status, _)| *status).ok_or(format!("column status: `{status}` is not known"))?,
+                duration: DurationRange {
+                    shortest: row.parse_option("shortest")?,
+                    longest: row.parse_option("longest")?,
+                },
+            })
         })? {
             state.apply(&Change::PutProfile(profile));
         }
@@ -344,7 +354,12 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
         }
         Change::DeleteSession(name) => delete(transaction, SlotKind::Session, "name = ?1", &[&name.as_str()]),
         Change::PutProfile(profile) => {
-            let mut columns = vec![("name", text(&profile.name))];
+            let mut columns = vec![
+                ("name", text(&profile.name)),
+                ("status", text(profile.status.name())),
+                ("shortest", option(profile.duration.shortest, text)),
+                ("longest", option(profile.duration.longest, text)),
+            ];
             columns.extend(level_columns(&profile.level));
             upsert(transaction, "profiles", &["name"], columns)
         }
