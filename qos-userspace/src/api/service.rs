@@ -5,7 +5,6 @@
 //! back, so that store, state and kernel agree again. Everything here blocks and knows nothing of
 //! HTTP; [`super::worker`] runs it on a thread of its own, one thing at a time.
 
-use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -14,7 +13,7 @@ use tracing::{debug, error, info, warn};
 
 use super::types::{Counted, Status};
 use crate::config::Config;
-use crate::domain::{Allocation, AllocationId, Direction};
+use crate::domain::{Allocation, Direction};
 use crate::gateway::GatewayConfig;
 use crate::manager::report::{Explanation, Statistics};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
@@ -184,8 +183,6 @@ pub struct Service<S, G> {
     store: S,
     /// None: it was detached.
     gateway: Option<G>,
-    /// Ends of the allocations that have one, soonest first.
-    ends: BTreeSet<(Timestamp, AllocationId)>,
     /// No sweep before, the last one having failed.
     sweep_not_before: Option<Instant>,
     reconcile_at: Instant,
@@ -226,14 +223,12 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         let begin = Instant::now();
         let gateway = start_gateway(&state).map_err(gateway_failed("bring the kernel to the state"))?;
         debug!(took_ms = begin.elapsed().as_millis() as u64, "kernel brought to the state");
-        let ends = state.allocations.values().filter_map(end_of).collect();
         let mut service = Self {
             config,
             started_at: Timestamp::now(),
             state,
             store,
             gateway: Some(gateway),
-            ends,
             sweep_not_before: None,
             reconcile_at: Instant::now(),
             reconciled_at: None,
@@ -249,7 +244,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     /// How long nothing has to be done unasked.
     pub(super) fn idle(&self) -> Duration {
         let mut idle = self.reconcile_at.saturating_duration_since(Instant::now());
-        if let Some((end, _)) = self.ends.first() {
+        if let Some(end) = self.state.next_end() {
             let until_end = Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default();
             let blocked = self
                 .sweep_not_before
@@ -276,7 +271,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     }
 
     fn sweep(&mut self) {
-        let due = self.ends.first().is_some_and(|(end, _)| *end <= Timestamp::now());
+        let due = self.state.next_end().is_some_and(|end| end <= Timestamp::now());
         let blocked = self.sweep_not_before.is_some_and(|instant| Instant::now() < instant);
         if !due || blocked {
             return;
@@ -316,16 +311,6 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     /// Applies committed changes to what is kept in memory.
     fn remember(&mut self, changes: &[Change]) {
         for change in changes {
-            match change {
-                Change::PutAllocation(allocation) => self.ends.extend(end_of(allocation)),
-                Change::EndAllocation(allocation) => {
-                    let live = self.state.allocations.get(&allocation.id);
-                    if let Some(end) = live.and_then(end_of) {
-                        self.ends.remove(&end);
-                    }
-                }
-                _ => {}
-            }
             self.state.apply(change);
         }
     }
@@ -509,11 +494,6 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
     }
 }
 
-/// The key of an allocation among the ends, where it has one.
-fn end_of(allocation: &Allocation) -> Option<(Timestamp, AllocationId)> {
-    allocation.expires_at.map(|end| (end, allocation.id))
-}
-
 fn log(change: &Change) {
     match change {
         Change::PutProvider(provider) => info!(provider = %provider.name, "provider written"),
@@ -529,7 +509,8 @@ fn log(change: &Change) {
         Change::PutProfile(profile) => info!(profile = %profile.name, "profile written"),
         Change::DeleteProfile(name) => info!(profile = %name, "profile removed"),
         Change::PutAllocation(allocation) => {
-            info!(id = %allocation.id, provider = %allocation.provider, "granted");
+            let until = allocation.expires_at.map(tracing::field::display);
+            info!(id = %allocation.id, provider = %allocation.provider, until, "granted");
             debug!(?allocation);
         }
         Change::EndAllocation(allocation) => {

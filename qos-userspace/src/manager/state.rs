@@ -168,6 +168,12 @@ impl State {
         }
     }
 
+    /// When the next allocation expires; it may have been before now.
+    #[must_use]
+    pub fn next_end(&self) -> Option<Timestamp> {
+        self.index.expiries.first().map(|(end, _)| *end)
+    }
+
     /// The session that has the address.
     #[must_use]
     pub fn line_of(&self, address: IpAddr) -> Option<&Name> {
