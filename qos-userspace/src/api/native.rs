@@ -16,14 +16,15 @@ use super::reload::ReloadError;
 use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{
-    ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, Outcome, Status,
+    ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment, Outcome,
+    SegmentReport, Status,
 };
 use crate::domain::{
-    Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Session,
+    Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Segment, Session,
 };
 use crate::gateway::PACKET_LENGTHS;
 use crate::manager::report::Statistics;
-use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession};
+use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession, State};
 
 type Answer<T> = Result<axum::Json<T>, ApiError>;
 
@@ -50,6 +51,8 @@ pub(super) fn router(api: Api) -> Router {
         )
         .route("/v1/sessions", get(sessions).post(add_session))
         .route("/v1/sessions/{name}", get(session).delete(remove_session))
+        .route("/v1/segments", get(segments))
+        .route("/v1/segments/{name}", get(segment).put(put_segment).delete(remove_segment))
         .route("/v1/profiles", get(profiles))
         .route("/v1/profiles/{name}", get(profile).put(put_profile).delete(remove_profile))
         .route("/v1/allocations", get(allocations).post(grant))
@@ -311,6 +314,54 @@ async fn remove_session(
     let key = name.clone();
     remove(&api, Command::RemoveSession { name }, options, move |service| {
         service.state().sessions.get(&key).cloned()
+    })
+    .await
+}
+
+fn segment_report(state: &State, segment: &Segment) -> SegmentReport {
+    let Segment { name, capacity, rest } = segment.clone();
+    let promised = state.promised_on_segment(&name);
+    SegmentReport { name, capacity, rest, promised }
+}
+
+async fn segments(Shared(api): Shared<Api>) -> Answer<Listing<SegmentReport>> {
+    list(&api, |service| {
+        let state = service.state();
+        state.segments.values().map(|segment| segment_report(state, segment)).collect()
+    })
+    .await
+}
+
+async fn segment(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<SegmentReport> {
+    show(&api, "segment", name, |service, name| {
+        let state = service.state();
+        state.segments.get(name).map(|segment| segment_report(state, segment))
+    })
+    .await
+}
+
+async fn put_segment(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+    Body(NewSegment { capacity, rest }): Body<NewSegment>,
+) -> Answer<Outcome<Segment>> {
+    let segment = Segment { name, capacity, rest };
+    change(&api, Command::PutSegment(segment), options, |change| match change {
+        Change::PutSegment(segment) => Some(segment.clone()),
+        _ => None,
+    })
+    .await
+}
+
+async fn remove_segment(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Segment>> {
+    let key = name.clone();
+    remove(&api, Command::RemoveSegment { name }, options, move |service| {
+        service.state().segments.get(&key).cloned()
     })
     .await
 }

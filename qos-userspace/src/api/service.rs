@@ -506,6 +506,8 @@ fn log(change: &Change) {
         }
         Change::PutSession(session) => info!(session = %session.name, "session written"),
         Change::DeleteSession(name) => info!(session = %name, "session removed"),
+        Change::PutSegment(segment) => info!(segment = %segment.name, "segment written"),
+        Change::DeleteSegment(name) => info!(segment = %name, "segment removed"),
         Change::PutProfile(profile) => info!(profile = %profile.name, "profile written"),
         Change::DeleteProfile(name) => info!(profile = %name, "profile removed"),
         Change::PutAllocation(allocation) => {

@@ -52,6 +52,30 @@ pub struct ContractChange {
     pub was: Option<Contract>,
 }
 
+/// A segment to write; its name is in the path.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewSegment {
+    /// What it carries.
+    pub capacity: Directed<BitsPerSecond>,
+    /// What of it is not promised to anybody.
+    #[serde(default)]
+    pub rest: Directed<Option<BitsPerSecond>>,
+}
+
+/// A segment, and what is promised on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SegmentReport {
+    /// Unique among segments.
+    pub name: Name,
+    /// What it carries.
+    pub capacity: Directed<BitsPerSecond>,
+    /// What of it is not promised to anybody.
+    pub rest: Directed<Option<BitsPerSecond>>,
+    /// What is guaranteed on all lines behind it.
+    pub promised: Directed<BitsPerSecond>,
+}
+
 /// A named level to write; its name is in the path.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

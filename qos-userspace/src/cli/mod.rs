@@ -29,6 +29,7 @@ pub mod qosd;
 mod reconcile;
 mod reload;
 mod revoke;
+mod segment;
 mod session;
 mod stats;
 mod status;
@@ -110,6 +111,9 @@ enum Verb {
     /// Subscribers' lines that are up
     #[command(subcommand)]
     Session(session::Verb),
+    /// What lines share before the link
+    #[command(subcommand)]
+    Segment(segment::Verb),
     /// Named levels
     #[command(subcommand)]
     Profile(profile::Verb),
@@ -236,6 +240,7 @@ fn dispatch(
         Verb::Provider(verb) => provider::run(verb, client, output),
         Verb::App(verb) => app::run(verb, client, output),
         Verb::Session(verb) => session::run(verb, client, output),
+        Verb::Segment(verb) => segment::run(verb, client, output),
         Verb::Profile(verb) => profile::run(verb, client, output),
         Verb::Grant(verb) => grant::run(*verb, client, output),
         Verb::Extend(verb) => extend::run(&verb, client, output),

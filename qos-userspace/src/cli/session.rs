@@ -63,6 +63,9 @@ pub(super) struct Add {
     /// Share of packets that the line loses, as measured: 0.001 or 0.1%
     #[arg(long, value_name = "SHARE", value_parser = share)]
     loss: Option<f64>,
+    /// A segment that the line is behind, such as its DSLAM's uplink; may be given several times
+    #[arg(long = "segment", value_name = "NAME", value_delimiter = ',')]
+    segments: Vec<Name>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -107,6 +110,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                     ("overhead", Some(format!("{} bytes", session.overhead))),
                     ("delay", Some(microseconds(session.delay_us))),
                     ("loss", Some(format!("{} %", f64::from(session.loss_ppm) / 10_000.0))),
+                    ("segments", (!session.segments.is_empty()).then(|| joined(&session.segments, ", "))),
                 ])
             })
         }
@@ -132,6 +136,7 @@ fn request(add: Add) -> NewSession {
         overhead: add.overhead,
         delay_us: add.delay.unwrap_or(0),
         loss_ppm: add.loss.map_or(0, |share| (share * 1e6).round() as u32),
+        segments: add.segments,
     }
 }
 

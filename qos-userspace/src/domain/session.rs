@@ -27,6 +27,9 @@ pub struct Session {
     pub delay_us: u32,
     /// Share of packets that the line loses, as measured; 0 to 1, in millionths.
     pub loss_ppm: u32,
+    /// Segments that it is behind, 8 at most.
+    #[serde(default)]
+    pub segments: Vec<Name>,
     /// Index of its class numbers, 1 to 10,240.
     pub slot: u16,
 }

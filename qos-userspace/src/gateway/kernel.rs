@@ -930,7 +930,10 @@ impl Kernel {
             Change::DeleteProvider(_) | Change::DeleteApplication(..) | Change::DeleteSession(_) => {
                 self.reconcile_registered(state)?;
             }
-            Change::PutProfile(_) | Change::DeleteProfile(_) => {}
+            Change::PutSegment(_)
+            | Change::DeleteSegment(_)
+            | Change::PutProfile(_)
+            | Change::DeleteProfile(_) => {}
         }
         Ok(())
     }
@@ -1304,6 +1307,8 @@ fn tree_part(state: &State, divided: &Divided, direction: Direction, changes: &[
             | Change::DeleteProvider(_)
             | Change::PutApplication(_)
             | Change::DeleteApplication(..)
+            | Change::PutSegment(_)
+            | Change::DeleteSegment(_)
             | Change::PutProfile(_)
             | Change::DeleteProfile(_) => {}
         }

@@ -15,12 +15,12 @@ use super::grant::{LONGEST, check_duration, check_profile, grant};
 use super::state::{link_delay_ns, span};
 use super::{
     Change, Command, Decision, NewProvider, NewSession, Refusal, RefusalCode, SlotKind, State,
-    direction_field, direction_word,
+    direction_field, direction_word, segment,
 };
 use crate::domain::selector::check_prefix;
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, DurationRange, Name,
-    Profile, Provider, Session,
+    Profile, Provider, Segment, Session,
 };
 
 /// Decides what follows from `command` at `now`. Nothing is changed by it.
@@ -45,6 +45,8 @@ pub fn decide(state: &State, command: &Command, now: Timestamp) -> Result<Decisi
         Command::RemoveApplication { provider, name } => remove_application(state, provider, name),
         Command::AddSession(new) => add_session(state, new),
         Command::RemoveSession { name } => remove_session(state, name),
+        Command::PutSegment(new) => segment::put(state, new),
+        Command::RemoveSegment { name } => segment::remove(state, name),
         Command::PutProfile(profile) => put_profile(profile),
         Command::RemoveProfile { name } => remove_profile(state, name),
         Command::Grant(request) => grant(state, request, now),
@@ -150,6 +152,7 @@ fn add_session(state: &State, new: &NewSession) -> Result<Decision, Refusal> {
     }
     check_session_values(new)?;
     check_addresses(state, &new.addresses)?;
+    segment::check_of_session(state, &new.segments)?;
     let session = Session {
         name: new.name.clone(),
         addresses: new.addresses.clone(),
@@ -158,6 +161,7 @@ fn add_session(state: &State, new: &NewSession) -> Result<Decision, Refusal> {
         overhead: new.overhead.unwrap_or(ETHERNET_OVERHEAD),
         delay_us: new.delay_us,
         loss_ppm: new.loss_ppm,
+        segments: new.segments.clone(),
         slot: free_slot(state, SlotKind::Session)?,
     };
     let mut warnings = Vec::new();
@@ -375,6 +379,13 @@ pub(super) fn find_provider<'a>(state: &'a State, field: &str, name: &Name) -> R
         .ok_or_else(|| Refusal::unknown(field, "provider", name, &mut state.providers.keys()))
 }
 
+pub(super) fn find_segment<'a>(state: &'a State, field: &str, name: &Name) -> Result<&'a Segment, Refusal> {
+    state
+        .segments
+        .get(name)
+        .ok_or_else(|| Refusal::unknown(field, "segment", name, &mut state.segments.keys()))
+}
+
 pub(super) fn find_application<'a>(
     state: &'a State,
     field: &str,
@@ -430,7 +441,7 @@ fn exists(field: &str, what: &str, name: &Name) -> Refusal {
     Refusal::new(RefusalCode::Conflict, field, name, format!("{field}: there is a {what} {name} already"))
 }
 
-fn refuse_in_use<T: fmt::Display>(
+pub(super) fn refuse_in_use<T: fmt::Display>(
     what: &str,
     name: &Name,
     by: &str,

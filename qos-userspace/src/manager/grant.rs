@@ -8,12 +8,12 @@ use qos_common::classify::{Direction, Family, MAX_SELECTORS};
 use qos_common::clock::Meter;
 
 use super::capacity::{PRIORITIES, Share};
-use super::contract;
 use super::decide::{check_rate, find_application, find_provider, free_slot, given, list};
 use super::overlap::{Relation, allocation as allocation_of, precedence as precedence_of};
 use super::state::{line_delay_ns, link_delay_ns, microseconds, rules};
 use super::{
-    Change, Decision, GrantRequest, Refusal, RefusalCode, SlotKind, State, direction_field, direction_word,
+    Change, Decision, GrantRequest, Refusal, RefusalCode, SlotKind, State, contract, direction_field,
+    direction_word, segment,
 };
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
@@ -528,6 +528,9 @@ fn admit(
             if let Some(session) = session {
                 let left = state.left_on_line(&session.name, direction);
                 refuse_beyond(&format!("line {}", session.name), allocation, direction, asked, left)?;
+                if let Some(guaranteed) = guaranteed {
+                    segment::admit(state, session, direction, guaranteed)?;
+                }
             }
             refuse_beyond("link", allocation, direction, asked, state.left_on_link(direction))?;
         } else if allocation.covers(direction) && level.priority != DEFAULT_PRIORITY {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use self::report::{Explanation, GatewayStatus, Statistics};
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Name, Profile,
-    Provider, ProviderKind, Selector, Session,
+    Provider, ProviderKind, Segment, Selector, Session,
 };
 
 pub mod capacity;
@@ -21,6 +21,7 @@ mod grant;
 mod overlap;
 mod refusal;
 pub mod report;
+mod segment;
 mod slots;
 mod state;
 #[cfg(test)]
@@ -108,6 +109,13 @@ pub enum Command {
         /// Its name.
         name: Name,
     },
+    /// Names what lines share before the link, or changes what it carries.
+    PutSegment(Segment),
+    /// Forgets a segment that no session names.
+    RemoveSegment {
+        /// Its name.
+        name: Name,
+    },
     /// Names a level, or changes what a name stands for in later grants.
     PutProfile(Profile),
     /// Forgets a named level.
@@ -170,6 +178,9 @@ pub struct NewSession {
     /// Share of packets the line loses, in millionths.
     #[serde(default)]
     pub loss_ppm: u32,
+    /// Segments that it is behind, 8 at most.
+    #[serde(default)]
+    pub segments: Vec<Name>,
 }
 
 /// A request for an allocation.
@@ -238,6 +249,10 @@ pub enum Change {
     PutSession(Session),
     /// A session was removed.
     DeleteSession(Name),
+    /// A segment was added or changed.
+    PutSegment(Segment),
+    /// A segment was removed.
+    DeleteSegment(Name),
     /// A profile was added or changed.
     PutProfile(Profile),
     /// A profile was removed.

@@ -10,11 +10,12 @@ use qos_common::classify::Rule;
 use super::capacity::{Load, PRIORITIES, Share};
 use super::contract::TakenByParty;
 use super::overlap::RuleIndex;
+use super::segment::Promised;
 use super::slots::{FreeSlots, SlotKind};
 use super::{Change, Network};
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider,
-    Session, selector,
+    Segment, Session, selector,
 };
 
 /// Everything that decisions depend on.
@@ -31,6 +32,8 @@ pub struct State {
     pub applications: BTreeMap<(Name, Name), Application>,
     /// Sessions by name.
     pub sessions: BTreeMap<Name, Session>,
+    /// Segments by name.
+    pub segments: BTreeMap<Name, Segment>,
     /// Profiles by name.
     pub profiles: BTreeMap<Name, Profile>,
     /// Allocations that are available, by number. Ended ones are history, in the store only.
@@ -51,6 +54,7 @@ impl State {
             providers: BTreeMap::new(),
             applications: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            segments: BTreeMap::new(),
             profiles: BTreeMap::new(),
             allocations: BTreeMap::new(),
             next_allocation: AllocationId(1),
@@ -88,6 +92,12 @@ impl State {
                     self.index.remove_session(&self.network, old);
                 }
                 self.exchange(SlotKind::Session, old.map(|old| old.slot), None);
+            }
+            Change::PutSegment(segment) => {
+                self.segments.insert(segment.name.clone(), segment.clone());
+            }
+            Change::DeleteSegment(name) => {
+                self.segments.remove(name);
             }
             Change::PutProfile(profile) => {
                 self.profiles.insert(profile.name.clone(), profile.clone());
@@ -144,6 +154,11 @@ impl State {
                 None => Change::DeleteSession(name.clone()),
             },
             Change::DeleteSession(name) => Change::PutSession(self.sessions.get(name)?.clone()),
+            Change::PutSegment(Segment { name, .. }) => match self.segments.get(name) {
+                Some(old) => Change::PutSegment(old.clone()),
+                None => Change::DeleteSegment(name.clone()),
+            },
+            Change::DeleteSegment(name) => Change::PutSegment(self.segments.get(name)?.clone()),
             Change::PutProfile(Profile { name, .. }) => match self.profiles.get(name) {
                 Some(old) => Change::PutProfile(old.clone()),
                 None => Change::DeleteProfile(name.clone()),
@@ -209,6 +224,20 @@ impl State {
         line.load.get(direction).left(self.network.line_speed(session, direction))
     }
 
+    /// What is guaranteed on the lines behind a segment.
+    #[must_use]
+    pub fn promised_on_segment(&self, segment: &Name) -> Directed<BitsPerSecond> {
+        let Directed { up, down } = self.index.promised.of(segment);
+        Directed { up: BitsPerSecond(up), down: BitsPerSecond(down) }
+    }
+
+    /// What of a segment may still be promised. Zero where there is no such segment.
+    #[must_use]
+    pub fn left_on_segment(&self, segment: &Name, direction: Direction) -> BitsPerSecond {
+        let there = self.segments.get(segment).map_or(0, |segment| segment.promisable(direction).0);
+        BitsPerSecond(there.saturating_sub(*self.index.promised.of(segment).get(direction)))
+    }
+
     /// What of the link's capacity is not promised.
     #[must_use]
     pub fn left_on_link(&self, direction: Direction) -> BitsPerSecond {
@@ -256,6 +285,13 @@ impl State {
                 let Some(session) = self.sessions.get(name) else { continue };
                 let speed = self.network.line_speed(session, direction);
                 broken.extend(over(&format!("line {name}"), line.load.get(direction), speed));
+            }
+            for (name, segment) in &self.segments {
+                let promised = *self.promised_on_segment(name).get(direction);
+                let there = segment.promisable(direction);
+                if promised > there {
+                    broken.push(format!("segment {name} {word}: {promised} promised, {there} there"));
+                }
             }
         }
         broken
@@ -322,6 +358,8 @@ pub(super) struct Index {
     pub(super) lines: BTreeMap<Name, Line>,
     /// What allocations take of contracts.
     pub(super) taken: TakenByParty,
+    /// What they take of segments.
+    pub(super) promised: Promised,
     /// By priority: the delay that the link may add before a delay budget is broken, in ns. A line
     /// has one entry for its tightest budget, an allocation on no line one of its own.
     room: [BTreeSet<(u64, AllocationId)>; PRIORITIES],
@@ -356,6 +394,7 @@ impl Index {
             link,
             lines: BTreeMap::new(),
             taken: TakenByParty::default(),
+            promised: Promised::default(),
             room: Default::default(),
             addresses: BTreeMap::new(),
             prefix_lengths: BTreeMap::new(),
@@ -420,6 +459,7 @@ impl Index {
         }
         self.taken.add(allocation);
         if let Some(session) = session {
+            self.promised.add(session, allocation);
             let line = self.lines.entry(session.name.clone()).or_default();
             line.allocations.insert(allocation.id);
             for direction in Direction::BOTH {
@@ -449,6 +489,9 @@ impl Index {
             }
         }
         self.taken.remove(allocation);
+        if let Some(session) = session {
+            self.promised.remove(session, allocation);
+        }
         if let Some(line) = session.and_then(|session| self.lines.get_mut(&session.name)) {
             line.allocations.remove(&allocation.id);
             for direction in Direction::BOTH {

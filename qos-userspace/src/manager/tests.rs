@@ -14,7 +14,7 @@ use super::{
 };
 use crate::domain::{
     Allocation, AllocationId, BitsPerSecond, ByteCount, Contract, Directed, Direction, Enforcement, Level,
-    DurationRange, LinkLayer, Name, Profile, ProfileStatus, ProviderKind, Status, selector,
+    DurationRange, LinkLayer, Name, Profile, ProfileStatus, ProviderKind, Segment, Status, selector,
 };
 
 pub(crate) fn network() -> Network {
@@ -64,6 +64,7 @@ fn session(text: &str, addresses: &[&str], down: &str, up: &str) -> NewSession {
         overhead: None,
         delay_us: 0,
         loss_ppm: 0,
+        segments: Vec::new(),
     }
 }
 
@@ -243,6 +244,75 @@ fn an_extension_ends_where_the_profile_does() {
     }
     carry_out(&mut state, Command::Revoke { id });
     assert!(refused(&state, Command::Extend { id, by }).message.contains("has ended already"));
+}
+
+/// Lines dsl-3 and dsl-4 of 20/5 Mbit/s behind one DSLAM of 12/3, of which 2 are nobody's downstream.
+fn with_dslam() -> State {
+    let mut state = town().0;
+    let capacity = Directed { up: rate("3mbit"), down: rate("12mbit") };
+    let rest = Directed { up: None, down: Some(rate("2mbit")) };
+    carry_out(&mut state, Command::PutSegment(Segment { name: name("dslam"), capacity, rest }));
+    for number in 3..=4 {
+        let line = session(&format!("dsl-{number}"), &[&format!("192.0.2.{number}/32")], "20mbit", "5mbit");
+        carry_out(&mut state, Command::AddSession(NewSession { segments: vec![name("dslam")], ..line }));
+    }
+    state
+}
+
+#[test]
+fn lines_behind_a_segment_share_it() {
+    let mut state = with_dslam();
+    let to = |host: u8, level: &str| {
+        let flows = format!("down udp from 198.51.100.0/24 to 192.0.2.{host}");
+        GrantRequest { level: guaranteed(level), ..request("acme", &flows) }
+    };
+    let first = grant(&mut state, to(3, "6mbit")).id;
+    grant(&mut state, to(4, "3mbit"));
+    let refusal = refused_grant(&state, GrantRequest { precedence: 1, ..to(4, "2mbit") });
+    assert_eq!(refusal.code, RefusalCode::InsufficientCapacity);
+    assert_eq!(refusal.message, "segment dslam downstream: asked 2 Mbit/s, left 1 Mbit/s");
+    grant(&mut state, to(1, "2mbit"));
+    grant(&mut state, GrantRequest { precedence: 1, ..to(4, "1mbit") });
+    assert_eq!(state.promised_on_segment(&name("dslam")), Directed { up: BitsPerSecond(0), down: rate("10mbit") });
+    carry_out(&mut state, Command::Revoke { id: first });
+    assert_eq!(state.left_on_segment(&name("dslam"), Direction::Downstream), rate("6mbit"));
+
+    // What carries less than it did is told of, and admits nothing more.
+    let smaller = Segment { rest: Directed::default(), ..state.segments[&name("dslam")].clone() };
+    let smaller = Segment { capacity: Directed { up: rate("3mbit"), down: rate("1mbit") }, ..smaller };
+    let told = carry_out(&mut state, Command::PutSegment(smaller)).warnings;
+    assert_eq!(told, ["downstream: 4 Mbit/s are promised already, 1 Mbit/s are there for it"]);
+    assert_eq!(state.overcommitted(), ["segment dslam downstream: 4 Mbit/s promised, 1 Mbit/s there"]);
+    let refusal = refused_grant(&state, to(3, "1mbit"));
+    assert_eq!(refusal.message, "segment dslam downstream: asked 1 Mbit/s, left 0 bit/s");
+}
+
+#[test]
+fn segments_that_can_not_be_are_refused() {
+    let state = with_dslam();
+    let segment = |down: &str, rest: Option<&str>| {
+        let capacity = Directed { up: rate("3mbit"), down: rate(down) };
+        let rest = Directed { up: None, down: rest.map(rate) };
+        Command::PutSegment(Segment { name: name("olt"), capacity, rest })
+    };
+    let behind = |names: &[&str]| {
+        let line = session("dsl-9", &["192.0.2.9/32"], "20mbit", "5mbit");
+        let segments = names.iter().map(|text| name(text)).collect();
+        Command::AddSession(NewSession { segments, ..line })
+    };
+    for (command, field, text) in [
+        (segment("0", None), "capacity.down", "is zero"),
+        (segment("1mbit", Some("2mbit")), "rest.down", "is above the capacity of 1 Mbit/s"),
+        (behind(&["dslan"]), "segments[0]", "there is no segment dslan (did you mean dslam?)"),
+        (behind(&["dslam", "dslam"]), "segments[1]", "is named twice"),
+        (behind(&["dslam"; 9]), "segments", "a line is behind 8 at most"),
+        (Command::RemoveSegment { name: name("dslam") }, "name", "in use by session dsl-3, dsl-4"),
+        (Command::RemoveSegment { name: name("olt") }, "name", "there is no segment olt"),
+    ] {
+        let refusal = refused(&state, command);
+        assert_eq!(refusal.field.as_deref(), Some(field), "{refusal}");
+        assert!(refusal.message.contains(text), "{refusal}");
+    }
 }
 
 const TO_DSL_1: &str = "down udp from 198.51.100.0/24 to 192.0.2.1";
@@ -1315,19 +1385,23 @@ fn a_configuration_that_shrank_is_told_of() {
 fn everything(state: &State) -> Vec<Change> {
     let providers = state.providers.values().cloned().map(Change::PutProvider);
     let applications = state.applications.values().cloned().map(Change::PutApplication);
+    let segments = state.segments.values().cloned().map(Change::PutSegment);
     let sessions = state.sessions.values().cloned().map(Change::PutSession);
     let profiles = state.profiles.values().cloned().map(Change::PutProfile);
     let allocations = state.allocations.values().cloned().map(Change::PutAllocation);
-    providers.chain(applications).chain(sessions).chain(profiles).chain(allocations).collect()
+    let registered = providers.chain(applications).chain(segments).chain(sessions).chain(profiles);
+    registered.chain(allocations).collect()
 }
 
 // Histories.
 
 /// A history over a small world, in which names, addresses and capacity meet often.
 pub(crate) fn any_history() -> impl Strategy<Value = Vec<Command>> {
+    let segments = (any_segment(1), any_segment(2));
     let registered = (any_provider(1), any_provider(2), any_session(1), any_session(2), any_session(3));
-    (registered, prop::collection::vec(any_command(), 1..80)).prop_map(|((p1, p2, s1, s2, s3), commands)| {
-        [p1, p2, s1, s2, s3].into_iter().chain(commands).collect()
+    let commands = prop::collection::vec(any_command(), 1..80);
+    (segments, registered, commands).prop_map(|((g1, g2), (p1, p2, s1, s2, s3), commands)| {
+        [g1, g2, p1, p2, s1, s2, s3].into_iter().chain(commands).collect()
     })
 }
 
@@ -1365,14 +1439,24 @@ fn any_contract() -> impl Strategy<Value = Contract> {
     )
 }
 
+fn any_segment(number: u8) -> impl Strategy<Value = Command> {
+    let capacity = (any_rate(1.0, &["4mbit", "900kbit"]), any_rate(1.0, &["25mbit", "6mbit"]));
+    (capacity, any_rates((0.3, 0.3), &["100kbit", "700kbit"])).prop_map(move |((up, down), rest)| {
+        let capacity = Directed { up: up.unwrap(), down: down.unwrap() };
+        Command::PutSegment(Segment { name: name(&format!("g{number}")), capacity, rest })
+    })
+}
+
 fn any_session(number: u8) -> impl Strategy<Value = Command> {
     let speed = [("20mbit", "5mbit"), ("8mbit", "2mbit"), ("30mbit", "30mbit"), ("640kbit", "64kbit")];
-    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>()).prop_map(
-        move |((down, up), slow, narrow)| {
+    let behind = prop::sample::subsequence(vec![name("g1"), name("g2")], 0..=2);
+    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>(), behind).prop_map(
+        move |((down, up), slow, narrow, segments)| {
             let address = format!("10.0.0.{}/{}", 4 * number, if narrow { 32 } else { 30 });
             Command::AddSession(NewSession {
                 delay_us: u32::from(slow) * 5_000,
                 link_layer: if slow { LinkLayer::Atm } else { LinkLayer::Ethernet },
+                segments,
                 ..session(&format!("s{number}"), &[&address, &format!("2001:db8:{number}::/48")], down, up)
             })
         },
@@ -1426,7 +1510,11 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => provider_name().prop_map(|provider| Command::RemoveApplication { provider, name: name("app") }),
         1 => (1u8..=4).prop_flat_map(any_session),
         1 => (1u8..=4).prop_map(|number| Command::RemoveSession { name: name(&format!("s{number}")) }),
+        1 => (1u8..=2).prop_map(|number| Command::RemoveSegment { name: name(&format!("g{number}")) }),
         20 => granted,
+        2 => (1u64..30, 1i64..100).prop_map(|(id, seconds)| {
+            Command::Extend { id: AllocationId(id), by: SignedDuration::from_secs(seconds) }
+        }),
         3 => (1u64..30).prop_map(|id| Command::Revoke { id: AllocationId(id) }),
         1 => Just(Command::Expire),
     ]
@@ -1446,6 +1534,13 @@ fn check(state: &State) {
             let sum = own.map(|other| guaranteed_of(&other)).sum::<u64>() + capacity::SMALLEST_REST.0;
             assert!(sum <= speed.0, "line {} {direction:?}: {sum} of {speed}", session.name);
             on_link += capacity::SMALLEST_REST.0;
+        }
+        for segment in state.segments.values() {
+            let is_behind = |line: &Name| state.sessions[line].segments.contains(&segment.name);
+            let behind = state.allocations.values().filter(|other| other.session.as_ref().is_some_and(is_behind));
+            let sum: u64 = behind.map(|other| guaranteed_of(&other)).sum();
+            let there = segment.promisable(direction);
+            assert!(sum <= there.0, "segment {} {direction:?}: {sum} of {there}", segment.name);
         }
         on_link += state.allocations.values().map(|other| guaranteed_of(&other)).sum::<u64>();
         assert!(on_link <= network.link.get(direction).0, "link {direction:?}: {on_link}");
@@ -1485,7 +1580,7 @@ fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
     let taken: BTreeMap<_, _> = state.slots.iter().map(|(kind, free)| (*kind, free.taken())).collect();
     (
         (state.providers.clone(), state.applications.clone(), state.sessions.clone()),
-        (state.profiles.clone(), state.allocations.clone(), state.index.clone(), taken),
+        (state.segments.clone(), state.profiles.clone(), state.allocations.clone(), state.index.clone(), taken),
     )
 }
 

@@ -6,6 +6,15 @@ ALTER TABLE providers ADD COLUMN guaranteed_down INTEGER;
 ALTER TABLE providers ADD COLUMN best_priority INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE providers ADD COLUMN profiles TEXT; -- JSON list of names; none: all
 ALTER TABLE providers ADD COLUMN allocations INTEGER;
+-- What lines share before the link.
+CREATE TABLE segments (
+    name          TEXT PRIMARY KEY,
+    capacity_up   INTEGER NOT NULL,
+    capacity_down INTEGER NOT NULL,
+    rest_up       INTEGER,
+    rest_down     INTEGER
+) STRICT, WITHOUT ROWID;
+ALTER TABLE sessions ADD COLUMN segments TEXT NOT NULL DEFAULT '[]'; -- JSON list of names
 -- Whether a profile may be asked for, and for how long: ISO 8601 durations.
 ALTER TABLE profiles ADD COLUMN status TEXT NOT NULL DEFAULT 'active'
     CHECK (status IN ('active', 'inactive', 'deprecated'));

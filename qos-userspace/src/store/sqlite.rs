@@ -25,7 +25,8 @@ use crate::domain::level::LAST_PRIORITY;
 use crate::domain::session::link_layer;
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, Directed, DurationRange,
-    Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Selector, Session, Status, dscp,
+    Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Segment, Selector, Session, Status,
+    dscp,
 };
 use crate::manager::{Change, Network, SlotKind, State};
 
@@ -196,7 +197,17 @@ impl Store for SqliteStore {
         {
             state.apply(&Change::PutApplication(application));
         }
-        for session in self.rows("sessions", "SELECT * FROM sessions", &["name"], read_session)? {
+        for segment in self.rows("segments", "SELECT * FROM segments", &["name"], read_segment)? {
+            state.apply(&Change::PutSegment(segment));
+        }
+        let sessions = self.rows("sessions", "SELECT * FROM sessions", &["name"], |row| {
+            let session = read_session(row)?;
+            match session.segments.iter().find(|name| !state.segments.contains_key(name)) {
+                Some(name) => Err(format!("column segments: there is no segment {name}")),
+                None => Ok(session),
+            }
+        })?;
+        for session in sessions {
             state.apply(&Change::PutSession(session));
         }
         for profile in self.rows("profiles", "SELECT * FROM profiles", &["name"], |row| {
@@ -353,6 +364,13 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
             upsert(transaction, "sessions", &["name"], session_columns(session))
         }
         Change::DeleteSession(name) => delete(transaction, SlotKind::Session, "name = ?1", &[&name.as_str()]),
+        Change::PutSegment(segment) => {
+            upsert(transaction, "segments", &["name"], segment_columns(segment))
+        }
+        Change::DeleteSegment(name) => {
+            transaction.prepare_cached("DELETE FROM segments WHERE name = ?1")?.execute([name.as_str()])?;
+            Ok(())
+        }
         Change::PutProfile(profile) => {
             let mut columns = vec![
                 ("name", text(&profile.name)),
@@ -537,7 +555,18 @@ fn session_columns(session: &Session) -> Vec<Column> {
         ("overhead", Value::Integer(session.overhead.into())),
         ("delay_us", integer(session.delay_us.into())),
         ("loss_ppm", integer(session.loss_ppm.into())),
+        ("segments", json(&session.segments)),
         ("slot", integer(session.slot.into())),
+    ]
+}
+
+fn segment_columns(segment: &Segment) -> Vec<Column> {
+    vec![
+        ("name", text(&segment.name)),
+        ("capacity_up", integer(segment.capacity.up.0)),
+        ("capacity_down", integer(segment.capacity.down.0)),
+        ("rest_up", option(segment.rest.up, |rate| integer(rate.0))),
+        ("rest_down", option(segment.rest.down, |rate| integer(rate.0))),
     ]
 }
 
@@ -731,7 +760,19 @@ fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
         overhead: row.number("overhead")?,
         delay_us: row.number("delay_us")?,
         loss_ppm: row.number("loss_ppm")?,
+        segments: row.json("segments")?,
         slot: row.slot("slot", SlotKind::Session)?,
+    })
+}
+
+fn read_segment(row: &Reader<'_, '_>) -> Result<Segment, String> {
+    Ok(Segment {
+        name: row.parse("name")?,
+        capacity: Directed {
+            up: BitsPerSecond(row.number("capacity_up")?),
+            down: BitsPerSecond(row.number("capacity_down")?),
+        },
+        rest: row.rates("rest_up", "rest_down")?,
     })
 }
 

@@ -84,7 +84,7 @@ fn allocations_of_an_earlier_version_keep_their_classes() {
         carry_out(&mut store, &mut state, &Command::Revoke { id: AllocationId(id) }, now());
     }
     drop(store);
-    without_contracts(&path);
+    of_version_3(&path);
     let earlier = "DROP INDEX allocations_by_class; ALTER TABLE allocations DROP COLUMN class;
          ALTER TABLE history DROP COLUMN class; DELETE FROM freed_slots WHERE kind = 'class';
          PRAGMA user_version = 2";
@@ -104,11 +104,14 @@ fn allocations_of_an_earlier_version_keep_their_classes() {
 }
 
 /// Makes a file of version 3 of one of version 4.
-fn without_contracts(path: &Path) {
+fn of_version_3(path: &Path) {
     let mut earlier = "ALTER TABLE providers RENAME COLUMN maximum_up TO aggregate_up;
          ALTER TABLE providers RENAME COLUMN maximum_down TO aggregate_down;
          ALTER TABLE applications DROP COLUMN maximum_up;
-         ALTER TABLE applications DROP COLUMN maximum_down;"
+         ALTER TABLE applications DROP COLUMN maximum_down;
+         ALTER TABLE sessions DROP COLUMN segments; DROP TABLE segments;
+         ALTER TABLE profiles DROP COLUMN status; ALTER TABLE profiles DROP COLUMN shortest;
+         ALTER TABLE profiles DROP COLUMN longest;"
         .to_owned();
     for table in ["providers", "applications"] {
         for column in ["guaranteed_up", "guaranteed_down", "best_priority", "profiles", "allocations"] {
@@ -126,7 +129,7 @@ fn the_aggregate_of_an_earlier_version_is_the_maximum_of_a_contract() {
     let path = folder.path().join("state.db");
     let (store, state) = filled(&path);
     drop(store);
-    without_contracts(&path);
+    of_version_3(&path);
     let loaded = reopened(&path);
     for (name, provider) in &state.providers {
         let kept = Contract { maximum: provider.contract.maximum, ..Contract::default() };

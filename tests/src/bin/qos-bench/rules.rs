@@ -240,6 +240,7 @@ fn session(number: u32, first: IpNet) -> Result<NewSession> {
         overhead: None,
         delay_us: 0,
         loss_ppm: 0,
+        segments: Vec::new(),
     })
 }
 
