@@ -127,7 +127,16 @@ fn of_version_3(path: &Path) {
 fn the_aggregate_of_an_earlier_version_is_the_maximum_of_a_contract() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.db");
-    let (store, state) = filled(&path);
+    let (mut store, mut state) = filled(&path);
+    let contract = Contract {
+        maximum: Directed { up: None, down: Some(BitsPerSecond(50_000_000)) },
+        best_priority: 2,
+        allocations: Some(7),
+        ..Contract::default()
+    };
+    let provider = state.providers.values().next().unwrap().name.clone();
+    let command = Command::ChangeContract { provider, application: None, contract, was: None };
+    carry_out(&mut store, &mut state, &command, now());
     drop(store);
     of_version_3(&path);
     let loaded = reopened(&path);
