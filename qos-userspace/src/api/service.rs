@@ -351,7 +351,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
 
         let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
         let start = Instant::now();
-        if let Err(refused) = gateway.apply(&self.state, &decision.changes) {
+        if let Err(refused) = gateway.apply(&self.state, &decision.changes, &inverse) {
             let refusal = G::refusal(&refused);
             return Err(match (self.undo(&inverse, Box::new(refused)), refusal) {
                 (ServiceError::Kernel(_), Some(refusal)) => refusal.into(),

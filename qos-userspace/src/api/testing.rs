@@ -82,7 +82,7 @@ impl Gateway for Recorder {
     type Error = Refused;
     type Config = crate::gateway::GatewayConfig;
 
-    fn apply(&mut self, _state: &State, changes: &[Change]) -> Result<(), Refused> {
+    fn apply(&mut self, _state: &State, changes: &[Change], _inverse: &[Change]) -> Result<(), Refused> {
         let mut record = self.record();
         if record.refuse > 0 {
             record.refuse -= 1;

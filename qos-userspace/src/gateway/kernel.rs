@@ -33,7 +33,7 @@ use super::scheduler::{ClassSlot, Leaf, LineClass, LineSlot, Part, Scheduler as 
 use super::trace::Tracer;
 use super::{Role, TcHooks, XdpChoice};
 use crate::domain::selector::rules;
-use crate::domain::{Allocation, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
+use crate::domain::{Allocation, AllocationId, BitsPerSecond, Enforcement, Name, ProviderKind, Session};
 use crate::manager::report::{
     ClassifierStatistics, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus, RepairReport,
     Statistics,
@@ -902,7 +902,13 @@ impl Kernel {
 
     /// Carries out one change in the maps but the classifier's. What ends leaves its record behind, so that it can be
     /// taken back with its clocks and counters; [`Kernel::forget`] removes it.
-    fn apply_to_maps(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
+    fn apply_to_maps(
+        &mut self,
+        state: &State,
+        former: &Former<'_>,
+        change: &Change,
+        log: &mut Vec<Overwritten>,
+    ) -> Result<(), GatewayError> {
         match change {
             Change::PutProvider(provider) => {
                 self.maps.put_provider(provider.slot, provider_record(provider));
@@ -912,22 +918,38 @@ impl Kernel {
                 self.maps.put_application(application.slot, record);
             }
             Change::PutSession(session) => {
-                self.maps.put_line_classes(session.slot, self.line_classes(session));
+                self.put_line_classes(session.slot, self.line_classes(session), log);
+                let former = former.sessions.get(&session.name).into_iter().flat_map(|old| &old.addresses);
+                for gone in former.filter(|net| !session.addresses.contains(net)) {
+                    self.put_line(line_key(*gone), None, log)?;
+                }
                 for net in &session.addresses {
-                    self.maps.put_line(line_key(*net), line(session))?;
+                    self.put_line(line_key(*net), Some(line(session)), log)?;
+                }
+                // Their framing is the line's.
+                for allocation in state.allocations_on(&session.name) {
+                    self.put_allocation(allocation.slot, self.records(state, allocation), log);
+                }
+            }
+            Change::DeleteSession(name) => {
+                if let Some(session) = former.sessions.get(name) {
+                    for net in &session.addresses {
+                        self.put_line(line_key(*net), None, log)?;
+                    }
+                    self.put_line_classes(session.slot, LineClasses::default(), log);
                 }
             }
             Change::PutAllocation(allocation) => {
-                self.maps.put_allocation(allocation.slot, self.records(state, allocation));
+                self.put_allocation(allocation.slot, self.records(state, allocation), log);
             }
             Change::EndAllocation(allocation) => {
                 // What is on its way still goes to its line, or to the rest of the link.
                 let rest = |record: abi::Allocation| abi::Allocation { class: 0, ..record };
-                let records = self.records(state, allocation).map(|record| record.map(rest));
-                self.maps.put_allocation(allocation.slot, records);
+                let records = self.maps.allocation(allocation.slot).map(|record| record.map(rest));
+                self.put_allocation(allocation.slot, records, log);
             }
             // What these leave behind is named by the state alone.
-            Change::DeleteProvider(_) | Change::DeleteApplication(..) | Change::DeleteSession(_) => {
+            Change::DeleteProvider(_) | Change::DeleteApplication(..) => {
                 self.reconcile_registered(state)?;
             }
             Change::PutSegment(_)
@@ -938,34 +960,65 @@ impl Kernel {
         Ok(())
     }
 
-    /// Removes what is left of an allocation that has ended.
-    fn forget(&mut self, change: &Change) {
-        if let Change::EndAllocation(allocation) = change {
-            self.maps.put_allocation(allocation.slot, [None, None]);
-        }
+    fn put_allocation(&self, slot: u16, records: [Option<abi::Allocation>; 2], log: &mut Vec<Overwritten>) {
+        log.push(Overwritten::Allocation(slot, self.maps.allocation(slot)));
+        self.maps.put_allocation(slot, records);
     }
 
-    /// Takes one change back in the maps as far as packets are concerned: what a provider or an
-    /// application leaves there is nothing to them.
-    fn take_back(&mut self, state: &State, change: &Change) -> Result<(), GatewayError> {
+    fn put_line_classes(&self, slot: u16, classes: LineClasses, log: &mut Vec<Overwritten>) {
+        log.push(Overwritten::LineClasses(slot, self.maps.classes_of_line(slot)));
+        self.maps.put_line_classes(slot, classes);
+    }
+
+    fn put_line(
+        &mut self,
+        key: LineKey,
+        line: Option<Line>,
+        log: &mut Vec<Overwritten>,
+    ) -> Result<(), GatewayError> {
+        let before = self.maps.line(&key)?;
+        if before != line {
+            log.push(Overwritten::Line(key, before));
+            self.maps.put_line(&key, line)?;
+        }
+        Ok(())
+    }
+
+    /// Removes what is left of an allocation or a line that has ended.
+    fn forget(&mut self, former: &Former<'_>, change: &Change) {
         match change {
-            Change::PutAllocation(allocation) => {
-                self.classifier.remove(&allocation_rules(allocation))?;
+            Change::EndAllocation(allocation) => {
                 self.maps.put_allocation(allocation.slot, [None, None]);
             }
-            Change::EndAllocation(allocation) => {
-                self.maps.put_allocation(allocation.slot, self.records(state, allocation));
-                self.classifier.insert(&allocation_rules(allocation))?;
-            }
-            Change::PutSession(session) => {
-                for net in &session.addresses {
-                    self.maps.remove_line(&line_key(*net))?;
+            Change::DeleteSession(name) => {
+                // A line that takes its slot begins undivided.
+                if let Some(session) = former.sessions.get(name) {
+                    self.divided.iter_mut().for_each(|divided| {
+                        divided.remove(&LineSlot(session.slot));
+                    });
                 }
-                self.maps.put_line_classes(session.slot, LineClasses::default());
             }
             _ => {}
         }
-        Ok(())
+    }
+
+    /// Writes back what was overwritten, the last first.
+    fn restore(&mut self, log: Vec<Overwritten>) {
+        for overwritten in log.into_iter().rev() {
+            match overwritten {
+                Overwritten::Allocation(slot, records) => {
+                    self.maps.put_allocation(slot, records);
+                }
+                Overwritten::LineClasses(slot, classes) => {
+                    self.maps.put_line_classes(slot, classes);
+                }
+                Overwritten::Line(key, line) => {
+                    if let Err(error) = self.maps.put_line(&key, line) {
+                        tracing::warn!(%error, "a change of the map of lines could not be taken back");
+                    }
+                }
+            }
+        }
     }
 
     /// Brings the trees to what the state says after `changes`. What they had in the place of what was
@@ -973,19 +1026,20 @@ impl Kernel {
     fn schedule_all(
         &mut self,
         state: &State,
+        former: &Former<'_>,
         changes: &[&Change],
         before: &mut Vec<Before>,
     ) -> Result<(), GatewayError> {
         for number in 0..self.interfaces.len() {
             let interface = &mut self.interfaces[number];
             let mtu = interface.link.as_ref().map(|link| link.mtu);
-            let part = tree_part(state, &self.divided, interface.egress(), changes);
-            match (&mut interface.scheduler, &mut interface.tree, part) {
-                (None, ..) => before.push(Before::Nothing),
-                (Some(_), Some(tree), Some(part)) if mtu == Some(tree.mtu) && part.is_empty() => {
+            let mut part = tree_part(state, &self.divided, interface.egress(), former, changes);
+            match (&mut interface.scheduler, &mut interface.tree) {
+                (None, _) => before.push(Before::Nothing),
+                (Some(_), Some(tree)) if mtu == Some(tree.mtu) && part.is_empty() => {
                     before.push(Before::Nothing);
                 }
-                (Some(scheduler), Some(tree), Some(mut part)) if mtu == Some(tree.mtu) => {
+                (Some(scheduler), Some(tree)) if mtu == Some(tree.mtu) => {
                     part.exchange(tree);
                     if let Err(error) = scheduler.apply_part(tree, &part) {
                         part.exchange(tree);
@@ -993,7 +1047,7 @@ impl Kernel {
                     }
                     before.push(Before::Part(part));
                 }
-                (_, tree, _) => {
+                (_, tree) => {
                     let tree = tree.clone();
                     self.schedule(number, state)?;
                     before.push(tree.map_or(Before::Nothing, Before::Tree));
@@ -1055,14 +1109,6 @@ impl Kernel {
         }
     }
 
-    /// A line that takes the slot of one that has gone begins undivided.
-    fn forget_lines(&mut self, state: &State) {
-        let slots: BTreeSet<_> = state.sessions.values().map(|session| LineSlot(session.slot)).collect();
-        for divided in &mut self.divided {
-            divided.retain(|slot| slots.contains(slot));
-        }
-    }
-
     /// Sends the rests of lines that have been divided, or are so no more, to their classes of now.
     fn move_rests(&mut self, state: &State, lines: &[Division]) {
         let names: BTreeSet<_> = lines.iter().map(|line| &line.session).collect();
@@ -1074,34 +1120,25 @@ impl Kernel {
         }
     }
 
-    /// Carries out changes, the first `ends` of which end something. `done` tells afterwards how many
-    /// of them reached the maps, `before` how the trees were that were changed.
+    /// Carries out changes, the first `ends` of which end something. `done` says afterwards how far that went.
     fn carry_out(
         &mut self,
         state: &State,
-        changes: &[&Change],
-        ends: usize,
-        done: &mut usize,
-        before: &mut Vec<Before>,
-        divided: &mut Vec<Division>,
+        former: &Former<'_>,
+        (changes, ends): (&[&Change], usize),
+        done: &mut Done,
     ) -> Result<(), GatewayError> {
         // Packets leave a class before it goes, and find it before they come. Rules go and come together:
         // many are laid out at once.
-        self.classifier.remove(&rules_of(&changes[..ends], |change| match change {
-            Change::EndAllocation(allocation) => Some(allocation),
-            _ => None,
-        }))?;
+        let (gone, new) = changed_rules(changes, former);
+        self.classifier.remove(&gone)?;
+        done.removed = gone;
         for change in &changes[..ends] {
-            *done += 1;
-            self.apply_to_maps(state, change)?;
+            self.apply_to_maps(state, former, change, &mut done.ended)?;
         }
-        let divides = self.divide(state, changes);
-        if let Err(error) = self.schedule_all(state, changes, before) {
-            self.unite(&divides);
-            return Err(error);
-        }
-        *divided = divides;
-        self.move_rests(state, divided);
+        done.divided = self.divide(state, changes);
+        self.schedule_all(state, former, changes, &mut done.trees)?;
+        self.move_rests(state, &done.divided);
         // The first class that there is takes the rest of the traffic behind it.
         let lines =
             changes.iter().any(|change| matches!(change, Change::PutSession(_) | Change::DeleteSession(_)));
@@ -1109,19 +1146,92 @@ impl Kernel {
             if lines { self.settings(state)? } else { self.with_defaults(state, self.maps.settings()?) };
         self.maps.put_settings(&settings)?;
         for change in &changes[ends..] {
-            *done += 1;
-            self.apply_to_maps(state, change)?;
+            self.apply_to_maps(state, former, change, &mut done.put)?;
         }
-        Ok(self.classifier.insert(&rules_of(&changes[ends..], |change| match change {
-            Change::PutAllocation(allocation) => Some(allocation),
-            _ => None,
-        }))?)
+        Ok(self.classifier.insert(&new)?)
+    }
+
+    /// Takes back what was carried out, the last first.
+    fn take_back(&mut self, state: &State, done: Done, settings: &Settings) -> Result<(), GatewayError> {
+        self.restore(done.put);
+        self.maps.put_settings(settings)?;
+        self.unite(&done.divided);
+        self.move_rests(state, &done.divided);
+        self.schedule_again(done.trees);
+        self.restore(done.ended);
+        if !done.removed.is_empty() {
+            self.classifier.insert(&done.removed)?;
+        }
+        Ok(())
     }
 }
 
-/// The rules of those changes' allocations.
-fn rules_of<'a>(changes: &[&'a Change], of: impl Fn(&'a Change) -> Option<&'a Allocation>) -> Vec<Rule> {
-    changes.iter().filter_map(|change| of(change)).flat_map(allocation_rules).collect()
+/// What changes replace or end, as it was before them.
+#[derive(Debug, Default)]
+struct Former<'a> {
+    sessions: HashMap<&'a Name, &'a Session>,
+    allocations: HashMap<AllocationId, &'a Allocation>,
+}
+
+impl<'a> Former<'a> {
+    /// From what takes the changes back.
+    fn of(inverse: &'a [Change]) -> Self {
+        let mut former = Self::default();
+        for change in inverse {
+            match change {
+                Change::PutSession(session) => {
+                    former.sessions.insert(&session.name, session);
+                }
+                Change::PutAllocation(allocation) => {
+                    former.allocations.insert(allocation.id, allocation);
+                }
+                _ => {}
+            }
+        }
+        former
+    }
+}
+
+/// What stood in a place of a map that was written to.
+#[derive(Debug)]
+enum Overwritten {
+    Allocation(u16, [Option<abi::Allocation>; 2]),
+    LineClasses(u16, LineClasses),
+    Line(LineKey, Option<Line>),
+}
+
+/// How far changes were carried out, and what was there before.
+#[derive(Debug, Default)]
+struct Done {
+    /// Rules that were removed.
+    removed: Vec<Rule>,
+    /// By what ended.
+    ended: Vec<Overwritten>,
+    /// Lines that were divided.
+    divided: Vec<Division>,
+    /// By interface.
+    trees: Vec<Before>,
+    /// By what came or changed.
+    put: Vec<Overwritten>,
+}
+
+/// The rules that go with what ends or changes, and those that come.
+fn changed_rules(changes: &[&Change], former: &Former<'_>) -> (Vec<Rule>, Vec<Rule>) {
+    let (mut gone, mut new) = (Vec::new(), Vec::new());
+    for change in changes {
+        match change {
+            Change::EndAllocation(allocation) => gone.extend(allocation_rules(allocation)),
+            Change::PutAllocation(allocation) => match former.allocations.get(&allocation.id) {
+                Some(old) if old.selectors == allocation.selectors => {}
+                old => {
+                    gone.extend(old.into_iter().flat_map(|old| allocation_rules(old)));
+                    new.extend(allocation_rules(allocation));
+                }
+            },
+            _ => {}
+        }
+    }
+    (gone, new)
 }
 
 impl Gateway for Kernel {
@@ -1132,42 +1242,22 @@ impl Gateway for Kernel {
         Self::reconfigure(self, config, state)
     }
 
-    fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), GatewayError> {
+    fn apply(&mut self, state: &State, changes: &[Change], inverse: &[Change]) -> Result<(), GatewayError> {
         let (mut ordered, others): (Vec<_>, Vec<_>) = changes
             .iter()
             .partition(|change| matches!(change, Change::EndAllocation(_) | Change::DeleteSession(_)));
         let ends = ordered.len();
         ordered.extend(others);
+        let former = Former::of(inverse);
         let settings = self.maps.settings()?;
-        // The change itself does not tell which lines a removed session had.
-        let removes = changes.iter().any(|change| matches!(change, Change::DeleteSession(_)));
-        let lines = if removes { Some((self.maps.lines()?, self.maps.line_classes())) } else { None };
-        let mut done = 0;
-        let mut before = Vec::new();
-        let mut divided = Vec::new();
-        let result = self.carry_out(state, &ordered, ends, &mut done, &mut before, &mut divided);
+        let mut done = Done::default();
+        let result = self.carry_out(state, &former, (&ordered, ends), &mut done);
         if result.is_ok() {
-            ordered[..ends].iter().for_each(|change| self.forget(change));
+            ordered[..ends].iter().for_each(|change| self.forget(&former, change));
             self.allocations = state.allocations.len() as u32;
-            if removes {
-                self.forget_lines(state);
-            }
-            return result;
+        } else if let Err(error) = self.take_back(state, done, &settings) {
+            tracing::warn!(%error, "a change of the maps could not be taken back");
         }
-        let was_divided = std::mem::take(&mut divided);
-        self.unite(&was_divided);
-        self.move_rests(state, &was_divided);
-        for change in ordered[..done].iter().rev() {
-            if let Err(error) = self.take_back(state, change) {
-                tracing::warn!(%error, "a change of the maps could not be taken back");
-            }
-        }
-        if let Some((lines, classes)) = lines {
-            self.maps.put_all_line_classes(&classes);
-            self.maps.put_lines(&lines)?;
-        }
-        self.maps.put_settings(&settings)?;
-        self.schedule_again(before);
         result
     }
 
@@ -1282,22 +1372,32 @@ fn tree(state: &State, divided: &Divided, direction: Direction, link: BitsPerSec
     Tree { link, rest: state.network.link_rest(direction), mtu, lines, leaves }
 }
 
-/// What the tree of one direction has after `changes` where they concern it; none: that can't be told
-/// from them, since a removed session's slot is not known any more.
-fn tree_part(state: &State, divided: &Divided, direction: Direction, changes: &[&Change]) -> Option<Part> {
+/// What the tree of one direction has after `changes` where they concern it.
+fn tree_part(
+    state: &State,
+    divided: &Divided,
+    direction: Direction,
+    former: &Former<'_>,
+    changes: &[&Change],
+) -> Part {
     let mut part = Part::default();
-    let put_line = |part: &mut Part, session: &Session| {
-        let line = line_class(state, divided, session, direction);
-        part.lines.insert(line.slot, Some(line));
+    let put_line = |part: &mut Part, name: &Name| {
+        if let Some(session) = state.sessions.get(name) {
+            let line = line_class(state, divided, session, direction);
+            part.lines.insert(line.slot, Some(line));
+        }
     };
     for change in changes {
         match change {
-            Change::PutSession(session) => put_line(&mut part, state.sessions.get(&session.name)?),
-            Change::DeleteSession(_) => return None,
+            Change::PutSession(session) => put_line(&mut part, &session.name),
+            Change::DeleteSession(name) => {
+                let slot = former.sessions.get(name).map(|session| LineSlot(session.slot));
+                part.lines.extend(slot.map(|slot| (slot, None)));
+            }
             Change::PutAllocation(allocation) | Change::EndAllocation(allocation) => {
                 let Some(slot) = class_slot(allocation, direction) else { continue };
                 if let Some(name) = &allocation.session {
-                    put_line(&mut part, state.sessions.get(name)?);
+                    put_line(&mut part, name);
                 }
                 // What ends comes first, and its class may have been given to what comes.
                 let live = state.allocations.get(&allocation.id);
@@ -1313,7 +1413,7 @@ fn tree_part(state: &State, divided: &Divided, direction: Direction, changes: &[
             | Change::DeleteProfile(_) => {}
         }
     }
-    Some(part)
+    part
 }
 
 /// The line that an allocation divides in a direction; none: it has no class there, or is on none.
@@ -1506,7 +1606,7 @@ fn explanation(direction: Direction, answer: &abi::Answer, way: Vec<String>) -> 
             .find(|outcome| *outcome as u32 == answer.outcome)
             .map_or("unknown", outcome_name)
             .to_owned(),
-        allocation: matched.then_some(crate::domain::AllocationId(answer.allocation)),
+        allocation: matched.then_some(AllocationId(answer.allocation)),
         selector: matched.then(|| selector_of(answer.rank)),
         in_profile: answer.in_profile != 0,
         charged: answer.charged,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, LINE_SLOTS, Line,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, Line,
     LineClasses, LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
@@ -103,6 +103,14 @@ impl Maps {
         differed
     }
 
+    /// The records of an allocation's slot, of both directions; none: there is none in use.
+    pub(super) fn allocation(&self, slot: u16) -> [Option<Allocation>; 2] {
+        Direction::BOTH.map(|direction| {
+            let record = self.allocations.read(directed(u32::from(slot), direction));
+            (record != Allocation::default()).then_some(record)
+        })
+    }
+
     /// Gives records that are in use other classes: one word of each, seen at once.
     pub(super) fn change_classes(&self, slot: u16, records: [Option<Allocation>; 2]) {
         for (direction, wanted) in Direction::BOTH.into_iter().zip(records) {
@@ -183,18 +191,30 @@ impl Maps {
         Ok(differed)
     }
 
-    pub(super) fn put_line(&mut self, key: LineKey, line: Line) -> Result<(), ObjectError> {
-        self.lines.insert(key, line, 0).map_err(|reason| ObjectError::map("lines", reason))
+    /// The line that a prefix leads to; none: there is none.
+    pub(super) fn line(&self, key: &LineKey) -> Result<Option<Line>, ObjectError> {
+        match self.lines.get(key, 0) {
+            Ok(line) => Ok(Some(line)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(reason) => Err(ObjectError::map("lines", reason)),
+        }
     }
 
-    /// Classes of all lines, by slot.
-    pub(super) fn line_classes(&self) -> Vec<LineClasses> {
-        (0..LINE_SLOTS).map(|slot| self.line_classes.read(slot)).collect()
+    /// Makes a prefix lead to a line, or to none.
+    pub(super) fn put_line(&mut self, key: &LineKey, line: Option<Line>) -> Result<(), ObjectError> {
+        let result = match line {
+            Some(line) => self.lines.insert(key, line, 0),
+            None => self.lines.remove(key),
+        };
+        match result {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(reason) => Err(ObjectError::map("lines", reason)),
+        }
     }
 
-    /// Makes the map of lines' classes hold `wanted`, by slot. Tells how many entries differed.
-    pub(super) fn put_all_line_classes(&self, wanted: &[LineClasses]) -> usize {
-        (0..).zip(wanted).filter(|(slot, classes)| self.put_line_classes(*slot, **classes)).count()
+    /// Classes of a line, by its slot.
+    pub(super) fn classes_of_line(&self, slot: u16) -> LineClasses {
+        self.line_classes.read(u32::from(slot))
     }
 
     /// Gives a line's slot its classes: each is one word, seen at once. Tells whether they differed.
@@ -204,14 +224,6 @@ impl Maps {
             self.line_classes.write(u32::from(slot), wanted);
         }
         differs
-    }
-
-    /// Removes a line's prefix, if it is there.
-    pub(super) fn remove_line(&mut self, key: &LineKey) -> Result<(), ObjectError> {
-        match self.lines.remove(key) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(reason) => Err(ObjectError::map("lines", reason)),
-        }
     }
 
     /// Counters of one direction of an allocation's slot, all CPUs together.

@@ -280,11 +280,12 @@ pub trait Gateway {
     /// What it is made of.
     type Config;
 
-    /// Carries out `changes`, which `state` already contains.
+    /// Carries out `changes`, which `state` already contains. `inverse` is what takes them back
+    /// ([`State::inverse`]): it tells how what they concern was before.
     ///
     /// # Errors
     /// Where a step is refused; the kernel is then as before the call.
-    fn apply(&mut self, state: &State, changes: &[Change]) -> Result<(), Self::Error>;
+    fn apply(&mut self, state: &State, changes: &[Change], inverse: &[Change]) -> Result<(), Self::Error>;
 
     /// What is told to the asker where an error of [`Gateway::apply`] is no fault, but follows from what was
     /// asked.

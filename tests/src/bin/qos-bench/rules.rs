@@ -114,10 +114,11 @@ impl Gateway {
         gateway::grant(&mut self.state, provider, selectors, precedence)
     }
 
+    /// For grants and revokes, which nothing was before.
     fn apply(&mut self, changes: &[Change]) -> Result<()> {
         let Self { router, kernel, state, .. } = self;
         let kernel = kernel.as_mut().context("started")?;
-        Ok(router.namespace.run(|| kernel.apply(state, changes))?)
+        Ok(router.namespace.run(|| kernel.apply(state, changes, &[]))?)
     }
 
     /// Grants all rules and puts them into the kernel, which has none: as few to an allocation as there are
