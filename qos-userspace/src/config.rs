@@ -36,6 +36,9 @@ const DEFAULT_BPFFS_DIR: &str = "/sys/fs/bpf/qos";
 /// The upper 20 bits: the low 12 stay with the operator's own firewall marks.
 const DEFAULT_MARK_MASK: u32 = 0xffff_f000;
 const DEFAULT_SOFT_SHARE: f64 = 0.95;
+/// Twice the longest usual time between interim reports of a BRAS.
+const DEFAULT_SESSION_TTL: Duration = Duration::from_secs(3_600);
+const DEFAULT_SESSION_GRACE: Duration = Duration::from_secs(300);
 const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What no sane set of selectors comes near, and a packet can bear: some microseconds.
@@ -63,6 +66,10 @@ pub struct Config {
     pub access: Access,
     /// Requests must name the address of a session.
     pub require_session: bool,
+    /// Time after its last sign of life for which a reported session counts as up.
+    pub session_ttl: Duration,
+    /// Time for which what is granted on a line outlives it.
+    pub session_grace: Duration,
     /// Time between two comparisons of the kernel with the state.
     pub reconcile_interval: Duration,
     /// On which end of the lines the gateway stands.
@@ -200,6 +207,8 @@ impl Config {
                 groups: top.optional("allow_groups", |value| all(value, group))?.unwrap_or_default(),
             },
             require_session: top.optional("require_session", boolean)?.unwrap_or(true),
+            session_ttl: top.optional("session_ttl", life)?.unwrap_or(DEFAULT_SESSION_TTL),
+            session_grace: top.optional("session_grace", life)?.unwrap_or(DEFAULT_SESSION_GRACE),
             reconcile_interval: top
                 .optional("reconcile_interval", interval)?
                 .unwrap_or(DEFAULT_RECONCILE_INTERVAL),
@@ -258,6 +267,8 @@ impl Config {
             mtu,
             max_rules: self.gateway.max_rules,
             require_session: self.require_session,
+            session_ttl: signed(self.session_ttl),
+            session_grace: signed(self.session_grace),
         }
     }
 
@@ -279,6 +290,8 @@ impl Config {
             ("nat", mine.nat != theirs.nat),
             ("max_checks", mine.max_checks != theirs.max_checks),
             ("require_session", self.require_session != other.require_session),
+            ("session_ttl", self.session_ttl != other.session_ttl),
+            ("session_grace", self.session_grace != other.session_grace),
             ("reconcile_interval", self.reconcile_interval != other.reconcile_interval),
         ]);
         let all = mine.interfaces.iter().chain(&theirs.interfaces).map(|interface| interface.name.as_str());
@@ -468,11 +481,22 @@ fn within(value: &DeValue<'_>, range: &RangeInclusive<u32>, what: &str) -> Readi
 
 fn interval(value: &DeValue<'_>) -> Reading<Duration> {
     let range = Duration::from_millis(100)..=Duration::from_secs(3_600);
-    SignedDuration::from_str(text(value)?)
-        .ok()
-        .and_then(|duration| Duration::try_from(duration).ok())
-        .filter(|duration| range.contains(duration))
-        .ok_or_else(|| "expected a time from 100ms to 1h, such as \"5s\"".to_owned())
+    time(value, &range).ok_or_else(|| "expected a time from 100ms to 1h, such as \"5s\"".to_owned())
+}
+
+fn life(value: &DeValue<'_>) -> Reading<Duration> {
+    let range = Duration::from_secs(1)..=Duration::from_secs(7 * 24 * 3_600);
+    time(value, &range).ok_or_else(|| "expected a time from 1s to 168h, such as \"5m\"".to_owned())
+}
+
+fn time(value: &DeValue<'_>, range: &RangeInclusive<Duration>) -> Option<Duration> {
+    let duration = SignedDuration::from_str(text(value).ok()?).ok()?;
+    Duration::try_from(duration).ok().filter(|duration| range.contains(duration))
+}
+
+/// A time of a configuration is a week at most.
+fn signed(time: Duration) -> SignedDuration {
+    SignedDuration::try_from(time).unwrap_or(SignedDuration::MAX)
 }
 
 fn interface_name(value: &DeValue<'_>) -> Reading<String> {

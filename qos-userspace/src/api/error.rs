@@ -49,9 +49,8 @@ impl From<Refusal> for ApiError {
             RefusalCode::NotFound => (StatusCode::NOT_FOUND, "not_found"),
             RefusalCode::Conflict => (StatusCode::CONFLICT, "conflict"),
             RefusalCode::DurationOutOfRange => (StatusCode::BAD_REQUEST, "duration_out_of_range"),
-            RefusalCode::ProfileNotApplicable => {
-                (StatusCode::UNPROCESSABLE_ENTITY, "profile_not_applicable")
-            }
+            RefusalCode::ProfileNotApplicable => (StatusCode::UNPROCESSABLE_ENTITY, "profile_not_applicable"),
+            RefusalCode::SessionDown => (StatusCode::CONFLICT, "session_down"),
             RefusalCode::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
             // The request may be granted another time: 409 as for other conflicts with what is there.
             RefusalCode::InsufficientCapacity => (StatusCode::CONFLICT, "insufficient_capacity"),

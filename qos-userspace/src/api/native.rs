@@ -16,8 +16,8 @@ use super::reload::ReloadError;
 use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{
-    ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment, Outcome,
-    SegmentReport, Status,
+    ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment,
+    Outcome, SegmentReport, Status,
 };
 use crate::domain::{
     Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Segment, Session,
@@ -50,7 +50,8 @@ pub(super) fn router(api: Api) -> Router {
             put(change_contract_of_application),
         )
         .route("/v1/sessions", get(sessions).post(add_session))
-        .route("/v1/sessions/{name}", get(session).delete(remove_session))
+        .route("/v1/sessions/{name}", get(session).put(start_session).delete(remove_session))
+        .route("/v1/sessions/{name}/stop", post(stop_session))
         .route("/v1/segments", get(segments))
         .route("/v1/segments/{name}", get(segment).put(put_segment).delete(remove_segment))
         .route("/v1/profiles", get(profiles))
@@ -304,6 +305,48 @@ async fn add_session(
     })
     .await
     .map(created)
+}
+
+async fn start_session(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+    Body(session): Body<NewSession>,
+) -> Answer<Outcome<Session>> {
+    if session.name != name {
+        let message = format!("name: {} is not the session of the path, {name}", session.name);
+        return Err(ApiError::invalid("name", session.name.to_string(), message));
+    }
+    change_session(&api, name, Command::StartSession(session), options).await
+}
+
+async fn stop_session(
+    Shared(api): Shared<Api>,
+    Named(name): Named<Name>,
+    Options(options): Options<ChangeOptions>,
+) -> Answer<Outcome<Session>> {
+    let command = Command::StopSession { name: name.clone() };
+    change_session(&api, name, command, options).await
+}
+
+/// Answers with the session also where nothing had to be changed.
+async fn change_session(
+    api: &Api,
+    name: Name,
+    command: Command,
+    options: ChangeOptions,
+) -> Answer<Outcome<Session>> {
+    let run = move |service: &mut dyn Operations| {
+        let decision = service.execute(&command, options.dry_run)?;
+        let written = decision.changes.iter().find_map(|change| match change {
+            Change::PutSession(session) => Some(session.clone()),
+            _ => None,
+        });
+        let session = written.or_else(|| service.state().sessions.get(&name).cloned());
+        Ok::<_, ServiceError>((session, decision.warnings))
+    };
+    let (session, warnings) = api.handle.run(run).await??;
+    outcome(session, warnings, options)
 }
 
 async fn remove_session(

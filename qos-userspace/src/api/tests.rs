@@ -110,6 +110,78 @@ fn everything_can_be_registered_shown_and_removed() {
 }
 
 #[test]
+fn lines_come_change_go_and_come_back() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "5mbit", ""));
+    let before = daemon.must("GET", "/v1/sessions/dsl-1", "");
+    let address = before["addresses"][0].clone();
+    let facts = |down: &str, address: &Value| {
+        json!({"name": "dsl-1", "addresses": [address], "rate": {"down": down, "up": "2mbit"}, "source": "radius"})
+            .to_string()
+    };
+    let answer = daemon.must("PUT", "/v1/sessions/dsl-1", &facts("10mbit", &address));
+    let seen = answer["result"]["seen_at"].clone();
+    assert!(seen.is_string() && answer["warnings"] == json!([]), "{answer}");
+    let again = daemon.must("PUT", "/v1/sessions/dsl-1", &facts("10mbit", &address));
+    assert_eq!(again["result"]["seen_at"], seen, "a sign of life changes nothing");
+
+    let stopped = daemon.must("POST", "/v1/sessions/dsl-1/stop", "");
+    assert!(stopped["result"]["down_since"].is_string(), "{stopped}");
+    assert!(stopped["warnings"][0].as_str().expect("a text").starts_with("granted until "), "{stopped}");
+    let twice = daemon.must("POST", "/v1/sessions/dsl-1/stop", "");
+    assert_eq!(twice["result"]["down_since"], stopped["result"]["down_since"]);
+    let (status, refused) = daemon.ask("POST", "/v1/allocations", &grant(5_001, "1mbit", ""));
+    assert_eq!((status, &refused["error"]["code"]), (409, &json!("session_down")), "{refused}");
+
+    let told = daemon.must("PUT", "/v1/sessions/dsl-1?dry_run=true", &facts("4mbit", &address));
+    assert_eq!(ids(&daemon).len(), 1, "{told}");
+    let told = daemon.must("PUT", "/v1/sessions/dsl-1", &facts("4mbit", &address));
+    assert!(told["warnings"][0].as_str().expect("a text").starts_with("allocation 1 ends: "), "{told}");
+    assert!(ids(&daemon).is_empty());
+    let (status, refused) = daemon.ask("PUT", "/v1/sessions/dsl-2", &facts("4mbit", &address));
+    assert_eq!((status, &refused["error"]["field"]), (400, &json!("name")), "{refused}");
+    assert_eq!(daemon.ask("POST", "/v1/sessions/dsl-2/stop", "").0, 404);
+}
+
+#[test]
+fn contracts_segments_and_ends_are_changed() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let put = |path: &str, body: Value| daemon.must("PUT", path, &body.to_string());
+    let dslam = json!({"capacity": {"down": "8mbit", "up": "2mbit"}, "rest": {"down": "1mbit"}});
+    assert_eq!(put("/v1/segments/dslam-7", dslam)["result"]["name"], "dslam-7");
+    let line = json!({"name": "dsl-9", "addresses": ["192.0.2.99/32"], "rate": {"down": "20mbit", "up": "2mbit"},
+                      "segments": ["dslam-7"]});
+    daemon.must("POST", "/v1/sessions", &line.to_string());
+    let shown = daemon.must("GET", "/v1/segments/dslam-7", "");
+    assert_eq!(shown["promised"]["down"], 0, "{shown}");
+    assert_eq!(daemon.ask("DELETE", "/v1/segments/dslam-7", "").0, 409, "in use");
+    daemon.must("DELETE", "/v1/sessions/dsl-9", "");
+    daemon.must("DELETE", "/v1/segments/dslam-7", "");
+    assert_eq!(daemon.ask("GET", "/v1/segments/dslam-7", "").0, 404);
+
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "5mbit", r#","duration":"1h""#));
+    let was = daemon.must("GET", "/v1/providers/acme", "")["contract"].clone();
+    let change = json!({"contract": {"guaranteed": {"down": "4mbit"}}, "was": was});
+    let told = put("/v1/providers/acme/contract", change.clone());
+    assert!(told["warnings"][0].as_str().expect("a text").contains('1'), "{told}");
+    let (status, refused) = daemon.ask("PUT", "/v1/providers/acme/contract", &change.to_string());
+    assert_eq!(status, 409, "it has changed since: {refused}");
+    let none = json!({"contract": {}});
+    put("/v1/providers/acme/applications/video/contract", none.clone());
+    assert_eq!(daemon.ask("PUT", "/v1/providers/acme/applications/vidoe/contract", &none.to_string()).0, 404);
+
+    let end = |daemon: &TestDaemon| daemon.must("GET", "/v1/allocations/1", "")["expires_at"].clone();
+    let before = end(&daemon);
+    let (status, refused) = daemon.ask("POST", "/v1/allocations/1/extend", r#"{"by":"-1h"}"#);
+    assert_eq!((status, &refused["error"]["field"]), (400, &json!("by")), "{refused}");
+    assert_eq!(end(&daemon), before);
+    daemon.must("POST", "/v1/allocations/1/extend", r#"{"by":"1h"}"#);
+    assert!(end(&daemon).as_str() > before.as_str());
+}
+
+#[test]
 fn what_is_wrong_with_a_request_is_said_with_field_and_value() {
     let daemon = TestDaemon::start();
     daemon.furnish();

@@ -32,9 +32,6 @@ Examples:
         name: Name,
         #[command(flatten)]
         contract: ContractArgs,
-        /// Only say what would come of it
-        #[arg(long)]
-        dry_run: bool,
     },
     /// Shows all applications, or those of one provider
     List {
@@ -56,23 +53,19 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             let path = format!("/v1/providers/{provider}/applications");
             let contract = contract.applied_to(&Contract::default());
             let answer = client.post(&path, &NewApplication { name, contract })?;
-            output.outcome(&answer, |output, application: Application, _| {
+            output.outcome(&answer, |output, application: Application| {
                 output
                     .line(format_args!("application {} of {} added", application.name, application.provider))
             })
         }
-        Verb::Change { provider, name, contract, dry_run } => {
+        Verb::Change { provider, name, contract } => {
             let path = format!("/v1/providers/{provider}/applications/{name}");
             let was = client.get(&path)?.typed::<Application>()?.contract;
             let change = ContractChange { contract: contract.applied_to(&was), was: Some(was) };
-            let option = if dry_run { "?dry_run=true" } else { "" };
-            let answer = client.put(&format!("{path}/contract{option}"), &change)?;
-            output.outcome(&answer, |output, application: Application, dry_run| {
+            let answer = client.put(&format!("{path}/contract"), &change)?;
+            output.outcome(&answer, |output, application: Application| {
                 let Application { provider, name, .. } = &application;
-                output.line(match dry_run {
-                    true => format!("the contract of {name} of {provider} would be changed; nothing was"),
-                    false => format!("the contract of {name} of {provider} is changed"),
-                })?;
+                output.line(format_args!("the contract of {name} of {provider} is changed"))?;
                 output.pairs(contract::pairs(&application.contract))
             })
         }
@@ -93,7 +86,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { provider, name } => {
             let answer = client.delete(&format!("/v1/providers/{provider}/applications/{name}"))?;
-            output.outcome(&answer, |output, application: Application, _| {
+            output.outcome(&answer, |output, application: Application| {
                 output.line(format_args!(
                     "application {} of {} removed",
                     application.name, application.provider

@@ -25,16 +25,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Client {
     socket: PathBuf,
+    /// Changes are asked about, and not made.
+    dry_run: bool,
     runtime: Runtime,
 }
 
 impl Client {
-    pub(super) fn new(socket: PathBuf) -> Result<Self, CliError> {
+    pub(super) fn new(socket: PathBuf, dry_run: bool) -> Result<Self, CliError> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(|source| CliError::System { what: "start".to_owned(), source })?;
-        Ok(Self { socket, runtime })
+        Ok(Self { socket, dry_run, runtime })
     }
 
     /// What is at `path`.
@@ -77,6 +79,8 @@ impl Client {
     }
 
     fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Answer, CliError> {
+        let tried = (self.dry_run && method != Method::GET).then(|| format!("{path}?dry_run=true"));
+        let path = tried.as_deref().unwrap_or(path);
         self.runtime.block_on(async {
             let asked = async {
                 let response = accepted(self.send(method, path, body).await?).await?;

@@ -20,20 +20,13 @@ pub(super) struct Extend {
     /// By how much
     #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
     by: SignedDuration,
-    /// Only say what would come of it
-    #[arg(long)]
-    dry_run: bool,
 }
 
 pub(super) fn run(extend: &Extend, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
-    let option = if extend.dry_run { "?dry_run=true" } else { "" };
-    let path = format!("/v1/allocations/{}/extend{option}", extend.id);
+    let path = format!("/v1/allocations/{}/extend", extend.id);
     let answer = client.post(&path, &Extension { by: extend.by })?;
-    output.outcome(&answer, |output, allocation: Allocation, dry_run| {
+    output.outcome(&answer, |output, allocation: Allocation| {
         let end = allocation.expires_at.map_or_else(|| "no end".to_owned(), |end| end.to_string());
-        output.line(match dry_run {
-            true => format!("{} would last until {end}; nothing was changed", allocation.id),
-            false => format!("{} lasts until {end}", allocation.id),
-        })
+        output.line(format_args!("{} lasts until {end}", allocation.id))
     })
 }

@@ -63,20 +63,12 @@ pub(super) struct Grant {
     /// For how long; else until it is revoked
     #[arg(long = "for", value_name = "DURATION", value_parser = duration::parse, help_heading = "Grant")]
     duration: Option<SignedDuration>,
-    /// Only say what would come of it
-    #[arg(long, help_heading = "Grant")]
-    dry_run: bool,
 }
 
 pub(super) fn run(grant: Grant, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
-    let path = if grant.dry_run { "/v1/allocations?dry_run=true" } else { "/v1/allocations" };
-    let answer = client.post(path, &request(grant))?;
-    output.outcome(&answer, |output, allocation: Allocation, dry_run| {
-        if dry_run {
-            output.line("would be granted; nothing was changed")?;
-        } else {
-            output.line(format_args!("granted {}", allocation.id))?;
-        }
+    let answer = client.post("/v1/allocations", &request(grant))?;
+    output.outcome(&answer, |output, allocation: Allocation| {
+        output.line(format_args!("granted {}", allocation.id))?;
         list::details(output, &allocation)
     })
 }

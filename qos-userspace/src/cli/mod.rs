@@ -98,6 +98,9 @@ struct Global {
     /// How to print: tables for people, or the API's JSON
     #[arg(short, long, global = true, help_heading = "Global", value_enum, value_name = "FORMAT", default_value_t = Format::Table)]
     output: Format,
+    /// Only say what would come of a change, and change nothing
+    #[arg(long, global = true, help_heading = "Global")]
+    dry_run: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -133,6 +136,23 @@ enum Verb {
     Detach(detach::Detach),
     Completions(completions::Completions),
     Man(man::Man),
+}
+
+impl Verb {
+    /// Refuses to try what is either done or not.
+    fn check_dry_run(&self, dry_run: bool) -> Result<(), CliError> {
+        let what = match self {
+            Self::Reconcile(_) => "reconcile",
+            Self::Reload(_) => "reload",
+            Self::Trace(_) => "trace",
+            Self::Detach(_) => "detach",
+            _ => return Ok(()),
+        };
+        if !dry_run {
+            return Ok(());
+        }
+        Err(CliError::Usage(format!("`qos {what}` can't be tried: leave --dry-run out")))
+    }
 }
 
 /// Why a verb did not do what it should.
@@ -217,7 +237,10 @@ pub type DetachLeftovers<'f> =
 /// where no daemon runs.
 pub fn run(cli: Cli, output: &mut Output, detach_leftovers: DetachLeftovers<'_>) -> u8 {
     output.set_format(cli.global.output);
-    let result = Client::new(cli.global.socket)
+    let result = cli
+        .verb
+        .check_dry_run(cli.global.dry_run)
+        .and_then(|()| Client::new(cli.global.socket, cli.global.dry_run))
         .and_then(|mut client| dispatch(cli.verb, &mut client, output, detach_leftovers));
     match result {
         Ok(()) => 0,

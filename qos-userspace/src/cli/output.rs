@@ -84,11 +84,17 @@ impl Output {
     pub(super) fn outcome<T: DeserializeOwned>(
         &mut self,
         answer: &Answer,
-        table: impl FnOnce(&mut Self, T, bool) -> Result<(), CliError>,
+        table: impl FnOnce(&mut Self, T) -> Result<(), CliError>,
     ) -> Result<(), CliError> {
         let Outcome { result, warnings, dry_run } = answer.typed::<Outcome<T>>()?;
         self.warnings(&warnings);
-        if self.is_json() { answer.write(&mut self.out, true) } else { table(self, result, dry_run) }
+        if self.is_json() {
+            return answer.write(&mut self.out, true);
+        }
+        if dry_run {
+            self.line("nothing was changed; without --dry-run:")?;
+        }
+        table(self, result)
     }
 
     /// Prints an answer as one line of JSON.

@@ -74,7 +74,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             let duration = DurationRange { shortest, longest };
             let profile = NewProfile { level: level.level(), status: status.into(), duration };
             let answer = client.put(&format!("/v1/profiles/{name}"), &profile)?;
-            output.outcome(&answer, |output, profile: Profile, _| {
+            output.outcome(&answer, |output, profile: Profile| {
                 output.line(format_args!("profile {} written", profile.name))
             })
         }
@@ -121,7 +121,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/profiles/{name}"))?;
-            output.outcome(&answer, |output, profile: Profile, _| {
+            output.outcome(&answer, |output, profile: Profile| {
                 output.line(format_args!("profile {} removed", profile.name))
             })
         }

@@ -36,9 +36,6 @@ Examples:
         name: Name,
         #[command(flatten)]
         contract: ContractArgs,
-        /// Only say what would come of it
-        #[arg(long)]
-        dry_run: bool,
     },
     /// Shows all providers
     List,
@@ -89,23 +86,17 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 contract: add.contract.applied_to(&Contract::default()),
             };
             let answer = client.post("/v1/providers", &request)?;
-            output.outcome(&answer, |output, provider: Provider, _| {
+            output.outcome(&answer, |output, provider: Provider| {
                 output.line(format_args!("provider {} added", provider.name))
             })
         }
-        Verb::Change { name, contract, dry_run } => {
+        Verb::Change { name, contract } => {
             let path = format!("/v1/providers/{name}");
             let was = client.get(&path)?.typed::<Provider>()?.contract;
             let change = ContractChange { contract: contract.applied_to(&was), was: Some(was) };
-            let option = if dry_run { "?dry_run=true" } else { "" };
-            let answer = client.put(&format!("{path}/contract{option}"), &change)?;
-            output.outcome(&answer, |output, provider: Provider, dry_run| {
-                output.line(match dry_run {
-                    true => {
-                        format!("the contract of provider {} would be changed; nothing was", provider.name)
-                    }
-                    false => format!("the contract of provider {} is changed", provider.name),
-                })?;
+            let answer = client.put(&format!("{path}/contract"), &change)?;
+            output.outcome(&answer, |output, provider: Provider| {
+                output.line(format_args!("the contract of provider {} is changed", provider.name))?;
                 output.pairs(contract::pairs(&provider.contract))
             })
         }
@@ -135,7 +126,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/providers/{name}"))?;
-            output.outcome(&answer, |output, provider: Provider, _| {
+            output.outcome(&answer, |output, provider: Provider| {
                 output.line(format_args!("provider {} removed", provider.name))
             })
         }

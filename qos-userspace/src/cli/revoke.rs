@@ -22,7 +22,7 @@ pub(super) fn run(revoke: &Revoke, client: &mut Client, output: &mut Output) -> 
     let mut first_error = None;
     for id in &revoke.ids {
         let result = client.delete(&format!("/v1/allocations/{id}")).and_then(|answer| {
-            output.outcome(&answer, |output, allocation: Allocation, _| {
+            output.outcome(&answer, |output, allocation: Allocation| {
                 output.line(format_args!("revoked {}", allocation.id))
             })
         });

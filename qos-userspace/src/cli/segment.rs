@@ -58,26 +58,28 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 rest: Directed { up: add.rest_up, down: add.rest_down },
             };
             let answer = client.put(&format!("/v1/segments/{}", add.name), &segment)?;
-            output.outcome(&answer, |output, segment: Segment, _| {
+            output.outcome(&answer, |output, segment: Segment| {
                 output.line(format_args!("segment {} written", segment.name))
             })
         }
-        Verb::List => output.show(&client.get("/v1/segments")?, |output, segments: Listing<SegmentReport>| {
-            let header = ["NAME", "DOWN", "PROMISED DOWN", "REST DOWN", "UP", "PROMISED UP", "REST UP"];
-            let mut table = output.table(&header, &[1, 2, 3, 4, 5, 6]);
-            for SegmentReport { name, capacity, rest, promised } in segments.items {
-                table.add_row([
-                    name.to_string(),
-                    capacity.down.to_string(),
-                    promised.down.to_string(),
-                    or_dash(rest.down),
-                    capacity.up.to_string(),
-                    promised.up.to_string(),
-                    or_dash(rest.up),
-                ]);
-            }
-            output.print(&table)
-        }),
+        Verb::List => {
+            output.show(&client.get("/v1/segments")?, |output, segments: Listing<SegmentReport>| {
+                let header = ["NAME", "DOWN", "PROMISED DOWN", "REST DOWN", "UP", "PROMISED UP", "REST UP"];
+                let mut table = output.table(&header, &[1, 2, 3, 4, 5, 6]);
+                for SegmentReport { name, capacity, rest, promised } in segments.items {
+                    table.add_row([
+                        name.to_string(),
+                        capacity.down.to_string(),
+                        promised.down.to_string(),
+                        or_dash(rest.down),
+                        capacity.up.to_string(),
+                        promised.up.to_string(),
+                        or_dash(rest.up),
+                    ]);
+                }
+                output.print(&table)
+            })
+        }
         Verb::Show { name } => {
             output.show(&client.get(&format!("/v1/segments/{name}"))?, |output, segment: SegmentReport| {
                 let SegmentReport { name, capacity, rest, promised } = segment;
@@ -94,7 +96,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/segments/{name}"))?;
-            output.outcome(&answer, |output, segment: Segment, _| {
+            output.outcome(&answer, |output, segment: Segment| {
                 output.line(format_args!("segment {} removed", segment.name))
             })
         }

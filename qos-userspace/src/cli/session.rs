@@ -24,6 +24,24 @@ Examples:
       --link-layer atm --overhead 32 --delay 8ms --loss 0.1%
   qos session add fibre-7 --address 192.0.2.20 --address 2001:db8:7::/56 --down 1gbit --up 200mbit")]
     Add(Add),
+    /// Says that a line is up, and what it is now
+    ///
+    /// A line that is not known is named. What is granted on one that is known follows it to other
+    /// addresses. Where it has become too slow for what is guaranteed on it, allocations end, the worst
+    /// priority first and of that the youngest, until the others fit; each is told as a warning.
+    #[command(after_long_help = "\
+Examples:
+  qos session start dsl-0042 --address 192.0.2.77 --down 16mbit --up 2mbit --bras bras1
+  qos session start dsl-0042 --address 192.0.2.77 --down 12mbit --up 2mbit --dry-run")]
+    Start(Add),
+    /// Says that a line is down
+    ///
+    /// What is granted on it stays for the grace time (`session_grace` of the configuration), in case
+    /// that the line comes back; then it ends, and the line is forgotten.
+    Stop {
+        /// Its name
+        name: Name,
+    },
     /// Shows all lines
     List,
     /// Shows one line
@@ -66,6 +84,9 @@ pub(super) struct Add {
     /// A segment that the line is behind, such as its DSLAM's uplink; may be given several times
     #[arg(long = "segment", value_name = "NAME", value_delimiter = ',')]
     segments: Vec<Name>,
+    /// The BRAS that the line ends at
+    #[arg(long, value_name = "NAME")]
+    bras: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -82,15 +103,30 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
     match verb {
         Verb::Add(add) => {
             let answer = client.post("/v1/sessions", &request(add))?;
-            output.outcome(&answer, |output, session: Session, _| {
+            output.outcome(&answer, |output, session: Session| {
                 output.line(format_args!("session {} added", session.name))
             })
         }
+        Verb::Start(add) => {
+            let new = request(add);
+            let answer = client.put(&format!("/v1/sessions/{}", new.name), &new)?;
+            output.outcome(&answer, |output, session: Session| {
+                output.line(format_args!("session {} is up", session.name))
+            })
+        }
+        Verb::Stop { name } => {
+            let answer = client.post(&format!("/v1/sessions/{name}/stop"), &())?;
+            output.outcome(&answer, |output, session: Session| {
+                output.line(format_args!("session {} is down", session.name))
+            })
+        }
         Verb::List => output.show(&client.get("/v1/sessions")?, |output, sessions: Listing<Session>| {
-            let mut table = output.table(&["NAME", "DOWN", "UP", "LINK LAYER", "ADDRESSES"], &[1, 2]);
+            let mut table =
+                output.table(&["NAME", "STATE", "DOWN", "UP", "LINK LAYER", "ADDRESSES"], &[2, 3]);
             for session in sessions.items {
                 table.add_row([
                     session.name.to_string(),
+                    if session.down_since.is_some() { "down" } else { "up" }.to_owned(),
                     session.rate.down.to_string(),
                     session.rate.up.to_string(),
                     framing(session.link_layer).to_owned(),
@@ -110,13 +146,17 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                     ("overhead", Some(format!("{} bytes", session.overhead))),
                     ("delay", Some(microseconds(session.delay_us))),
                     ("loss", Some(format!("{} %", f64::from(session.loss_ppm) / 10_000.0))),
+                    ("BRAS", session.bras),
+                    ("reported by", session.source.map(|source| source.to_string())),
+                    ("last seen", session.seen_at.map(|at| at.to_string())),
+                    ("down since", session.down_since.map(|at| at.to_string())),
                     ("segments", (!session.segments.is_empty()).then(|| joined(&session.segments, ", "))),
                 ])
             })
         }
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/sessions/{name}"))?;
-            output.outcome(&answer, |output, session: Session, _| {
+            output.outcome(&answer, |output, session: Session| {
                 output.line(format_args!("session {} removed", session.name))
             })
         }
@@ -137,6 +177,8 @@ fn request(add: Add) -> NewSession {
         delay_us: add.delay.unwrap_or(0),
         loss_ppm: add.loss.map_or(0, |share| (share * 1e6).round() as u32),
         segments: add.segments,
+        bras: add.bras,
+        source: None,
     }
 }
 

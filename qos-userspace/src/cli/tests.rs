@@ -200,9 +200,9 @@ fn lists_are_printed_as_tables() {
     assert_prints(
         &must(&daemon, &["session", "list"]),
         "
-        NAME          DOWN         UP  LINK LAYER  ADDRESSES
-        dsl-1    20 Mbit/s   2 Mbit/s  atm         192.0.2.10/32
-        fibre-7  80 Mbit/s  40 Mbit/s  ethernet    192.0.2.20/32, 2001:db8:7::/56
+        NAME     STATE       DOWN         UP  LINK LAYER  ADDRESSES
+        dsl-1    up     20 Mbit/s   2 Mbit/s  atm         192.0.2.10/32
+        fibre-7  up     80 Mbit/s  40 Mbit/s  ethernet    192.0.2.20/32, 2001:db8:7::/56
         ",
     );
     assert_prints(
@@ -267,8 +267,30 @@ fn a_dry_run_and_its_warnings_are_told_apart_from_a_grant() {
     let mut line = GRANT.to_vec();
     line.push("--dry-run");
     let done = qos(&daemon.socket(), &line);
-    assert!(done.out.starts_with("would be granted; nothing was changed\n"), "{done:?}");
+    assert!(done.out.starts_with("nothing was changed; without --dry-run:\ngranted 1\n"), "{done:?}");
     assert_eq!(must(&daemon, &["list"]).lines().count(), 1);
+    for line in [
+        &["session", "stop", "dsl-1"][..],
+        &["session", "remove", "dsl-1"],
+        &["provider", "remove", "isp"],
+        &["provider", "change", "acme", "--best-priority", "3"],
+    ] {
+        let before = must(&daemon, &["session", "list"]) + &must(&daemon, &["provider", "list"]);
+        let mut line = line.to_vec();
+        line.push("--dry-run");
+        let done = qos(&daemon.socket(), &line);
+        assert!(
+            done.status == 0 && done.out.starts_with("nothing was changed; without --dry-run:\n"),
+            "{done:?}"
+        );
+        assert_eq!(
+            must(&daemon, &["session", "list"]) + &must(&daemon, &["provider", "list"]),
+            before,
+            "{line:?}"
+        );
+    }
+    let done = qos(&daemon.socket(), &["reload", "--dry-run"]);
+    assert!(done.status == 2 && done.err.contains("`qos reload` can't be tried"), "{done:?}");
 
     // Upstream is out of the line, where this box can't promise.
     let done = qos(

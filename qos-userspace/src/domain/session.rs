@@ -1,6 +1,7 @@
-//! Subscriber sessions: lines that are up.
+//! Subscriber sessions: lines that are up, or were until a moment ago.
 
 use ipnet::IpNet;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::LinkLayer;
@@ -8,7 +9,10 @@ use super::level::Directed;
 use super::name::Name;
 use super::units::BitsPerSecond;
 
-/// A line that is up, and who is behind it.
+/// Longest name of a BRAS, in characters: that of a host (RFC 1035).
+pub const LONGEST_BRAS: usize = 253;
+
+/// A line, and who is behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Session {
@@ -30,8 +34,29 @@ pub struct Session {
     /// Segments that it is behind, 8 at most.
     #[serde(default)]
     pub segments: Vec<Name>,
+    /// The BRAS that it ends at, 1 to 253 characters; none: not known.
+    #[serde(default)]
+    pub bras: Option<String>,
+    /// What reports it; none: an operator named it, and no sign of life is expected.
+    #[serde(default)]
+    pub source: Option<Name>,
+    /// When its source last said that it is up.
+    #[serde(default)]
+    pub seen_at: Option<Timestamp>,
+    /// Since when it is down; none: it is up.
+    #[serde(default)]
+    pub down_since: Option<Timestamp>,
     /// Index of its class numbers, 1 to 10,240.
     pub slot: u16,
+}
+
+impl Session {
+    /// Whether packets are treated alike on both: they differ in nothing but what is known of their life.
+    #[must_use]
+    pub fn is_same_line(&self, other: &Self) -> bool {
+        let Self { bras, source, seen_at, down_since, .. } = other.clone();
+        Self { bras, source, seen_at, down_since, ..self.clone() } == *other
+    }
 }
 
 /// A link layer by name.

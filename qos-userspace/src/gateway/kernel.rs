@@ -1247,8 +1247,14 @@ impl Gateway for Kernel {
             .iter()
             .partition(|change| matches!(change, Change::EndAllocation(_) | Change::DeleteSession(_)));
         let ends = ordered.len();
-        ordered.extend(others);
         let former = Former::of(inverse);
+        // What is known of a line's life is nothing to packets.
+        ordered.extend(others.into_iter().filter(|change| match change {
+            Change::PutSession(session) => {
+                former.sessions.get(&session.name).is_none_or(|old| !old.is_same_line(session))
+            }
+            _ => true,
+        }));
         let settings = self.maps.settings()?;
         let mut done = Done::default();
         let result = self.carry_out(state, &former, (&ordered, ends), &mut done);

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
-    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, Line,
-    LineClasses, LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
+    ALLOCATION_SLOTS, Allocation, Answer, Application, Clocks, Counters, Interface, Line, LineClasses,
+    LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
 

@@ -5,22 +5,18 @@ use std::fmt;
 
 use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
-use qos_common::abi::{MAX_LINE_LENGTHS, MAX_LINE_PREFIXES};
 use qos_common::clock::{MAX_RATE, MIN_RATE};
-use qos_common::length::ETHERNET_OVERHEAD;
 
-use super::capacity::{PRIORITIES, SLOWEST_LINE, Share};
 use super::contract::{Party, check_contract, left_behind};
 use super::grant::{LONGEST, check_duration, check_profile, grant};
-use super::state::{link_delay_ns, span};
+use super::state::span;
 use super::{
-    Change, Command, Decision, NewProvider, NewSession, Refusal, RefusalCode, SlotKind, State,
-    direction_field, direction_word, segment,
+    Change, Command, Decision, NewProvider, Refusal, RefusalCode, SlotKind, State, segment, session,
 };
 use crate::domain::selector::check_prefix;
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, DurationRange, Name,
-    Profile, Provider, Segment, Session,
+    Profile, Provider, Segment,
 };
 
 /// Decides what follows from `command` at `now`. Nothing is changed by it.
@@ -43,8 +39,10 @@ pub fn decide(state: &State, command: &Command, now: Timestamp) -> Result<Decisi
             change_contract(state, &party, contract, was.as_ref())
         }
         Command::RemoveApplication { provider, name } => remove_application(state, provider, name),
-        Command::AddSession(new) => add_session(state, new),
-        Command::RemoveSession { name } => remove_session(state, name),
+        Command::AddSession(new) => session::add(state, new, now),
+        Command::StartSession(new) => session::start(state, new, now),
+        Command::StopSession { name } => session::stop(state, name, now),
+        Command::RemoveSession { name } => session::remove(state, name),
         Command::PutSegment(new) => segment::put(state, new),
         Command::RemoveSegment { name } => segment::remove(state, name),
         Command::PutProfile(profile) => put_profile(profile),
@@ -146,155 +144,6 @@ fn remove_application(state: &State, provider: &Name, name: &Name) -> Result<Dec
     Ok(only(Change::DeleteApplication(provider.clone(), name.clone())))
 }
 
-fn add_session(state: &State, new: &NewSession) -> Result<Decision, Refusal> {
-    if state.sessions.contains_key(&new.name) {
-        return Err(exists("name", "session", &new.name));
-    }
-    check_session_values(new)?;
-    check_addresses(state, &new.addresses)?;
-    segment::check_of_session(state, &new.segments)?;
-    let session = Session {
-        name: new.name.clone(),
-        addresses: new.addresses.clone(),
-        rate: new.rate,
-        link_layer: new.link_layer,
-        overhead: new.overhead.unwrap_or(ETHERNET_OVERHEAD),
-        delay_us: new.delay_us,
-        loss_ppm: new.loss_ppm,
-        segments: new.segments.clone(),
-        slot: free_slot(state, SlotKind::Session)?,
-    };
-    let mut warnings = Vec::new();
-    for direction in Direction::BOTH {
-        admit_rest(state, &session, direction)?;
-        let (rate, link) = (*session.rate.get(direction), *state.network.link.get(direction));
-        if rate > link {
-            let word = direction_word(direction);
-            warnings.push(format!("line {} {word}: {rate} is above the link's {link}", session.name));
-        }
-    }
-    warnings.extend(allocations_that_stay_on_the_link(state, &session));
-    Ok(Decision { changes: vec![Change::PutSession(session)], warnings })
-}
-
-fn check_session_values(new: &NewSession) -> Result<(), Refusal> {
-    for direction in Direction::BOTH {
-        let (field, rate) = (format!("rate.{}", direction_field(direction)), *new.rate.get(direction));
-        check_rate(&field, rate)?;
-        if rate < SLOWEST_LINE {
-            let why = format!("is too slow for a line: at least {SLOWEST_LINE}");
-            return Err(Refusal::invalid(field, rate, &why));
-        }
-    }
-    if let Some(overhead) = new.overhead.filter(|overhead| !(-64..=256).contains(overhead)) {
-        return Err(Refusal::invalid("overhead", overhead, "is out of range: -64 to 256 bytes"));
-    }
-    if new.loss_ppm > 1_000_000 {
-        return Err(Refusal::invalid("loss_ppm", new.loss_ppm, "is out of range: 0 to 1000000"));
-    }
-    Ok(())
-}
-
-fn check_addresses(state: &State, addresses: &[IpNet]) -> Result<(), Refusal> {
-    check_prefixes("addresses", addresses)?;
-    for (index, address) in addresses.iter().enumerate() {
-        let field = format!("addresses[{index}]");
-        let twice = |other: &&IpNet| other.contains(address) || address.contains(*other);
-        if let Some(other) = addresses.iter().take(index).find(twice) {
-            return Err(Refusal::invalid(field, address, &format!("overlaps {other} of the same session")));
-        }
-        if let Some(other) = state.index.session_within(address) {
-            let message = format!("{field}: {address} overlaps the addresses of session {other}");
-            return Err(Refusal::new(RefusalCode::Conflict, field, address, message));
-        }
-    }
-    let known: usize = state.index.prefix_lengths.values().sum();
-    if known + addresses.len() > MAX_LINE_PREFIXES as usize {
-        let message = format!(
-            "addresses: {} more prefixes, and {known} of {MAX_LINE_PREFIXES} are in use",
-            addresses.len()
-        );
-        return Err(Refusal::new(RefusalCode::InsufficientSlots, "addresses", addresses.len(), message));
-    }
-    for v4 in [true, false] {
-        let mut lengths: BTreeSet<u8> =
-            state.index.prefix_lengths.range((v4, 0)..=(v4, 128)).map(|((_, length), _)| *length).collect();
-        for address in addresses.iter().filter(|address| address.addr().is_ipv4() == v4) {
-            lengths.insert(address.prefix_len());
-            if lengths.len() > MAX_LINE_LENGTHS {
-                let family = if v4 { "IPv4" } else { "IPv6" };
-                let message = format!(
-                    "addresses: the prefix length of {address} would be the {}th of all sessions' {family} \
-                     addresses, {MAX_LINE_LENGTHS} are possible",
-                    lengths.len()
-                );
-                return Err(Refusal::new(RefusalCode::InsufficientSlots, "addresses", address, message));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The rest of a line is sure of a little, which the link must have; and it is one class more to
-/// wait for.
-fn admit_rest(state: &State, session: &Session, direction: Direction) -> Result<(), Refusal> {
-    let field = format!("rate.{}", direction_field(direction));
-    let rate = *session.rate.get(direction);
-    let share = Share::of_rest(&state.network, session, direction, false);
-    let left = state.left_on_link(direction);
-    if share.rate > left.0 {
-        let asked = BitsPerSecond(share.rate);
-        let message = format!(
-            "link {}: asked {asked} for the rest of line {}, left {left}",
-            direction_word(direction),
-            session.name
-        );
-        return Err(Refusal::new(RefusalCode::InsufficientCapacity, field, rate, message));
-    }
-    if direction == state.network.hard_direction() {
-        let load = state.index.link.get(direction).with(&share);
-        for priority in 0..PRIORITIES {
-            let delay = link_delay_ns(&state.network, &load, priority as u8);
-            if let Some(id) = state.index.broken_on_link(priority, delay) {
-                let message =
-                    format!("line {} would break the delay budget of allocation {id}", session.name);
-                return Err(Refusal::new(RefusalCode::InsufficientCapacity, field, rate, message));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn allocations_that_stay_on_the_link(state: &State, session: &Session) -> Option<String> {
-    let inside = |prefix: IpNet| session.addresses.iter().any(|address| address.contains(&prefix));
-    let mut ids = state
-        .allocations
-        .values()
-        .filter(|allocation| allocation.session.is_none())
-        .filter(|allocation| {
-            allocation.selectors.iter().any(|selector| {
-                Direction::BOTH.into_iter().any(|direction| {
-                    selector.covers(direction) && selector.near(direction).is_some_and(inside)
-                })
-            })
-        })
-        .map(|allocation| allocation.id);
-    let listed = list(&mut ids)?;
-    Some(format!(
-        "granted before line {} was known, and held on the link only until granted anew: allocation {listed}",
-        session.name
-    ))
-}
-
-fn remove_session(state: &State, name: &Name) -> Result<Decision, Refusal> {
-    if !state.sessions.contains_key(name) {
-        return Err(Refusal::unknown("name", "session", name, &mut state.sessions.keys()));
-    }
-    let allocations = state.allocations_on(name).map(|allocation| allocation.id);
-    refuse_in_use("session", name, "allocation", allocations)?;
-    Ok(only(Change::DeleteSession(name.clone())))
-}
-
 fn put_profile(profile: &Profile) -> Result<Decision, Refusal> {
     check_profile(&profile.level)?;
     let DurationRange { shortest, longest } = profile.duration;
@@ -361,10 +210,11 @@ fn find_allocation(state: &State, id: AllocationId) -> Result<&Allocation, Refus
 
 fn expire(state: &State, now: Timestamp) -> Decision {
     let due = state.index.expiries.iter().take_while(|(at, _)| *at <= now);
-    let changes = due
-        .filter_map(|(_, id)| state.allocations.get(id))
-        .map(|allocation| Change::EndAllocation(allocation.ended(now, "expired")))
-        .collect();
+    let due: Vec<_> = due.filter_map(|(_, id)| state.allocations.get(id)).collect();
+    let ends = due.iter().map(|allocation| Change::EndAllocation(allocation.ended(now, "expired")));
+    let mut changes: Vec<_> = ends.collect();
+    let due: BTreeSet<AllocationId> = due.into_iter().map(|allocation| allocation.id).collect();
+    changes.extend(session::expire(state, now, &due));
     Decision { changes, warnings: Vec::new() }
 }
 
@@ -420,7 +270,7 @@ pub(super) fn free_slot(state: &State, kind: SlotKind) -> Result<u16, Refusal> {
     })
 }
 
-fn check_prefixes(field: &'static str, prefixes: &[IpNet]) -> Result<(), Refusal> {
+pub(super) fn check_prefixes(field: &'static str, prefixes: &[IpNet]) -> Result<(), Refusal> {
     if prefixes.is_empty() {
         return Err(Refusal::invalid(field, "nothing", "is too little: name a prefix at least"));
     }
@@ -437,7 +287,7 @@ fn check_prefixes(field: &'static str, prefixes: &[IpNet]) -> Result<(), Refusal
     Ok(())
 }
 
-fn exists(field: &str, what: &str, name: &Name) -> Refusal {
+pub(super) fn exists(field: &str, what: &str, name: &Name) -> Refusal {
     Refusal::new(RefusalCode::Conflict, field, name, format!("{field}: there is a {what} {name} already"))
 }
 

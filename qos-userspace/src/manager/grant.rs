@@ -13,7 +13,7 @@ use super::overlap::{Relation, allocation as allocation_of, precedence as preced
 use super::state::{line_delay_ns, link_delay_ns, microseconds, rules};
 use super::{
     Change, Decision, GrantRequest, Refusal, RefusalCode, SlotKind, State, contract, direction_field,
-    direction_word, segment,
+    direction_word, segment, session,
 };
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
@@ -40,6 +40,9 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
     check_claims(provider, &request.selectors)?;
     let mut warnings = Vec::new();
     let session = line_of(state, &request.selectors, &mut warnings)?;
+    if let Some(line) = session {
+        session::check_up(state, line, now)?;
+    }
     let level = resolve(state, request, profile)?;
     let mut allocation = Allocation {
         id: state.next_allocation,

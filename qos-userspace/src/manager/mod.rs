@@ -22,6 +22,7 @@ mod overlap;
 mod refusal;
 pub mod report;
 mod segment;
+mod session;
 mod slots;
 mod state;
 #[cfg(test)]
@@ -62,6 +63,10 @@ pub struct Network {
     pub max_rules: u32,
     /// Requests must name the address of a session.
     pub require_session: bool,
+    /// Time after its last sign of life for which a session that a source reports counts as up.
+    pub session_ttl: SignedDuration,
+    /// Time for which what is granted on a line outlives it.
+    pub session_grace: SignedDuration,
 }
 
 /// What is asked.
@@ -104,6 +109,13 @@ pub enum Command {
     },
     /// Names a line that is up.
     AddSession(NewSession),
+    /// A line is up: names it, or says what it is now. What is granted on it follows, as far as it fits.
+    StartSession(NewSession),
+    /// A line is down. What is granted on it stays for the grace time.
+    StopSession {
+        /// Its name.
+        name: Name,
+    },
     /// Forgets a line that carries no allocation.
     RemoveSession {
         /// Its name.
@@ -181,6 +193,12 @@ pub struct NewSession {
     /// Segments that it is behind, 8 at most.
     #[serde(default)]
     pub segments: Vec<Name>,
+    /// The BRAS that it ends at: 1 to 253 characters.
+    #[serde(default)]
+    pub bras: Option<String>,
+    /// What reports it, from which signs of life are expected; none: an operator names it.
+    #[serde(default)]
+    pub source: Option<Name>,
 }
 
 /// A request for an allocation.

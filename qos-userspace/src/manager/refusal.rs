@@ -20,6 +20,8 @@ pub enum RefusalCode {
     DurationOutOfRange,
     /// The profile may not be asked for.
     ProfileNotApplicable,
+    /// The line is down.
+    SessionDown,
     /// The provider may not claim these addresses.
     Forbidden,
     /// More than is left, or than this network can promise.

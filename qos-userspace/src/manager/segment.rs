@@ -89,8 +89,7 @@ pub(super) fn admit(
     for name in &session.segments {
         let left = state.left_on_segment(name, direction);
         if asked > left {
-            let message =
-                format!("segment {name} {}: asked {asked}, left {left}", direction_word(direction));
+            let message = format!("segment {name} {}: asked {asked}, left {left}", direction_word(direction));
             let field = format!("level.guaranteed.{}", direction_field(direction));
             return Err(Refusal::new(RefusalCode::InsufficientCapacity, field, asked, message));
         }

@@ -183,10 +183,11 @@ impl State {
         }
     }
 
-    /// When the next allocation expires; it may have been before now.
+    /// When the next allocation expires, or a session has to be looked at; it may have been before now.
     #[must_use]
     pub fn next_end(&self) -> Option<Timestamp> {
-        self.index.expiries.first().map(|(end, _)| *end)
+        let session = self.index.deadlines.first().map(|(at, _)| *at);
+        self.index.expiries.first().map(|(end, _)| *end).into_iter().chain(session).min()
     }
 
     /// The session that has the address.
@@ -369,6 +370,8 @@ pub(super) struct Index {
     pub(super) prefix_lengths: BTreeMap<(bool, u8), usize>,
     pub(super) rules: RuleIndex,
     pub(super) expiries: BTreeSet<(Timestamp, AllocationId)>,
+    /// When sessions are stale, or their grace is over.
+    pub(super) deadlines: BTreeSet<(Timestamp, Name)>,
     /// How many allocations have a largest packet.
     mtus: usize,
 }
@@ -400,6 +403,7 @@ impl Index {
             prefix_lengths: BTreeMap::new(),
             rules: RuleIndex::default(),
             expiries: BTreeSet::new(),
+            deadlines: BTreeSet::new(),
             mtus: 0,
         }
     }
@@ -412,18 +416,26 @@ impl Index {
         (last <= *end).then_some(name)
     }
 
-    /// A session that holds any address of `prefix`.
-    pub(super) fn session_within(&self, prefix: &IpNet) -> Option<&Name> {
+    /// Sessions that hold any address of `prefix`.
+    pub(super) fn sessions_within(&self, prefix: &IpNet) -> impl Iterator<Item = &Name> {
         let (v4, first, last) = span(prefix);
         // Sessions share no address, so the one that begins last also ends last.
-        let (_, (end, name)) =
-            self.addresses.range(..=(v4, last)).next_back().filter(|(key, _)| key.0 == v4)?;
-        (*end >= first).then_some(name)
+        let before = self.addresses.range(..=(v4, last)).rev();
+        before.take_while(move |(key, (end, _))| key.0 == v4 && *end >= first).map(|(_, (_, name))| name)
     }
 
     /// The delay budget that breaks if the link adds `delay_ns` for `priority`.
     pub(super) fn broken_on_link(&self, priority: usize, delay_ns: u64) -> Option<AllocationId> {
-        self.room[priority].first().filter(|(room, _)| *room < delay_ns).map(|(_, id)| *id)
+        self.all_broken_on_link(priority, delay_ns).next()
+    }
+
+    /// All delay budgets that break then.
+    pub(super) fn all_broken_on_link(
+        &self,
+        priority: usize,
+        delay_ns: u64,
+    ) -> impl Iterator<Item = AllocationId> {
+        self.room[priority].iter().take_while(move |(room, _)| *room < delay_ns).map(|(_, id)| *id)
     }
 
     fn add_session(&mut self, network: &Network, session: &Session) {
@@ -437,6 +449,7 @@ impl Index {
             self.addresses.insert((v4, first), (last, session.name.clone()));
             *self.prefix_lengths.entry((v4, prefix.prefix_len())).or_default() += 1;
         }
+        self.deadlines.extend(network.deadline(session).map(|at| (at, session.name.clone())));
     }
 
     fn remove_session(&mut self, network: &Network, session: &Session) {
@@ -448,6 +461,9 @@ impl Index {
             let (v4, first, _) = span(prefix);
             self.addresses.remove(&(v4, first));
             decrement(&mut self.prefix_lengths, &(v4, prefix.prefix_len()));
+        }
+        if let Some(at) = network.deadline(session) {
+            self.deadlines.remove(&(at, session.name.clone()));
         }
     }
 
@@ -554,7 +570,7 @@ pub(super) fn rules(allocation: &Allocation) -> impl Iterator<Item = Rule> {
 }
 
 /// Priority and delay budget in ns of an allocation whose delay can be bounded.
-fn budget(network: &Network, allocation: &Allocation) -> Option<(usize, u64)> {
+pub(super) fn budget(network: &Network, allocation: &Allocation) -> Option<(usize, u64)> {
     let bounded = allocation.covers(network.hard_direction())
         && allocation.level.guaranteed.get(network.hard_direction()).is_some();
     let budget = allocation.level.delay_us.filter(|_| bounded)?;

@@ -13,8 +13,8 @@ use super::{
     Refusal, RefusalCode, SlotKind, State, capacity, decide,
 };
 use crate::domain::{
-    Allocation, AllocationId, BitsPerSecond, ByteCount, Contract, Directed, Direction, Enforcement, Level,
-    DurationRange, LinkLayer, Name, Profile, ProfileStatus, ProviderKind, Segment, Status, selector,
+    Allocation, AllocationId, BitsPerSecond, ByteCount, Contract, Directed, Direction, DurationRange,
+    Enforcement, Level, LinkLayer, Name, Profile, ProfileStatus, ProviderKind, Segment, Status, selector,
 };
 
 pub(crate) fn network() -> Network {
@@ -27,6 +27,8 @@ pub(crate) fn network() -> Network {
         mtu: 1_500,
         max_rules: qos_common::abi::MAX_RULES,
         require_session: false,
+        session_ttl: SignedDuration::from_hours(1),
+        session_grace: SignedDuration::from_mins(5),
     }
 }
 
@@ -65,6 +67,8 @@ fn session(text: &str, addresses: &[&str], down: &str, up: &str) -> NewSession {
         delay_us: 0,
         loss_ppm: 0,
         segments: Vec::new(),
+        bras: None,
+        source: None,
     }
 }
 
@@ -183,8 +187,14 @@ fn a_profile_says_how_long_and_whether() {
     let ask = |state: &State, duration| refused(state, Command::Grant(Box::new(call(duration))));
     for (duration, text) in [
         (None, "duration: no end is asked for, and profile call lasts 2h at most"),
-        (Some(SignedDuration::from_secs(59)), "duration: 59s is shorter than 1m, the shortest of profile call"),
-        (Some(SignedDuration::from_secs(7_201)), "duration: 2h 1s is longer than 2h, the longest of profile call"),
+        (
+            Some(SignedDuration::from_secs(59)),
+            "duration: 59s is shorter than 1m, the shortest of profile call",
+        ),
+        (
+            Some(SignedDuration::from_secs(7_201)),
+            "duration: 2h 1s is longer than 2h, the longest of profile call",
+        ),
     ] {
         let refusal = ask(&state, duration);
         assert_eq!((refusal.code, refusal.message.as_str()), (RefusalCode::DurationOutOfRange, text));
@@ -199,8 +209,10 @@ fn a_profile_says_how_long_and_whether() {
         assert!(refusal.message.contains(status.name()), "{refusal}");
         assert!(state.allocations.contains_key(&granted.id), "what was granted stays");
     }
-    let upside_down =
-        DurationRange { shortest: Some(SignedDuration::from_hours(2)), longest: Some(SignedDuration::from_hours(1)) };
+    let upside_down = DurationRange {
+        shortest: Some(SignedDuration::from_hours(2)),
+        longest: Some(SignedDuration::from_hours(1)),
+    };
     let profile = Profile { duration: upside_down, ..state.profiles[&name("call")].clone() };
     let refusal = refused(&state, Command::PutProfile(profile));
     assert_eq!(refusal.field.as_deref(), Some("duration.shortest"), "{refusal}");
@@ -219,7 +231,10 @@ fn an_extension_ends_where_the_profile_does() {
     assert_eq!(extended(&mut state, id, by), ("2026-01-01T01:30:00Z".to_owned(), vec![]));
     let cut = "extended to 2026-01-01T02:00:00Z: profile call lasts 2h at most".to_owned();
     for _ in 0..2 {
-        assert_eq!(extended(&mut state, id, hours(1)), ("2026-01-01T02:00:00Z".to_owned(), vec![cut.clone()]));
+        assert_eq!(
+            extended(&mut state, id, hours(1)),
+            ("2026-01-01T02:00:00Z".to_owned(), vec![cut.clone()])
+        );
     }
     // A profile that lasts less now takes nothing back.
     let shorter = DurationRange { shortest: None, longest: Some(hours(1)) };
@@ -273,7 +288,10 @@ fn lines_behind_a_segment_share_it() {
     assert_eq!(refusal.message, "segment dslam downstream: asked 2 Mbit/s, left 1 Mbit/s");
     grant(&mut state, to(1, "2mbit"));
     grant(&mut state, GrantRequest { precedence: 1, ..to(4, "1mbit") });
-    assert_eq!(state.promised_on_segment(&name("dslam")), Directed { up: BitsPerSecond(0), down: rate("10mbit") });
+    assert_eq!(
+        state.promised_on_segment(&name("dslam")),
+        Directed { up: BitsPerSecond(0), down: rate("10mbit") }
+    );
     carry_out(&mut state, Command::Revoke { id: first });
     assert_eq!(state.left_on_segment(&name("dslam"), Direction::Downstream), rate("6mbit"));
 
@@ -313,6 +331,174 @@ fn segments_that_can_not_be_are_refused() {
         assert_eq!(refusal.field.as_deref(), Some(field), "{refusal}");
         assert!(refusal.message.contains(text), "{refusal}");
     }
+}
+
+/// A command at another time, and what it changes.
+fn carry_out_at(state: &mut State, command: Command, at: Timestamp) -> Decision {
+    let decision = decide(state, &command, at).unwrap();
+    decision.changes.iter().for_each(|change| state.apply(change));
+    decision
+}
+
+fn ended(decision: &Decision) -> Vec<(u64, &str)> {
+    let ended = decision.changes.iter().filter_map(|change| match change {
+        Change::EndAllocation(allocation) => Some(allocation),
+        _ => None,
+    });
+    ended.map(|allocation| (allocation.id.0, allocation.reason.as_deref().unwrap_or_default())).collect()
+}
+
+/// dsl-1 with three allocations on it: 8 Mbit/s at priority 1, 6 at 3, 2 at 3.
+fn with_three() -> State {
+    let mut state = town().0;
+    for (port, level, priority) in [(1, "8mbit", 1), (2, "6mbit", 3), (3, "2mbit", 3)] {
+        let level = LevelRequest { priority: Some(priority), ..guaranteed(level) };
+        grant(&mut state, GrantRequest { level, ..request("acme", &format!("{TO_DSL_1}:{port}")) });
+    }
+    state
+}
+
+fn dsl_1(address: &str, down: &str) -> NewSession {
+    session("dsl-1", &[address], down, "5mbit")
+}
+
+#[test]
+fn a_line_that_comes_back_slower_sheds_the_worst_priority_first_and_of_that_the_youngest() {
+    let state = with_three();
+    for (speed, expected) in [
+        ("20mbit", &[][..]),
+        ("15mbit", &[(3, "line dsl-1 downstream: 16.008 Mbit/s were promised, 15 Mbit/s are there")][..]),
+        ("10mbit", &[(3, "16.008"), (2, "14.008")][..]),
+        ("5mbit", &[(3, "16.008"), (2, "14.008"), (1, "8.008")][..]),
+    ] {
+        let mut state = state.clone();
+        let told = carry_out(&mut state, Command::StartSession(dsl_1("192.0.2.1/32", speed)));
+        let ended = ended(&told);
+        assert_eq!(ended.len(), expected.len(), "{speed}: {ended:?}");
+        for ((id, reason), (expected, text)) in ended.iter().zip(expected) {
+            assert!(id == expected && reason.contains(text), "{speed}: {id} {reason}");
+        }
+        assert_eq!(told.warnings.len(), expected.len(), "each is told: {:?}", told.warnings);
+        check(&state);
+        // And nothing is given back that was not there.
+        assert_eq!(state.sessions[&name("dsl-1")].rate.down, rate(speed));
+    }
+}
+
+#[test]
+fn a_delay_budget_that_the_slower_line_does_not_keep_sheds_too() {
+    let mut state = town().0;
+    let level = LevelRequest { delay_us: Some(12_000), priority: Some(0), ..guaranteed("1mbit") };
+    grant(&mut state, GrantRequest { level, ..request("acme", &format!("{TO_DSL_1}:1")) });
+    let level = LevelRequest { priority: Some(5), ..guaranteed("1mbit") };
+    grant(&mut state, GrantRequest { level, ..request("acme", &format!("{TO_DSL_1}:2")) });
+    let told = carry_out(&mut state, Command::StartSession(dsl_1("192.0.2.1/32", "4mbit")));
+    let ended = ended(&told);
+    assert_eq!(ended[0].0, 2, "{ended:?}");
+    assert!(ended[0].1.contains("the delay budget of allocation 1 would not hold"), "{ended:?}");
+    check(&state);
+}
+
+#[test]
+fn allocations_outlive_their_line_for_the_grace_time_and_follow_it() {
+    let mut state = with_three();
+    let at = |seconds: i64| now().checked_add(SignedDuration::from_secs(seconds)).unwrap();
+    let told = carry_out_at(&mut state, Command::StopSession { name: name("dsl-1") }, at(0));
+    assert_eq!(
+        told.warnings,
+        ["granted until 2026-01-01T00:05:00Z, unless the line comes back: allocation 1, 2, 3"]
+    );
+    let again = decide(&state, &Command::StopSession { name: name("dsl-1") }, at(9)).unwrap();
+    assert_eq!(again.changes, [], "it is down already");
+    let asked = Command::Grant(Box::new(GrantRequest {
+        level: guaranteed("1mbit"),
+        ..request("acme", &format!("{TO_DSL_1}:9"))
+    }));
+    let refusal = decide(&state, &asked, at(1)).unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::SessionDown);
+    assert_eq!(refusal.message, "line dsl-1: is down since 2026-01-01T00:00:00Z, ask again when it is up");
+    assert_eq!(state.next_end(), Some(at(300)));
+    assert_eq!(carry_out_at(&mut state, Command::Expire, at(299)).changes, []);
+
+    let mut back = state.clone();
+    let told = carry_out_at(&mut back, Command::StartSession(dsl_1("192.0.2.77/32", "20mbit")), at(299));
+    assert_eq!(told.changes.len(), 4, "{:?}", told.changes);
+    assert_eq!(back.next_end(), None);
+    let moved = |port| format!("down udp from 198.51.100.0/24 to 192.0.2.77:{port}");
+    let selectors: Vec<_> = back.allocations.values().map(|known| known.selectors[0].to_string()).collect();
+    assert_eq!(selectors, [moved(1), moved(2), moved(3)]);
+    assert_eq!(back.line_of("192.0.2.1".parse().unwrap()), None);
+    check(&back);
+
+    let told = carry_out_at(&mut state, Command::Expire, at(300));
+    assert_eq!(told.changes.len(), 4, "{:?}", told.changes);
+    assert_eq!(ended(&told)[0].1, "network terminated: line dsl-1 was down since 2026-01-01T00:00:00Z");
+    assert!(!state.sessions.contains_key(&name("dsl-1")) && state.allocations.is_empty());
+    assert_eq!(state.next_end(), None);
+    check(&state);
+}
+
+#[test]
+fn a_reported_line_that_gives_no_sign_of_life_is_down() {
+    let mut state = town().0;
+    let at = |minutes: i64| now().checked_add(SignedDuration::from_mins(minutes)).unwrap();
+    let reported = || {
+        let line = session("pppoe-7", &["192.0.2.7/32", "2001:db8:7::/56"], "20mbit", "5mbit");
+        Command::StartSession(NewSession {
+            source: Some(name("radius")),
+            bras: Some("bras1".to_owned()),
+            ..line
+        })
+    };
+    carry_out_at(&mut state, reported(), at(0));
+    assert_eq!(decide(&state, &reported(), at(14)).unwrap().changes, [], "too soon to be written down");
+    assert_eq!(carry_out_at(&mut state, reported(), at(15)).changes.len(), 1);
+    assert_eq!(state.next_end(), Some(at(75)));
+    let flows = "down from 198.51.100.0/24 to 2001:db8:7:1::/64 udp";
+    let flows = flows.replace("198.51.100.0/24", "2001:db8:ffff::/48");
+    let networks = ["2001:db8:ffff::/48"];
+    carry_out(&mut state, Command::AddProvider(provider("six", ProviderKind::Application, &networks)));
+    let id = grant(&mut state, GrantRequest { level: guaranteed("1mbit"), ..request("six", &flows) }).id;
+    assert_eq!(carry_out_at(&mut state, Command::Expire, at(74)).changes, []);
+    carry_out_at(&mut state, Command::Expire, at(75));
+    assert_eq!(state.sessions[&name("pppoe-7")].down_since, Some(at(75)));
+    // It comes back with another prefix, of which the same part is meant.
+    let line = session("pppoe-7", &["192.0.2.7/32", "2001:db8:900::/56"], "20mbit", "5mbit");
+    let back = NewSession { source: Some(name("radius")), ..line.clone() };
+    carry_out_at(&mut state, Command::StartSession(back), at(76));
+    let part = state.allocations[&id].selectors[0].destination.unwrap();
+    assert_eq!(part, "2001:db8:900:1::/64".parse().unwrap());
+    // And with none.
+    let line = NewSession { addresses: vec!["192.0.2.7/32".parse().unwrap()], ..line };
+    let told = carry_out_at(&mut state, Command::StartSession(line), at(77));
+    assert_eq!(ended(&told), [(id.0, "network terminated: line pppoe-7 has no such address any more")]);
+    // Whoever slept through all of it finds nothing left to do at once.
+    carry_out_at(&mut state, reported(), at(80));
+    carry_out_at(&mut state, Command::Expire, at(10_000));
+    assert!(!state.sessions.contains_key(&name("pppoe-7")));
+}
+
+#[test]
+fn an_address_is_the_line_s_that_came_last_where_sources_say_so() {
+    let mut state = with_three();
+    let at = |source: Option<&str>, text: &str| {
+        let line = session(text, &["192.0.2.0/28"], "20mbit", "5mbit");
+        Command::StartSession(NewSession { source: source.map(name), ..line })
+    };
+    let refusal = refused(&state, at(Some("radius"), "new"));
+    assert_eq!(refusal.code, RefusalCode::Conflict);
+    assert!(refusal.message.contains("192.0.2.0/28 overlaps the addresses of session dsl-"), "{refusal}");
+    for line in ["dsl-1", "dsl-2"] {
+        carry_out(&mut state, Command::StopSession { name: name(line) });
+    }
+    let told = carry_out(&mut state, at(Some("radius"), "new"));
+    assert_eq!(ended(&told).len(), 3);
+    assert_eq!(ended(&told)[0].1, "its address went to line new");
+    assert_eq!(state.line_of("192.0.2.1".parse().unwrap()), Some(&name("new")));
+    check(&state);
+    let told = carry_out(&mut state, at(Some("radacct"), "newer"));
+    assert_eq!(told.warnings, ["line new: its address went to line newer; it is forgotten"]);
+    assert!(refused(&state, at(None, "operator")).message.contains("of session newer"));
 }
 
 const TO_DSL_1: &str = "down udp from 198.51.100.0/24 to 192.0.2.1";
@@ -1450,17 +1636,25 @@ fn any_segment(number: u8) -> impl Strategy<Value = Command> {
 }
 
 fn any_session(number: u8) -> impl Strategy<Value = Command> {
+    any_line(number).prop_map(Command::AddSession)
+}
+
+/// A line whose addresses are its own, or another's.
+fn any_line(number: u8) -> impl Strategy<Value = NewSession> {
     let speed = [("20mbit", "5mbit"), ("8mbit", "2mbit"), ("30mbit", "30mbit"), ("640kbit", "64kbit")];
     let behind = prop::sample::subsequence(vec![name("g1"), name("g2")], 0..=2);
-    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>(), behind).prop_map(
-        move |((down, up), slow, narrow, segments)| {
-            let address = format!("10.0.0.{}/{}", 4 * number, if narrow { 32 } else { 30 });
-            Command::AddSession(NewSession {
+    let place = prop_oneof![4 => Just(number), 1 => 1u8..=6];
+    let source = prop::option::of(Just(name("radius")));
+    (prop::sample::select(speed.to_vec()), any::<bool>(), any::<bool>(), behind, place, source).prop_map(
+        move |((down, up), slow, narrow, segments, place, source)| {
+            let address = format!("10.0.0.{}/{}", 4 * place, if narrow { 32 } else { 30 });
+            NewSession {
                 delay_us: u32::from(slow) * 5_000,
                 link_layer: if slow { LinkLayer::Atm } else { LinkLayer::Ethernet },
                 segments,
-                ..session(&format!("s{number}"), &[&address, &format!("2001:db8:{number}::/48")], down, up)
-            })
+                source,
+                ..session(&format!("s{number}"), &[&address, &format!("2001:db8:{place}::/48")], down, up)
+            }
         },
     )
 }
@@ -1511,6 +1705,8 @@ fn any_command() -> impl Strategy<Value = Command> {
         1 => provider_name().prop_map(|provider| add_application(provider.as_str(), "app")),
         1 => provider_name().prop_map(|provider| Command::RemoveApplication { provider, name: name("app") }),
         1 => (1u8..=4).prop_flat_map(any_session),
+        2 => (1u8..=4).prop_flat_map(any_line).prop_map(Command::StartSession),
+        1 => (1u8..=4).prop_map(|number| Command::StopSession { name: name(&format!("s{number}")) }),
         1 => (1u8..=4).prop_map(|number| Command::RemoveSession { name: name(&format!("s{number}")) }),
         20 => granted,
         5 => prop_oneof![
@@ -1541,7 +1737,8 @@ fn check(state: &State) {
         }
         for segment in state.segments.values() {
             let is_behind = |line: &Name| state.sessions[line].segments.contains(&segment.name);
-            let behind = state.allocations.values().filter(|other| other.session.as_ref().is_some_and(is_behind));
+            let behind =
+                state.allocations.values().filter(|other| other.session.as_ref().is_some_and(is_behind));
             let sum: u64 = behind.map(|other| guaranteed_of(&other)).sum();
             let there = segment.promisable(direction);
             assert!(sum <= there.0, "segment {} {direction:?}: {sum} of {there}", segment.name);
@@ -1584,7 +1781,13 @@ fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
     let taken: BTreeMap<_, _> = state.slots.iter().map(|(kind, free)| (*kind, free.taken())).collect();
     (
         (state.providers.clone(), state.applications.clone(), state.sessions.clone()),
-        (state.segments.clone(), state.profiles.clone(), state.allocations.clone(), state.index.clone(), taken),
+        (
+            state.segments.clone(),
+            state.profiles.clone(),
+            state.allocations.clone(),
+            state.index.clone(),
+            taken,
+        ),
     )
 }
 
@@ -1598,11 +1801,24 @@ proptest! {
         commands in any_history(),
     ) {
         let line_side = if wan { LineSide::Wan } else { LineSide::Lan };
-        let mut state = State::new(Network { link: Directed { up: rate(link), down: rate(link) }, line_side, ..network() });
+        let mut state = State::new(Network {
+            link: Directed { up: rate(link), down: rate(link) },
+            line_side,
+            session_ttl: SignedDuration::from_secs(40),
+            session_grace: SignedDuration::from_secs(20),
+            ..network()
+        });
         let mut last_id = 0;
         for (step, command) in commands.iter().enumerate() {
             let now = now().checked_add(SignedDuration::from_secs(3 * step as i64)).unwrap();
             let Ok(decision) = decide(&state, command, now) else { continue };
+            if *command == Command::Expire {
+                let left = decision.changes.iter().fold(state.clone(), |mut state, change| {
+                    state.apply(change);
+                    state
+                });
+                prop_assert!(left.next_end().is_none_or(|end| end > now), "{:?} is due still", left.next_end());
+            }
             let inverse = state.inverse(&decision.changes);
             let before = state.clone();
             for change in &decision.changes {

@@ -15,6 +15,11 @@ CREATE TABLE segments (
     rest_down     INTEGER
 ) STRICT, WITHOUT ROWID;
 ALTER TABLE sessions ADD COLUMN segments TEXT NOT NULL DEFAULT '[]'; -- JSON list of names
+-- Where a session ends, what reports it, when that last did, and since when it is down.
+ALTER TABLE sessions ADD COLUMN bras TEXT;
+ALTER TABLE sessions ADD COLUMN source TEXT;
+ALTER TABLE sessions ADD COLUMN seen_at TEXT;
+ALTER TABLE sessions ADD COLUMN down_since TEXT;
 -- Whether a profile may be asked for, and for how long: ISO 8601 durations.
 ALTER TABLE profiles ADD COLUMN status TEXT NOT NULL DEFAULT 'active'
     CHECK (status IN ('active', 'inactive', 'deprecated'));

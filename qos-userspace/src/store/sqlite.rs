@@ -216,7 +216,9 @@ impl Store for SqliteStore {
             Ok(Profile {
                 name: row.parse("name")?,
                 level: read_level(row)?,
-                status: known.map(|(status, _)| *status).ok_or(format!("column status: `{status}` is not known"))?,
+                status: known
+                    .map(|(status, _)| *status)
+                    .ok_or(format!("column status: `{status}` is not known"))?,
                 duration: DurationRange {
                     shortest: row.parse_option("shortest")?,
                     longest: row.parse_option("longest")?,
@@ -364,9 +366,7 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
             upsert(transaction, "sessions", &["name"], session_columns(session))
         }
         Change::DeleteSession(name) => delete(transaction, SlotKind::Session, "name = ?1", &[&name.as_str()]),
-        Change::PutSegment(segment) => {
-            upsert(transaction, "segments", &["name"], segment_columns(segment))
-        }
+        Change::PutSegment(segment) => upsert(transaction, "segments", &["name"], segment_columns(segment)),
         Change::DeleteSegment(name) => {
             transaction.prepare_cached("DELETE FROM segments WHERE name = ?1")?.execute([name.as_str()])?;
             Ok(())
@@ -556,6 +556,10 @@ fn session_columns(session: &Session) -> Vec<Column> {
         ("delay_us", integer(session.delay_us.into())),
         ("loss_ppm", integer(session.loss_ppm.into())),
         ("segments", json(&session.segments)),
+        ("bras", option(session.bras.as_ref(), text)),
+        ("source", option(session.source.as_ref(), text)),
+        ("seen_at", option(session.seen_at, text)),
+        ("down_since", option(session.down_since, text)),
         ("slot", integer(session.slot.into())),
     ]
 }
@@ -761,6 +765,10 @@ fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
         delay_us: row.number("delay_us")?,
         loss_ppm: row.number("loss_ppm")?,
         segments: row.json("segments")?,
+        bras: row.get("bras")?,
+        source: row.parse_option("source")?,
+        seen_at: row.parse_option("seen_at")?,
+        down_since: row.parse_option("down_since")?,
         slot: row.slot("slot", SlotKind::Session)?,
     })
 }

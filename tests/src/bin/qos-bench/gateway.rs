@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use ipnet::IpNet;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use qos_tests::topology::{LAN, WAN};
 use qos_userspace::domain::selector::Selector;
 use qos_userspace::domain::{BitsPerSecond, Contract, Directed, Enforcement, ProviderKind};
@@ -48,6 +48,8 @@ pub(crate) fn state(max_rules: u32) -> State {
         mtu: 1_500,
         max_rules,
         require_session: false,
+        session_ttl: SignedDuration::from_hours(1),
+        session_grace: SignedDuration::from_mins(5),
     })
 }
 

@@ -242,6 +242,8 @@ fn session(number: u32, first: IpNet) -> Result<NewSession> {
         delay_us: 0,
         loss_ppm: 0,
         segments: Vec::new(),
+        bras: None,
+        source: None,
     })
 }
 
