@@ -496,7 +496,7 @@ fn high_priority_waits_five_milliseconds_at_most_on_an_overloaded_line() {
     println!("p99 without {:?}, with {:?}", without.p99(), with.p99());
     assert!(with.p99() <= limit, "p99 {:?}", with.p99());
     assert!(without.p50() > 2 * limit, "the overload is none: p50 {:?}", without.p50());
-    let bound = granted.delay_bound_us.down.expect("guaranteed into the line");
+    let bound = granted.delay_bound.down.expect("guaranteed into the line").whole_us;
     assert!(with.p99() <= Duration::from_micros(bound.into()), "p99 {:?}, bound {bound} µs", with.p99());
 }
 

@@ -43,6 +43,9 @@ pub(super) struct LevelArgs {
     /// Longest delay that in-profile packets may meet between here and the subscriber
     #[arg(long, value_name = "TIME", value_parser = delay)]
     delay: Option<u32>,
+    /// Most by which the delays of two in-profile packets may differ between here and the subscriber
+    #[arg(long, value_name = "TIME", value_parser = delay)]
+    jitter: Option<u32>,
     /// Largest share of in-profile packets that may be lost: 0.001 or 0.1%
     #[arg(long, value_name = "SHARE", value_parser = share)]
     loss: Option<f64>,
@@ -68,6 +71,7 @@ impl LevelArgs {
             burst: Directed { up: self.burst_up, down: self.burst_down },
             priority: self.priority,
             delay_us: self.delay,
+            jitter_us: self.jitter,
             loss: self.loss,
             dscp: self.dscp,
             mtu: self.mtu,
@@ -89,6 +93,7 @@ impl LevelArgs {
             burst: request.burst,
             priority: request.priority.unwrap_or(usual.priority),
             delay_us: request.delay_us,
+            jitter_us: request.jitter_us,
             loss: request.loss,
             dscp: request.dscp,
             mtu: request.mtu,
@@ -121,6 +126,7 @@ pub(super) fn pairs(level: &Level) -> Vec<(&'static str, Option<String>)> {
         ("dscp", level.dscp.map(dscp::name)),
         ("mtu", level.mtu.map(|mtu| format!("{mtu} B"))),
         ("delay budget", level.delay_us.map(microseconds)),
+        ("jitter budget", level.jitter_us.map(microseconds)),
         ("loss budget", level.loss.map(|share| format!("{} %", share * 100.0))),
         ("hard", level.hard.then(|| "yes".to_owned())),
     ]

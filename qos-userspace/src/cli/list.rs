@@ -8,7 +8,7 @@ use super::client::Client;
 use super::level;
 use super::output::{Output, joined, microseconds, moment, or_dash};
 use crate::api::types::Listing;
-use crate::domain::{Allocation, BitsPerSecond, Name, Status};
+use crate::domain::{Allocation, BitsPerSecond, DelayBound, Name, Status};
 
 /// Shows allocations, one a line
 ///
@@ -89,13 +89,30 @@ pub(super) fn details(output: &mut Output, allocation: &Allocation) -> Result<()
     ];
     pairs.extend(level::pairs(&allocation.level));
     pairs.extend([
-        ("delay bound down", allocation.delay_bound_us.down.map(microseconds)),
-        ("delay bound up", allocation.delay_bound_us.up.map(microseconds)),
+        ("delay bound down", allocation.delay_bound.down.map(bound)),
+        ("delay bound up", allocation.delay_bound.up.map(bound)),
+        ("jitter bound down", allocation.delay_bound.down.map(|bound| microseconds(bound.jitter_us()))),
+        ("jitter bound up", allocation.delay_bound.up.map(|bound| microseconds(bound.jitter_us()))),
         ("granted", Some(moment(allocation.granted_at))),
         ("expires", Some(allocation.expires_at.map_or_else(|| "never".to_owned(), moment))),
         ("ended", allocation.ended_at.map(moment)),
     ]);
     output.pairs(pairs)
+}
+
+/// The whole, and the parts that there are.
+fn bound(bound: DelayBound) -> String {
+    let parts = [
+        (bound.line_us, "of the line"),
+        (bound.line_queue_us, "queued on it"),
+        (bound.link_queue_us, "on the link"),
+    ];
+    let parts: Vec<_> = parts
+        .into_iter()
+        .filter(|(time, _)| *time > 0)
+        .map(|(time, what)| format!("{} {what}", microseconds(time)))
+        .collect();
+    format!("{} ({})", microseconds(bound.whole_us), parts.join(", "))
 }
 
 fn status(status: Status) -> &'static str {

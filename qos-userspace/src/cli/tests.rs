@@ -238,13 +238,15 @@ fn lists_are_printed_as_tables() {
 fn a_grant_is_granted_listed_shown_and_revoked() {
     let daemon = furnished();
     let granted = must(&daemon, &GRANT);
-    assert!(granted.starts_with("granted 1\nid                1\n"), "{granted}");
+    assert!(granted.starts_with("granted 1\nid                 1\n"), "{granted}");
     for part in [
-        "session           fibre-7",
-        "flows             down udp from 203.0.113.0/24:5000-5010 to 192.0.2.20",
-        "guaranteed down   5 Mbit/s",
-        "maximum down      10 Mbit/s",
-        "expires           never",
+        "session            fibre-7",
+        "flows              down udp from 203.0.113.0/24:5000-5010 to 192.0.2.20",
+        "guaranteed down    5 Mbit/s",
+        "maximum down       10 Mbit/s",
+        "delay bound down   6.388 ms (3.169 ms queued on it, 3.219 ms on the link)",
+        "jitter bound down  6.388 ms",
+        "expires            never",
     ] {
         assert!(granted.contains(part), "{part} in\n{granted}");
     }

@@ -53,8 +53,9 @@ pub struct Allocation {
     pub precedence: u16,
     /// The session whose line carries it; none: any line, under the link.
     pub session: Option<Name>,
-    /// Delay that in-profile packets stay within, computed at admission, in µs.
-    pub delay_bound_us: Directed<Option<u32>>,
+    /// Delay that in-profile packets stay within, computed at admission.
+    #[serde(default)]
+    pub delay_bound: Directed<Option<DelayBound>>,
     /// When it was granted.
     pub granted_at: Timestamp,
     /// When it ends; none: with its revocation.
@@ -71,6 +72,28 @@ pub struct Allocation {
     /// Place among the class numbers at egress, 1 to 16,383; none: it needs none.
     #[serde(default)]
     pub class: Option<u16>,
+}
+
+/// The longest delay that in-profile packets may meet between gateway and subscriber, and its parts, in µs. Each
+/// is rounded up for itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DelayBound {
+    /// All of it.
+    pub whole_us: u32,
+    /// The delay of the line itself, which is always there.
+    pub line_us: u32,
+    /// Behind what else the line carries.
+    pub line_queue_us: u32,
+    /// Behind what else the link carries.
+    pub link_queue_us: u32,
+}
+
+impl DelayBound {
+    /// Most by which the delays of two packets may differ, in µs.
+    #[must_use]
+    pub const fn jitter_us(&self) -> u32 {
+        self.whole_us.saturating_sub(self.line_us)
+    }
 }
 
 impl Allocation {

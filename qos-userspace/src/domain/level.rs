@@ -74,6 +74,8 @@ pub struct Level {
     pub priority: u8,
     /// Longest delay that in-profile packets may meet between gateway and subscriber, in µs.
     pub delay_us: Option<u32>,
+    /// Most by which the delays of two in-profile packets may differ there, in µs.
+    pub jitter_us: Option<u32>,
     /// Largest share of in-profile packets that may be lost, 0 to 1.
     pub loss: Option<f64>,
     /// Code point written into the packets, 0 to 63.
@@ -94,6 +96,7 @@ impl Default for Level {
             burst: Directed::default(),
             priority: DEFAULT_PRIORITY,
             delay_us: None,
+            jitter_us: None,
             loss: None,
             dscp: None,
             mtu: None,

@@ -16,7 +16,7 @@ pub mod selector;
 pub mod session;
 pub mod units;
 
-pub use allocation::{Allocation, AllocationId, Status};
+pub use allocation::{Allocation, AllocationId, DelayBound, Status};
 pub use contract::Contract;
 pub use level::{Directed, Enforcement, Level, SMALLEST_IPV6_MTU, SMALLEST_MTU};
 pub use name::Name;

@@ -10,15 +10,16 @@ use qos_common::clock::Meter;
 use super::capacity::{PRIORITIES, Share};
 use super::decide::{check_rate, find_application, find_provider, free_slot, given, list};
 use super::overlap::{Relation, allocation as allocation_of, precedence as precedence_of};
-use super::state::{line_delay_ns, link_delay_ns, microseconds, rules};
+use super::state::{bound_of, line_delay_ns, link_delay_ns, microseconds, rules};
 use super::{
     Change, Decision, GrantRequest, Refusal, RefusalCode, SlotKind, State, contract, direction_field,
     direction_word, segment, session,
 };
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
-    Allocation, AllocationId, BitsPerSecond, ByteCount, Directed, DurationRange, Level, Name, Profile,
-    ProfileStatus, Provider, ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session, Status, dscp,
+    Allocation, AllocationId, BitsPerSecond, ByteCount, DelayBound, Directed, DurationRange, Level, Name,
+    Profile, ProfileStatus, Provider, ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session,
+    Status, dscp,
 };
 
 /// Longest time an allocation is granted for: 100 years.
@@ -53,7 +54,7 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
         level,
         precedence: request.precedence,
         session: session.map(|session| session.name.clone()),
-        delay_bound_us: Directed::default(),
+        delay_bound: Directed::default(),
         granted_at: now,
         expires_at: expiry(request.duration, profile, now)?,
         ended_at: None,
@@ -66,7 +67,7 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
     check_rules(state, &allocation, &mut warnings)?;
     contract::admit(state, provider, application, &allocation)?;
     admit(state, provider, session, &allocation, &mut warnings)?;
-    allocation.delay_bound_us = check_delay(state, session, &allocation, &mut warnings)?;
+    allocation.delay_bound = check_delay(state, session, &allocation, &mut warnings)?;
     check_loss(session, &allocation, &mut warnings)?;
     Ok(Decision { changes: vec![Change::PutAllocation(allocation)], warnings })
 }
@@ -237,6 +238,7 @@ fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> 
     let mut level = Level {
         priority: asked.priority.unwrap_or(base.priority),
         delay_us: asked.delay_us.or(base.delay_us),
+        jitter_us: asked.jitter_us.or(base.jitter_us),
         loss: asked.loss.or(base.loss),
         dscp: asked.dscp.or(base.dscp),
         mtu: asked.mtu.or(base.mtu),
@@ -337,12 +339,13 @@ fn check_level(level: &Level) -> Result<(), Refusal> {
             return Err(Refusal::invalid("level.loss", loss, "can be kept for guaranteed traffic only"));
         }
     }
-    if let Some(delay) = level.delay_us {
-        if delay == 0 {
-            return Err(Refusal::invalid("level.delay_us", delay, "is zero: no packet takes no time"));
+    for (field, time) in [("level.delay_us", level.delay_us), ("level.jitter_us", level.jitter_us)] {
+        let Some(time) = time else { continue };
+        if time == 0 {
+            return Err(Refusal::invalid(field, time, "is zero: no packet takes no time"));
         }
         if !guarantees {
-            return Err(Refusal::invalid("level.delay_us", delay, "can be kept for guaranteed traffic only"));
+            return Err(Refusal::invalid(field, time, "can be kept for guaranteed traffic only"));
         }
     }
     Ok(())
@@ -596,25 +599,28 @@ fn check_delay(
     session: Option<&Session>,
     allocation: &Allocation,
     warnings: &mut Vec<String>,
-) -> Result<Directed<Option<u32>>, Refusal> {
+) -> Result<Directed<Option<DelayBound>>, Refusal> {
     let network = &state.network;
     let direction = network.hard_direction();
     let word = direction_word(direction);
     let level = &allocation.level;
     let mut bound = Directed::default();
     let is_guaranteed = level.guaranteed.get(direction).is_some();
-    if let Some(budget) = level.delay_us {
+    let budgets = [("delay", level.delay_us), ("jitter", level.jitter_us)];
+    for (what, budget) in budgets {
+        let Some(budget) = budget else { continue };
         if !is_guaranteed {
+            let field = format!("level.{what}_us");
             let message = format!(
-                "level.delay_us: {budget} µs can be kept {word} only, into the line, and no guarantee is asked there"
+                "{field}: {budget} µs can be kept {word} only, into the line, and no guarantee is asked there"
             );
-            return Err(Refusal::new(RefusalCode::InsufficientCapacity, "level.delay_us", budget, message));
+            return Err(Refusal::new(RefusalCode::InsufficientCapacity, field, budget, message));
         }
         if given(&level.guaranteed).count() > 1 {
-            warnings.push(format!("the delay budget is kept {word} only, into the line"));
+            warnings.push(format!("the {what} budget is kept {word} only, into the line"));
         }
         if session.is_none() {
-            warnings.push("the delay budget is kept on the link only: the line is not known".to_owned());
+            warnings.push(format!("the {what} budget is kept on the link only: the line is not known"));
         }
     }
     let Some(on_link) = Share::of(network, None, allocation, direction) else { return Ok(bound) };
@@ -632,15 +638,18 @@ fn check_delay(
         (on_link, on_line.saturating_add(on_link))
     });
     if is_guaranteed {
-        let own = microseconds(delays[usize::from(level.priority)].1);
+        let line = line.as_ref().map(|(session, _, load)| (*session, load));
+        let own = bound_of(network, line, &link, level.priority);
         *bound.get_mut(direction) = Some(own);
-        if let Some(budget) = level.delay_us.filter(|budget| own > *budget) {
-            let what = session.map_or_else(|| "link".to_owned(), |session| format!("line {}", session.name));
+        for ((what, budget), possible) in budgets.into_iter().zip([own.whole_us, own.jitter_us()]) {
+            let Some(budget) = budget.filter(|budget| possible > *budget) else { continue };
+            let place = session.map_or_else(|| "link".to_owned(), |session| format!("line {}", session.name));
             let message = format!(
-                "{what} {word}: asked a delay of {budget} µs, {own} µs is possible behind what is granted there \
-                 (a smaller burst or a better priority lowers it)"
+                "{place} {word}: asked a {what} of {budget} µs, {possible} µs is possible behind what is granted \
+                 there (a smaller burst or a better priority lowers it)"
             );
-            return Err(Refusal::new(RefusalCode::InsufficientCapacity, "level.delay_us", budget, message));
+            let field = format!("level.{what}_us");
+            return Err(Refusal::new(RefusalCode::InsufficientCapacity, field, budget, message));
         }
     }
     for (priority, (on_link, whole)) in delays.iter().enumerate() {
@@ -656,15 +665,26 @@ fn check_delay(
 
 fn breaks_a_promise(state: &State, allocation: &Allocation, id: AllocationId, delay_ns: u64) -> Refusal {
     let direction = state.network.hard_direction();
-    let budget = state.allocations.get(&id).and_then(|other| other.level.delay_us).unwrap_or(0);
+    let other = state.allocations.get(&id);
+    let line = other.and_then(|other| state.sessions.get(other.session.as_ref()?));
+    let line_us = line.map_or(0, |line| line.delay_us);
+    let possible = microseconds(delay_ns);
+    // Of two budgets the tighter one breaks first.
+    let (what, budget, possible) = match other.map(|other| (other.level.delay_us, other.level.jitter_us)) {
+        Some((delay, Some(jitter))) if delay.is_none_or(|delay| jitter.saturating_add(line_us) < delay) => {
+            ("jitter", jitter, possible.saturating_sub(line_us))
+        }
+        Some((Some(delay), _)) => ("delay", delay, possible),
+        _ => ("delay", 0, possible),
+    };
     let (field, value) = match allocation.level.burst.get(direction) {
         Some(burst) => (format!("level.burst.{}", direction_field(direction)), burst.to_string()),
         None => ("level".to_owned(), "a class of its own".to_owned()),
     };
     let message = format!(
-        "{field}: {value} would break the delay budget of allocation {id}: {budget} µs were promised, {} µs \
+        "{field}: {value} would break the {what} budget of allocation {id}: {budget} µs were promised, {} µs \
          would be possible",
-        microseconds(delay_ns).max(budget.saturating_add(1))
+        possible.max(budget.saturating_add(1))
     );
     Refusal::new(RefusalCode::InsufficientCapacity, field, value, message)
 }

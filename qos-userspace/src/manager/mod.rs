@@ -240,6 +240,8 @@ pub struct LevelRequest {
     pub priority: Option<u8>,
     /// Delay budget in µs.
     pub delay_us: Option<u32>,
+    /// Jitter budget in µs.
+    pub jitter_us: Option<u32>,
     /// Loss budget, 0 to 1.
     pub loss: Option<f64>,
     /// Code point to write.

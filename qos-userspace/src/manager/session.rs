@@ -485,7 +485,7 @@ fn misfit(
     // What ends relieves the link as well; that it was there is on the safe side.
     let link = state.index.link.get(direction);
     staying.iter().find_map(|allocation| {
-        let (priority, budget) = budget(network, allocation)?;
+        let (priority, budget) = budget(network, Some(new), allocation)?;
         let delay =
             line_delay_ns(network, new, &load, priority as u8) + link_delay_ns(network, link, priority as u8);
         (delay > budget).then(|| {

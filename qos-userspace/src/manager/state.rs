@@ -14,8 +14,8 @@ use super::segment::Promised;
 use super::slots::{FreeSlots, SlotKind};
 use super::{Change, Network};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, Directed, Direction, Name, Profile, Provider,
-    Segment, Session, selector,
+    Allocation, AllocationId, Application, BitsPerSecond, DelayBound, Directed, Direction, Name, Profile,
+    Provider, Segment, Session, selector,
 };
 
 /// Everything that decisions depend on.
@@ -245,10 +245,10 @@ impl State {
         self.index.link.get(direction).left(*self.network.link.get(direction))
     }
 
-    /// Delay that in-profile packets of `allocation` stay within as things are, in µs; none where
-    /// it has no guarantee in that direction, or the direction is not into the line.
+    /// Delay that in-profile packets of `allocation` stay within as things are; none where it has no
+    /// guarantee in that direction, or the direction is not into the line.
     #[must_use]
-    pub fn delay_bound_us(&self, allocation: &Allocation) -> Directed<Option<u32>> {
+    pub fn delay_bound(&self, allocation: &Allocation) -> Directed<Option<DelayBound>> {
         let direction = self.network.hard_direction();
         let mut bound = Directed::default();
         if allocation.has_class(direction) && allocation.level.guaranteed.get(direction).is_some() {
@@ -257,11 +257,9 @@ impl State {
                 .session
                 .as_ref()
                 .and_then(|name| self.sessions.get(name).zip(self.index.lines.get(name)))
-                .map(|(session, line)| {
-                    line_delay_ns(&self.network, session, line.load.get(direction), priority)
-                });
-            let link = link_delay_ns(&self.network, self.index.link.get(direction), priority);
-            *bound.get_mut(direction) = Some(microseconds(link.saturating_add(line.unwrap_or(0))));
+                .map(|(session, line)| (session, line.load.get(direction)));
+            let link = self.index.link.get(direction);
+            *bound.get_mut(direction) = Some(bound_of(&self.network, line, link, priority));
         }
         bound
     }
@@ -304,14 +302,17 @@ impl State {
         let mut broken = Vec::new();
         let direction = self.network.hard_direction();
         for allocation in self.allocations.values() {
-            let bound = self.delay_bound_us(allocation);
-            if let (Some(budget), Some(bound)) = (allocation.level.delay_us, *bound.get(direction))
-                && bound > budget
-            {
-                broken.push(format!(
-                    "allocation {}: a delay of {budget} µs promised, {bound} µs possible",
-                    allocation.id
-                ));
+            let Some(bound) = *self.delay_bound(allocation).get(direction) else { continue };
+            for (what, budget, possible) in [
+                ("delay", allocation.level.delay_us, bound.whole_us),
+                ("jitter", allocation.level.jitter_us, bound.jitter_us()),
+            ] {
+                if let Some(budget) = budget.filter(|budget| possible > *budget) {
+                    broken.push(format!(
+                        "allocation {}: a {what} of {budget} µs promised, {possible} µs possible",
+                        allocation.id
+                    ));
+                }
             }
         }
         broken
@@ -484,7 +485,7 @@ impl Index {
                 }
             }
         }
-        if let Some((priority, budget)) = budget(network, allocation) {
+        if let Some((priority, budget)) = budget(network, session, allocation) {
             match session.and_then(|session| self.lines.get_mut(&session.name)) {
                 Some(line) => line.budgets[priority].insert((budget, allocation.id)),
                 None => self.room[priority].insert((budget, allocation.id)),
@@ -516,7 +517,7 @@ impl Index {
                 }
             }
         }
-        if let Some((priority, budget)) = budget(network, allocation) {
+        if let Some((priority, budget)) = budget(network, session, allocation) {
             match session.and_then(|session| self.lines.get_mut(&session.name)) {
                 Some(line) => line.budgets[priority].remove(&(budget, allocation.id)),
                 None => self.room[priority].remove(&(budget, allocation.id)),
@@ -569,12 +570,38 @@ pub(super) fn rules(allocation: &Allocation) -> impl Iterator<Item = Rule> {
         .flat_map(move |(index, selector)| selector::rules(selector, index, precedence, id, slot))
 }
 
-/// Priority and delay budget in ns of an allocation whose delay can be bounded.
-pub(super) fn budget(network: &Network, allocation: &Allocation) -> Option<(usize, u64)> {
+/// Priority and delay budget in ns of an allocation whose delay can be bounded. A jitter budget is one that begins
+/// behind the delay of the line itself.
+pub(super) fn budget(
+    network: &Network,
+    session: Option<&Session>,
+    allocation: &Allocation,
+) -> Option<(usize, u64)> {
     let bounded = allocation.covers(network.hard_direction())
         && allocation.level.guaranteed.get(network.hard_direction()).is_some();
-    let budget = allocation.level.delay_us.filter(|_| bounded)?;
-    Some((usize::from(allocation.level.priority).min(PRIORITIES - 1), u64::from(budget) * 1_000))
+    let line = session.map_or(0, |session| u64::from(session.delay_us));
+    let jitter = allocation.level.jitter_us.map(|jitter| u64::from(jitter) + line);
+    let budget = allocation.level.delay_us.map(u64::from).into_iter().chain(jitter).min();
+    let budget = budget.filter(|_| bounded)?;
+    Some((usize::from(allocation.level.priority).min(PRIORITIES - 1), budget * 1_000))
+}
+
+/// The bound and its parts for a priority, given what a line and the link carry.
+pub(super) fn bound_of(
+    network: &Network,
+    line: Option<(&Session, &Load)>,
+    link: &Load,
+    priority: u8,
+) -> DelayBound {
+    let own = line.map_or(0, |(session, _)| session.delay_us);
+    let on_line = line.map_or(0, |(session, load)| line_delay_ns(network, session, load, priority));
+    let on_link = link_delay_ns(network, link, priority);
+    DelayBound {
+        whole_us: microseconds(on_link.saturating_add(on_line)),
+        line_us: own,
+        line_queue_us: microseconds(on_line.saturating_sub(u64::from(own) * 1_000)),
+        link_queue_us: microseconds(on_link),
+    }
 }
 
 /// Delay that in-profile packets of `priority` may meet on a line that carries `load`, in ns.

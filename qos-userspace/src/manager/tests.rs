@@ -386,6 +386,43 @@ fn a_line_that_comes_back_slower_sheds_the_worst_priority_first_and_of_that_the_
 }
 
 #[test]
+fn a_jitter_budget_is_a_delay_budget_without_the_line_s_own_delay() {
+    // dsl-2 has 8 ms of its own.
+    let to = |port: u16, jitter: Option<u32>, delay: Option<u32>| {
+        let level = LevelRequest { jitter_us: jitter, delay_us: delay, ..guaranteed("500kbit") };
+        let flows = format!("down udp from 198.51.100.0/24 to 192.0.2.2:{port}");
+        GrantRequest { level, ..request("acme", &flows) }
+    };
+    let mut state = town().0;
+    let free = grant(&mut state.clone(), to(1, None, None)).delay_bound.down.unwrap();
+    assert_eq!(free.line_us, 8_000);
+    assert_eq!(free.jitter_us() + 8_000, free.whole_us);
+    let parts = free.line_us + free.line_queue_us + free.link_queue_us;
+    assert!((free.whole_us..free.whole_us + 2).contains(&parts), "{free:?}");
+    let jitter = free.jitter_us();
+    let refusal = refused_grant(&state, to(1, Some(jitter - 1), None));
+    assert_eq!(refusal.field.as_deref(), Some("level.jitter_us"));
+    let text = format!("line dsl-2 downstream: asked a jitter of {} µs, {jitter} µs is possible", jitter - 1);
+    assert!(refusal.message.starts_with(&text), "{refusal}");
+    let first = grant(&mut state, to(1, Some(jitter + 100), Some(1_000_000)));
+    let refusal = refused_grant(&state, to(2, None, None));
+    let text = format!(
+        "would break the jitter budget of allocation {}: {} µs were promised",
+        first.id,
+        jitter + 100
+    );
+    assert!(refusal.message.contains(&text), "{refusal}");
+    // Of a later priority it waits behind, and takes up the time of one packet.
+    let loose = GrantRequest {
+        level: LevelRequest { priority: Some(7), ..guaranteed("100kbit") },
+        ..request("acme", "down udp from 198.51.100.0/24 to 192.0.2.1:9")
+    };
+    assert_eq!(refused_grant(&state, to(3, Some(0), None)).code, RefusalCode::Invalid);
+    grant(&mut state, loose);
+    check(&state);
+}
+
+#[test]
 fn a_delay_budget_that_the_slower_line_does_not_keep_sheds_too() {
     let mut state = town().0;
     let level = LevelRequest { delay_us: Some(12_000), priority: Some(0), ..guaranteed("1mbit") };
@@ -524,8 +561,8 @@ fn a_grant_has_its_defaults_filled_in() {
     assert_eq!(granted.level.maximum.up, None);
     assert_eq!(granted.level.enforcement, Enforcement::Shape);
     assert_eq!(granted.level.priority, 4);
-    assert!(granted.delay_bound_us.down.is_some() && granted.delay_bound_us.up.is_none());
-    assert_eq!(state.delay_bound_us(&granted), granted.delay_bound_us);
+    assert!(granted.delay_bound.down.is_some() && granted.delay_bound.up.is_none());
+    assert_eq!(state.delay_bound(&granted), granted.delay_bound);
     assert_eq!(state.allocations.len(), 1);
 }
 
@@ -1072,7 +1109,7 @@ fn out_of_the_line_a_guarantee_is_soft() {
         ..LevelRequest::default()
     };
     let granted = grant(&mut state, up(level));
-    assert!(granted.delay_bound_us.up.is_some_and(|bound| bound <= 50_000));
+    assert!(granted.delay_bound.up.is_some_and(|bound| bound.whole_us <= 50_000));
 }
 
 #[test]
@@ -1084,7 +1121,7 @@ fn a_granted_delay_budget_is_not_broken_by_later_grants() {
     };
     let urgent = LevelRequest { delay_us: Some(10_000), priority: Some(0), ..guaranteed("2mbit") };
     let first = grant(&mut state, asked(1, urgent));
-    assert!(first.delay_bound_us.down.unwrap() <= 10_000);
+    assert!(first.delay_bound.down.unwrap().whole_us <= 10_000);
 
     // A lower priority's burst is not waited for, one of the same is.
     let bursty = |priority| LevelRequest {
@@ -1114,7 +1151,7 @@ fn a_granted_delay_budget_is_not_broken_by_later_grants() {
                 break;
             }
         }
-        let bound = state.delay_bound_us(&first).down.unwrap();
+        let bound = state.delay_bound(&first).down.unwrap().whole_us;
         assert!(bound <= 10_000, "{bound}");
     }
     let refusal = refusal.expect("a refusal");
@@ -1173,7 +1210,7 @@ fn a_delay_budget_holds_against_the_whole_link() {
             Ok(decision) => decision.changes.iter().for_each(|change| state.apply(change)),
             Err(refusal) => break refusal,
         }
-        assert!(state.delay_bound_us(&first).down.unwrap() <= 15_000);
+        assert!(state.delay_bound(&first).down.unwrap().whole_us <= 15_000);
     };
     assert!(refusal.message.contains("would break the delay budget of allocation 1"), "{refusal}");
 }
@@ -1679,14 +1716,16 @@ fn any_command() -> impl Strategy<Value = Command> {
         any_rates((0.1, 0.2), rates),
         prop::option::of(0u8..=7),
         prop::option::weighted(0.2, prop::sample::select(&[6_000u32, 15_000, 40_000, 400_000])),
+        prop::option::weighted(0.2, prop::sample::select(&[4_000u32, 12_000, 30_000])),
         any::<bool>(),
         prop::option::weighted(0.2, prop::sample::select(&[1_500u64, 20_000])),
     )
-        .prop_map(|(guaranteed, maximum, priority, delay_us, police, burst)| LevelRequest {
+        .prop_map(|(guaranteed, maximum, priority, delay_us, jitter_us, police, burst)| LevelRequest {
             guaranteed,
             maximum,
             priority,
             delay_us,
+            jitter_us,
             burst: Directed { up: None, down: burst.map(ByteCount) },
             enforcement: police.then_some(Enforcement::Police),
             ..LevelRequest::default()
@@ -1826,8 +1865,8 @@ proptest! {
                 if let Change::PutAllocation(allocation) = change && matches!(command, Command::Grant(_)) {
                     prop_assert!(allocation.id.0 > last_id);
                     last_id = allocation.id.0;
-                    let bound = allocation.delay_bound_us;
-                    prop_assert_eq!(state.delay_bound_us(allocation), bound);
+                    let bound = allocation.delay_bound;
+                    prop_assert_eq!(state.delay_bound(allocation), bound);
                 }
             }
             check(&state);

@@ -32,3 +32,13 @@ ALTER TABLE applications ADD COLUMN guaranteed_down INTEGER;
 ALTER TABLE applications ADD COLUMN best_priority INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE applications ADD COLUMN profiles TEXT;
 ALTER TABLE applications ADD COLUMN allocations INTEGER;
+-- How much delays may differ, and what the bound of the delay is made of.
+ALTER TABLE profiles ADD COLUMN jitter_us INTEGER;
+ALTER TABLE allocations ADD COLUMN jitter_us INTEGER;
+ALTER TABLE allocations ADD COLUMN delay_line_us INTEGER;
+ALTER TABLE allocations ADD COLUMN delay_line_queue_us INTEGER;
+ALTER TABLE allocations ADD COLUMN delay_link_queue_us INTEGER;
+ALTER TABLE history ADD COLUMN jitter_us INTEGER;
+ALTER TABLE history ADD COLUMN delay_line_us INTEGER;
+ALTER TABLE history ADD COLUMN delay_line_queue_us INTEGER;
+ALTER TABLE history ADD COLUMN delay_link_queue_us INTEGER;

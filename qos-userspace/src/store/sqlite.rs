@@ -24,9 +24,9 @@ use super::{Store, StoreError};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::session::link_layer;
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, Directed, DurationRange,
-    Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Segment, Selector, Session, Status,
-    dscp,
+    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, DelayBound, Directed,
+    DurationRange, Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Segment, Selector,
+    Session, Status, dscp,
 };
 use crate::manager::{Change, Network, SlotKind, State};
 
@@ -588,6 +588,7 @@ fn level_columns(level: &Level) -> Vec<Column> {
         ("burst_down", option(level.burst.down, |size| integer(size.0))),
         ("priority", integer(level.priority.into())),
         ("delay_us", option(level.delay_us, |delay| integer(delay.into()))),
+        ("jitter_us", option(level.jitter_us, |jitter| integer(jitter.into()))),
         ("loss", option(level.loss, Value::Real)),
         ("dscp", option(level.dscp, |dscp| integer(dscp.into()))),
         ("mtu", option(level.mtu, |mtu| integer(mtu.into()))),
@@ -598,6 +599,7 @@ fn level_columns(level: &Level) -> Vec<Column> {
 
 fn allocation_columns(allocation: &Allocation) -> Vec<Column> {
     let selectors: Vec<_> = allocation.selectors.iter().map(ToString::to_string).collect();
+    let bound = &allocation.delay_bound;
     let mut columns = vec![
         ("id", integer(allocation.id.0)),
         ("provider", text(&allocation.provider)),
@@ -606,8 +608,11 @@ fn allocation_columns(allocation: &Allocation) -> Vec<Column> {
         ("session", option(allocation.session.as_ref(), text)),
         ("selectors", json(&selectors)),
         ("precedence", integer(allocation.precedence.into())),
-        ("delay_bound_up_us", option(allocation.delay_bound_us.up, |bound| integer(bound.into()))),
-        ("delay_bound_down_us", option(allocation.delay_bound_us.down, |bound| integer(bound.into()))),
+        ("delay_bound_up_us", option(bound.up, |bound| integer(bound.whole_us.into()))),
+        ("delay_bound_down_us", option(bound.down, |bound| integer(bound.whole_us.into()))),
+        ("delay_line_us", option(bound.up.or(bound.down), |bound| integer(bound.line_us.into()))),
+        ("delay_line_queue_us", option(bound.up.or(bound.down), |bound| integer(bound.line_queue_us.into()))),
+        ("delay_link_queue_us", option(bound.up.or(bound.down), |bound| integer(bound.link_queue_us.into()))),
         ("granted_at", text(allocation.granted_at)),
         ("expires_at", option(allocation.expires_at, text)),
         ("slot", integer(allocation.slot.into())),
@@ -795,6 +800,7 @@ fn read_level(row: &Reader<'_, '_>) -> Result<Level, String> {
         },
         priority: row.number("priority")?,
         delay_us: row.number_option("delay_us")?,
+        jitter_us: row.number_option("jitter_us")?,
         loss: row.get("loss")?,
         dscp: row.number_option("dscp")?,
         mtu: row.number_option("mtu")?,
@@ -814,6 +820,17 @@ fn read_level(row: &Reader<'_, '_>) -> Result<Level, String> {
     Ok(level)
 }
 
+/// The bound of the direction into the line; the other has none. Before version 4 its parts were not kept.
+fn read_bound(row: &Reader<'_, '_>, column: &str) -> Result<Option<DelayBound>, String> {
+    let Some(whole_us) = row.number_option(column)? else { return Ok(None) };
+    Ok(Some(DelayBound {
+        whole_us,
+        line_us: row.number_option("delay_line_us")?.unwrap_or(0),
+        line_queue_us: row.number_option("delay_line_queue_us")?.unwrap_or(0),
+        link_queue_us: row.number_option("delay_link_queue_us")?.unwrap_or(whole_us),
+    }))
+}
+
 /// `status` says which table the row is of: allocations, or the history.
 fn read_allocation(row: &Reader<'_, '_>, status: Status) -> Result<Allocation, String> {
     let selectors: Vec<Selector> = row.json("selectors")?;
@@ -827,9 +844,9 @@ fn read_allocation(row: &Reader<'_, '_>, status: Status) -> Result<Allocation, S
         level: read_level(row)?,
         precedence: row.number("precedence")?,
         session: row.parse_option("session")?,
-        delay_bound_us: Directed {
-            up: row.number_option("delay_bound_up_us")?,
-            down: row.number_option("delay_bound_down_us")?,
+        delay_bound: Directed {
+            up: read_bound(row, "delay_bound_up_us")?,
+            down: read_bound(row, "delay_bound_down_us")?,
         },
         granted_at: row.parse::<Timestamp>("granted_at")?,
         expires_at: row.parse_option("expires_at")?,

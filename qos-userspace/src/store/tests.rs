@@ -120,6 +120,12 @@ fn of_version_3(path: &Path) {
             earlier.push_str(&format!("ALTER TABLE {table} DROP COLUMN {column};"));
         }
     }
+    for table in ["allocations", "history"] {
+        for column in ["jitter_us", "delay_line_us", "delay_line_queue_us", "delay_link_queue_us"] {
+            earlier.push_str(&format!("ALTER TABLE {table} DROP COLUMN {column};"));
+        }
+    }
+    earlier.push_str("ALTER TABLE profiles DROP COLUMN jitter_us;");
     earlier.push_str("PRAGMA user_version = 3");
     Connection::open(path).unwrap().execute_batch(&earlier).unwrap();
 }
