@@ -919,7 +919,8 @@ fn different_contracts_answer_the_same_request_differently() {
     let level = LevelRequest { maximum: down_only("2mbit"), ..guaranteed("2mbit") };
     let unbounded = guaranteed("1mbit");
     let profiles = |names: &[&str]| Some(names.iter().map(|text| name(text)).collect());
-    let cases: Vec<(Contract, Contract, Option<&str>, LevelRequest, Result<u32, (RefusalCode, &str)>)> = vec![
+    type Case<'a> = (Contract, Contract, Option<&'a str>, LevelRequest, Result<u32, (RefusalCode, &'a str)>);
+    let cases: Vec<Case<'_>> = vec![
         (open(), open(), None, level.clone(), Ok(2)),
         (
             guaranteed_most.clone(),
