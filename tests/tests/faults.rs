@@ -158,7 +158,7 @@ fn what_is_asked_wrongly_is_refused_by_name_and_changes_nothing() {
         (level("--guaranteed-down 2gbit"), 1, &["line home downstream", "asked 2 Gbit/s"]),
         (level("--guaranteed-down 91mbit"), 1, &["line home downstream", "asked 91 Mbit/s", "left 8"]),
         ("grant --provider video --flow 'down from 203.0.113.0/24 to 192.0.2.12' --guaranteed-down 500mbit".into(), 1, &["link downstream", "asked 500 Mbit/s", "left 4"]),
-        ("grant --provider isp --flow 'down to 192.0.2.12' --guaranteed-down 501mbit".into(), 1, &["aggregate of provider isp downstream", "asked 501 Mbit/s", "left 500 Mbit/s"]),
+        ("grant --provider isp --flow 'down to 192.0.2.12' --guaranteed-down 501mbit".into(), 1, &["contract of provider isp, guaranteed downstream", "asked 501 Mbit/s", "left 500 Mbit/s"]),
         (level("--guaranteed-down 5mbit --max-down 4mbit"), 1, &["level.guaranteed.down", "5 Mbit/s", "above the maximum of 4 Mbit/s"]),
         (level("--max-up 1mbit"), 1, &["level.maximum.up", "1 Mbit/s", "no selector matches"]),
         (level("--max-down=-5mbit"), 2, &["--max-down", "-5mbit"]),
