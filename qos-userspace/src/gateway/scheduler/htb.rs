@@ -751,6 +751,17 @@ impl State {
     fn part(&self, part: &Part, wanted: &[Class]) -> Vec<Class> {
         let mut ids: BTreeSet<Id> = class::ids(part).collect();
         ids.extend(wanted.iter().map(|class| class.id));
+        // What still drains below goes with a line.
+        let below: Vec<Id> = self
+            .draining
+            .keys()
+            .filter(|id| {
+                let parent = self.classes.get(*id).and_then(Class::parent);
+                parent.is_some_and(|parent| ids.contains(&parent))
+            })
+            .copied()
+            .collect();
+        ids.extend(below);
         ids.iter().filter_map(|id| self.classes.get(id)).cloned().collect()
     }
 }

@@ -571,6 +571,40 @@ fn a_revoked_class_drains_first() {
     });
 }
 
+/// A line that goes takes along what still drains on it; one that changes leaves it alone.
+#[test]
+#[ignore = "needs root"]
+fn a_line_goes_with_what_drains_on_it() {
+    with_peer(|link, _receiver| {
+        let mut tree = traffic_tree();
+        tree.leaves[0].guaranteed = None;
+        tree.leaves[0].maximum = Some(BitsPerSecond(MEGABIT));
+        let mut htb = Htb::new(link, LeafQueue::Fifo).expect("socket");
+        htb.apply(&tree).expect("applied");
+        let sender = sender(htb.leaf_class(ClassSlot(1), Some(LineSlot(1))));
+        for _ in 0..100 {
+            sender.send(&[0; PAYLOAD]).expect("sent");
+        }
+        let mut part = Part { leaves: [(ClassSlot(1), None)].into(), ..Part::default() };
+        part.lines.insert(LineSlot(1), tree.lines.iter().find(|line| line.slot == LineSlot(1)).cloned());
+        let revoked = part.clone();
+        part.exchange(&mut tree);
+        htb.apply_part(&tree, &revoked).expect("revoked");
+        let drains = |htb: &Htb| {
+            let classes = htb.observe().expect("dump").classes;
+            classes.iter().any(|class| class.id.minor == 0x4001)
+        };
+        assert!(drains(&htb));
+        htb.apply_part(&tree, &revoked).expect("the line is as it was");
+        assert!(drains(&htb));
+        let gone = Part { lines: [(LineSlot(1), None)].into(), ..Part::default() };
+        gone.clone().exchange(&mut tree);
+        htb.apply_part(&tree, &gone).expect("the line goes");
+        assert!(!drains(&htb));
+        assert_eq!(htb.repair().expect("looked"), []);
+    });
+}
+
 #[test]
 #[ignore = "needs root"]
 fn five_megabits_are_five_megabits() {
