@@ -122,6 +122,41 @@ fn what_is_concerned_changes() {
     signal_reload(daemon, &net, &rest);
 }
 
+#[test]
+fn sums_follow_the_configuration() {
+    let (_net, daemon) = started();
+    let mut port = 5_000;
+    let mut grant = |rate: &str| {
+        port += 1;
+        let flow = format!("down udp from 203.0.113.0/24 to 192.0.2.10:{port}");
+        daemon.grant(&format!("--provider video --flow '{flow}' --guaranteed-down {rate}"))
+    };
+    let with_rest = |rest: &str| {
+        let mut config = config();
+        config.more.push_str(&format!("\nline_rest = \"{rest}\""));
+        config
+    };
+    let before = grant("1mbit").unwrap().id;
+    write(&daemon, &with_rest("5mbit"));
+    assert_eq!(reload(&daemon), ["line_rest"]);
+    let refused = format!("{:#}", grant("45mbit").unwrap_err());
+    assert!(refused.contains("44 Mbit/s"), "of 50 Mbit/s 5 are for the rest, and 1 is granted: {refused}");
+    let more = grant("44mbit").unwrap().id;
+    daemon.revoke(more).unwrap();
+    daemon.revoke(before).unwrap();
+    // A line that was there before the change goes with all of its sums.
+    daemon.qos_line("session remove home").unwrap();
+    daemon.qos_line("session add home --address 192.0.2.10 --down 900mbit --up 50mbit").unwrap();
+    assert!(grant("896mbit").is_err());
+    let all = grant("895mbit").unwrap().id;
+    write(&daemon, &with_rest("20mbit"));
+    let refused = format!("{:#}", daemon.qos_line("reload").unwrap_err());
+    assert!(refused.contains("has less than what is granted"), "{refused}");
+    daemon.revoke(all).unwrap();
+    assert!(grant("896mbit").is_err(), "what was refused did not stay");
+    grant("895mbit").unwrap();
+}
+
 fn signal_reload(mut daemon: Daemon, net: &Topology, rest: &RunningUdp) {
     let lan = programs(&net.gateway, LAN).unwrap();
     daemon.signal(Signal::SIGHUP).unwrap();

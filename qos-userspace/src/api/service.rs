@@ -436,14 +436,14 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         if !differences.restart.is_empty() {
             return Err(ServiceError::NeedsRestart(differences.restart));
         }
-        let before = std::mem::replace(&mut self.state.network, config.network(mtu));
+        let before = self.state.set_network(config.network(mtu));
         let overcommitted = self.state.overcommitted();
         if !overcommitted.is_empty() {
-            self.state.network = before;
+            self.state.set_network(before);
             return Err(ServiceError::Overcommitted(overcommitted));
         }
         if let Err(refused) = gateway.reconfigure(&config.gateway, &self.state) {
-            self.state.network = before;
+            self.state.set_network(before);
             if let Err(error) = gateway.reconfigure(&self.config.gateway, &self.state) {
                 error!("cannot go back to the configuration as it was, and will try again: {error}");
             }

@@ -20,11 +20,11 @@ use crate::domain::{
 
 /// Everything that decisions depend on.
 ///
-/// It is read freely and changed by [`State::apply`] alone, which keeps the sums and indices that
-/// make a decision fast.
+/// It is read freely and changed by [`State::apply`] and [`State::set_network`] alone, which keep the sums
+/// and indices that make a decision fast.
 #[derive(Clone, Debug, PartialEq)]
 pub struct State {
-    /// The network; it stays as it was when the state was made.
+    /// The network; another comes by [`State::set_network`], as the sums depend on it.
     pub network: Network,
     /// Providers by name.
     pub providers: BTreeMap<Name, Provider>,
@@ -61,6 +61,19 @@ impl State {
             slots: SlotKind::ALL.into_iter().map(|kind| (kind, FreeSlots::new(kind))).collect(),
             index,
         }
+    }
+
+    /// Puts another network in place, as when the configuration was loaded again; returns the one before.
+    pub fn set_network(&mut self, network: Network) -> Network {
+        let mut index = Index::new(&network);
+        for session in self.sessions.values() {
+            index.add_session(&network, session);
+        }
+        for allocation in self.allocations.values() {
+            index.add(&network, session_of(&self.sessions, allocation), allocation);
+        }
+        self.index = index;
+        std::mem::replace(&mut self.network, network)
     }
 
     /// Carries out one change of a decision.

@@ -1831,6 +1831,15 @@ fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
     )
 }
 
+/// What a state saved as `state` is once it is loaded into `network`.
+fn loaded(state: &State, network: Network) -> State {
+    let mut loaded = State::new(network);
+    for change in everything(state) {
+        loaded.apply(&change);
+    }
+    loaded
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2_000, ..ProptestConfig::default() })]
 
@@ -1876,12 +1885,16 @@ proptest! {
                 undone.apply(change);
             }
             prop_assert!(content(&undone) == content(&before), "{:?} undone by {:?}", decision.changes, inverse);
-            // A state that is loaded decides as the one that was saved.
-            let mut loaded = State::new(state.network.clone());
-            for change in everything(&state) {
-                loaded.apply(&change);
+            // A state that is loaded decides as the one that was saved, and so does one whose network changes.
+            prop_assert!(loaded(&state, state.network.clone()).index == state.index, "after {:?}", decision.changes);
+            if step % 8 == 0 {
+                let changed = Network { line_rest: rate("2mbit"), line_side: LineSide::Lan, ..state.network.clone() };
+                let mut other = state.clone();
+                let before = other.set_network(changed.clone());
+                prop_assert!(other.index == loaded(&state, changed).index, "after {:?}", decision.changes);
+                other.set_network(before);
+                prop_assert!(other == state, "after {:?}", decision.changes);
             }
-            prop_assert!(loaded.index == state.index, "index after {:?}", decision.changes);
         }
     }
 }
