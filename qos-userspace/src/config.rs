@@ -23,7 +23,7 @@ use toml::de::{DeTable, DeValue};
 use crate::domain::{BitsPerSecond, Directed};
 use crate::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
 use crate::manager::capacity::SMALLEST_REST;
-use crate::manager::{LineSide, Network};
+use crate::manager::{LineSide, Network, Preempt};
 
 /// Where the daemon looks for its configuration unless it is told.
 pub const DEFAULT_PATH: &str = "/etc/qos/qos.toml";
@@ -70,6 +70,8 @@ pub struct Config {
     pub session_ttl: Duration,
     /// Time for which what is granted on a line outlives it.
     pub session_grace: Duration,
+    /// Whether a request may end what was granted before.
+    pub preempt: Preempt,
     /// Time between two comparisons of the kernel with the state.
     pub reconcile_interval: Duration,
     /// On which end of the lines the gateway stands.
@@ -209,6 +211,11 @@ impl Config {
             require_session: top.optional("require_session", boolean)?.unwrap_or(true),
             session_ttl: top.optional("session_ttl", life)?.unwrap_or(DEFAULT_SESSION_TTL),
             session_grace: top.optional("session_grace", life)?.unwrap_or(DEFAULT_SESSION_GRACE),
+            preempt: top
+                .optional("preempt", |value| {
+                    one_of(value, &[("never", Preempt::Never), ("lower-priority", Preempt::LowerPriority)])
+                })?
+                .unwrap_or_default(),
             reconcile_interval: top
                 .optional("reconcile_interval", interval)?
                 .unwrap_or(DEFAULT_RECONCILE_INTERVAL),
@@ -269,6 +276,7 @@ impl Config {
             require_session: self.require_session,
             session_ttl: signed(self.session_ttl),
             session_grace: signed(self.session_grace),
+            preempt: self.preempt,
         }
     }
 
@@ -292,6 +300,7 @@ impl Config {
             ("require_session", self.require_session != other.require_session),
             ("session_ttl", self.session_ttl != other.session_ttl),
             ("session_grace", self.session_grace != other.session_grace),
+            ("preempt", self.preempt != other.preempt),
             ("reconcile_interval", self.reconcile_interval != other.reconcile_interval),
         ]);
         let all = mine.interfaces.iter().chain(&theirs.interfaces).map(|interface| interface.name.as_str());

@@ -10,7 +10,7 @@ use super::worker::Stopped;
 use crate::manager::{Refusal, RefusalCode};
 
 /// An answer to a request that is not carried out.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct ApiError {
     status: StatusCode,
     body: ErrorBody,
@@ -18,7 +18,7 @@ pub(super) struct ApiError {
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
-        let body = ErrorBody { code: code.to_owned(), message: message.into(), field: None, value: None };
+        let body = ErrorBody { code: code.to_owned(), message: message.into(), field: None, value: None, counter_offer: None };
         Self { status, body }
     }
 
@@ -57,7 +57,9 @@ impl From<Refusal> for ApiError {
             RefusalCode::InsufficientSlots => (StatusCode::CONFLICT, "insufficient_slots"),
             RefusalCode::TooManyChecks => (StatusCode::CONFLICT, "too_many_checks"),
         };
-        Self::new(status, code, refusal.message).about(refusal.field, refusal.value)
+        let mut error = Self::new(status, code, refusal.message).about(refusal.field, refusal.value);
+        error.body.counter_offer = refusal.counter_offer;
+        error
     }
 }
 

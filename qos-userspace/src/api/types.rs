@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::domain::{
     Allocation, BitsPerSecond, Contract, Directed, DurationRange, Level, Name, ProfileStatus,
 };
-use crate::manager::LineSide;
+use crate::manager::{LevelRequest, LineSide};
 use crate::manager::report::{Explanation, GatewayStatus};
 
 /// Several objects.
@@ -193,7 +193,7 @@ pub struct ErrorAnswer {
 }
 
 /// What is wrong with a request, or went wrong with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ErrorBody {
     /// One word that programs tell cases by; see `docs/api.md`.
     pub code: String,
@@ -203,4 +203,7 @@ pub struct ErrorBody {
     pub field: Option<String>,
     /// The value of that field.
     pub value: Option<String>,
+    /// The best level that could be had instead, as it would have to be asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counter_offer: Option<Box<LevelRequest>>,
 }

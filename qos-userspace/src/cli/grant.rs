@@ -9,8 +9,8 @@ use super::client::Client;
 use super::level::LevelArgs;
 use super::list;
 use super::output::Output;
-use crate::domain::{Allocation, Name, duration};
-use crate::manager::GrantRequest;
+use crate::domain::{Allocation, BitsPerSecond, Directed, Name, duration};
+use crate::manager::{GrantRequest, LevelRequest};
 
 /// Gives the packets of some flows a level
 ///
@@ -39,6 +39,10 @@ Examples:
   A hard limit for everything of a network's subscriber, dropped and not queued:
     qos grant --provider isp --flow 'down to 192.0.2.20' --max-down 50mbit --enforcement police
 
+  As much as there is up to 5 Mbit/s, but no less than 2, and 15 ms of delay at most, whatever priority that takes:
+    qos grant --provider acme --flow 'down udp from 203.0.113.7 to 192.0.2.10' --guaranteed-down 5mbit \\
+        --least-down 2mbit --delay 15ms
+
   What would come of it:
     qos grant --provider acme --flow 'down to 192.0.2.10' --guaranteed-down 19mbit --dry-run"
 )]
@@ -57,6 +61,12 @@ pub(super) struct Grant {
     profile: Option<Name>,
     #[command(flatten)]
     level: LevelArgs,
+    /// The smallest guarantee to the subscriber that is of use: as much of --guaranteed-down is granted as there is
+    #[arg(long, value_name = "RATE", help_heading = "Level")]
+    least_down: Option<BitsPerSecond>,
+    /// The smallest guarantee from the subscriber that is of use
+    #[arg(long, value_name = "RATE", help_heading = "Level")]
+    least_up: Option<BitsPerSecond>,
     /// Among allocations that match one packet the highest wins, then the oldest [default: 0]
     #[arg(long, value_name = "N", help_heading = "Grant")]
     precedence: Option<u16>,
@@ -79,7 +89,10 @@ fn request(grant: Grant) -> GrantRequest {
         application: grant.app,
         selectors: grant.flows.into_iter().flat_map(|flow| flow.0).collect(),
         profile: grant.profile,
-        level: grant.level.request(),
+        level: LevelRequest {
+            least: Directed { up: grant.least_up, down: grant.least_down },
+            ..grant.level.request()
+        },
         precedence: grant.precedence.unwrap_or(0),
         duration: grant.duration,
     }

@@ -67,6 +67,7 @@ impl LevelArgs {
     pub(super) fn request(&self) -> LevelRequest {
         LevelRequest {
             guaranteed: Directed { up: self.guaranteed_up, down: self.guaranteed_down },
+            least: Directed::default(),
             maximum: Directed { up: self.max_up, down: self.max_down },
             burst: Directed { up: self.burst_up, down: self.burst_down },
             priority: self.priority,
@@ -101,6 +102,23 @@ impl LevelArgs {
             hard: request.hard.unwrap_or(usual.hard),
         }
     }
+}
+
+/// What of a level is bargained for, as the arguments that ask for it.
+pub(super) fn bargain(level: &LevelRequest) -> String {
+    let rate = |rate: BitsPerSecond| format!("{}bit", rate.0);
+    let options = [
+        ("--guaranteed-down", level.guaranteed.down.map(rate)),
+        ("--guaranteed-up", level.guaranteed.up.map(rate)),
+        ("--burst-down", level.burst.down.map(|burst| format!("{}B", burst.0))),
+        ("--burst-up", level.burst.up.map(|burst| format!("{}B", burst.0))),
+        ("--priority", level.priority.map(|priority| priority.to_string())),
+        ("--delay", level.delay_us.map(|delay| format!("{delay}us"))),
+        ("--jitter", level.jitter_us.map(|jitter| format!("{jitter}us"))),
+        ("--loss", level.loss.map(|loss| loss.to_string())),
+    ];
+    let said = options.into_iter().filter_map(|(option, value)| Some(format!("{option} {}", value?)));
+    said.collect::<Vec<_>>().join(" ")
 }
 
 pub(super) fn enforcement(enforcement: Enforcement) -> &'static str {

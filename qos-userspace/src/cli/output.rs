@@ -12,7 +12,8 @@ use serde::de::DeserializeOwned;
 
 use super::CliError;
 use super::client::Answer;
-use crate::api::types::Outcome;
+use super::level::bargain;
+use crate::api::types::{ErrorBody, Outcome};
 
 /// Narrowest terminal that texts are wrapped on, in columns.
 const NARROWEST: u16 = 60;
@@ -122,6 +123,9 @@ impl Output {
 
     pub(super) fn error(&mut self, error: &CliError) {
         self.tell("error", error);
+        if let CliError::Refused(ErrorBody { counter_offer: Some(level), .. }) = error {
+            self.tell("instead", format_args!("`{}` could be had", bargain(level)));
+        }
     }
 
     fn tell(&mut self, what: &str, text: impl Display) {

@@ -1275,7 +1275,7 @@ impl Gateway for Kernel {
             ClassifierError::Grace(_) | ClassifierError::Thread => return None,
         };
         let (field, message) = (Some("selectors".to_owned()), classifier.to_string());
-        Some(Refusal { code, field, value: None, message })
+        Some(Refusal { code, field, value: None, message, counter_offer: None })
     }
 
     fn would_refuse(&self, changes: &[Change]) -> Option<Refusal> {

@@ -76,6 +76,15 @@ impl TakenByParty {
         self.0.get(party).copied().unwrap_or_default()
     }
 
+    /// What a party takes without some allocations.
+    fn without(&self, party: &Party, gone: &[&Allocation]) -> Taken {
+        let mut taken = self.of(party);
+        for other in gone.iter().filter(|other| Party::of(other).any(|of| of == *party)) {
+            taken.remove(other);
+        }
+        taken
+    }
+
     pub(super) fn add(&mut self, allocation: &Allocation) {
         for party in Party::of(allocation) {
             self.0.entry(party).or_default().add(allocation);
@@ -135,13 +144,38 @@ pub(super) fn admit(
     provider: &Provider,
     application: Option<&Application>,
     allocation: &Allocation,
+    without: &[&Allocation],
 ) -> Result<(), Refusal> {
     let contracts = [Some(&provider.contract), application.map(|application| &application.contract)];
     for (party, contract) in Party::of(allocation).zip(contracts.into_iter().flatten()) {
         may_ask(&party, contract, allocation)?;
-        fits(&party, contract, &state.index.taken.of(&party), allocation)?;
+        fits(&party, contract, &state.index.taken.without(&party, without), allocation)?;
     }
     Ok(())
+}
+
+/// The most that the contracts of who asks let be guaranteed more in a direction; none: they don't say.
+pub(super) fn left(
+    state: &State,
+    provider: &Provider,
+    application: Option<&Application>,
+    direction: Direction,
+    without: &[&Allocation],
+) -> Option<BitsPerSecond> {
+    let own = |application: Option<&Application>| Party {
+        provider: provider.name.clone(),
+        application: application.map(|application| application.name.clone()),
+    };
+    let contracts = [
+        Some((own(None), &provider.contract)),
+        application.map(|known| (own(application), &known.contract)),
+    ];
+    let left = contracts.into_iter().flatten().flat_map(|(party, contract)| {
+        let taken = *state.index.taken.without(&party, without).guaranteed.get(direction);
+        let most = [*contract.guaranteed.get(direction), *contract.maximum.get(direction)];
+        most.into_iter().flatten().map(move |most| BitsPerSecond(most.0.saturating_sub(taken)))
+    });
+    left.min()
 }
 
 /// What a contract says of a request whatever else is granted.

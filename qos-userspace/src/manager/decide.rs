@@ -267,6 +267,7 @@ pub(super) fn free_slot(state: &State, kind: SlotKind) -> Result<u16, Refusal> {
         field: None,
         value: None,
         message: format!("all {} {} slots are in use", kind.last(), kind.name()),
+        counter_offer: None,
     })
 }
 

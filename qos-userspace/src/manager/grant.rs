@@ -8,6 +8,7 @@ use qos_common::classify::{Direction, Family, MAX_SELECTORS};
 use qos_common::clock::Meter;
 
 use super::capacity::{PRIORITIES, Share};
+use super::choose::{Wanted, choose};
 use super::decide::{check_rate, find_application, find_provider, free_slot, given, list};
 use super::overlap::{Relation, allocation as allocation_of, precedence as precedence_of};
 use super::state::{bound_of, line_delay_ns, link_delay_ns, microseconds, rules};
@@ -17,7 +18,7 @@ use super::{
 };
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
-    Allocation, AllocationId, BitsPerSecond, ByteCount, DelayBound, Directed, DurationRange, Level, Name,
+    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, DelayBound, Directed, DurationRange, Level, Name,
     Profile, ProfileStatus, Provider, ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session,
     Status, dscp,
 };
@@ -44,14 +45,14 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
     if let Some(line) = session {
         session::check_up(state, line, now)?;
     }
-    let level = resolve(state, request, profile)?;
-    let mut allocation = Allocation {
+    let wanted = resolve(state, request, profile)?;
+    let allocation = Allocation {
         id: state.next_allocation,
         provider: request.provider.clone(),
         application: request.application.clone(),
         profile: request.profile.clone(),
         selectors: request.selectors.clone(),
-        level,
+        level: wanted.level.clone(),
         precedence: request.precedence,
         session: session.map(|session| session.name.clone()),
         delay_bound: Directed::default(),
@@ -63,13 +64,60 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
         slot: free_slot(state, SlotKind::Allocation)?,
         class: None,
     };
-    allocation.class = class(state, &allocation)?;
     check_rules(state, &allocation, &mut warnings)?;
-    contract::admit(state, provider, application, &allocation)?;
-    admit(state, provider, session, &allocation, &mut warnings)?;
-    allocation.delay_bound = check_delay(state, session, &allocation, &mut warnings)?;
-    check_loss(session, &allocation, &mut warnings)?;
-    Ok(Decision { changes: vec![Change::PutAllocation(allocation)], warnings })
+    let asker = Asker { state, provider, application, session };
+    let chosen = choose(&asker, allocation, &wanted)?;
+    warnings.extend(chosen.warnings);
+    let allocation = chosen.allocation;
+    let mut changes = Vec::new();
+    for other in chosen.preempted {
+        let reason = format!(
+            "network terminated: preempted by allocation {} of provider {}, of priority {}",
+            allocation.id, allocation.provider, allocation.level.priority
+        );
+        let (id, line) = (other.id, other.session.as_ref().map_or("the link", Name::as_str));
+        warnings.push(format!("allocation {id} of provider {} on {line} ends: {reason}", other.provider));
+        changes.push(Change::EndAllocation(other.ended(now, &reason)));
+    }
+    changes.push(Change::PutAllocation(allocation));
+    Ok(Decision { changes, warnings })
+}
+
+/// Who asks, and for which line.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asker<'a> {
+    pub(super) state: &'a State,
+    pub(super) provider: &'a Provider,
+    pub(super) application: Option<&'a Application>,
+    /// None: for the link.
+    pub(super) session: Option<&'a Session>,
+}
+
+impl Asker<'_> {
+    /// Whether there is room for an allocation, as if those in `without` were gone. Fills in what follows from its
+    /// level, and returns what the asker should know.
+    ///
+    /// # Errors
+    /// The refusal, naming the limiting resource.
+    pub(super) fn admit(
+        &self,
+        allocation: &mut Allocation,
+        without: &[&Allocation],
+    ) -> Result<Vec<String>, Refusal> {
+        let mut warnings = Vec::new();
+        allocation.class = class(self.state, allocation)?;
+        contract::admit(self.state, self.provider, self.application, allocation, without)?;
+        admit(self, allocation, without, &mut warnings)?;
+        allocation.delay_bound = check_delay(self.state, self.session, allocation, without, &mut warnings)?;
+        check_loss(self.session, allocation, &mut warnings)?;
+        Ok(warnings)
+    }
+
+    /// The best priority that the contracts allow.
+    pub(super) fn best_priority(&self) -> u8 {
+        let application = self.application.map_or(0, |application| application.contract.best_priority);
+        self.provider.contract.best_priority.max(application)
+    }
 }
 
 /// The place among the class numbers of an allocation that needs one.
@@ -100,7 +148,7 @@ pub(super) fn check_profile(level: &Level) -> Result<(), Refusal> {
     if is_empty(level) {
         return Err(nothing_asked("level"));
     }
-    check_level(level)
+    check_level(level, false)
 }
 
 fn find_profile<'a>(state: &'a State, name: Option<&Name>) -> Result<Option<&'a Profile>, Refusal> {
@@ -232,8 +280,10 @@ fn line_of<'a>(
 }
 
 /// The level that is asked for: the request, then the profile, then what is usual.
-fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> Result<Level, Refusal> {
+fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> Result<Wanted, Refusal> {
     let asked = &request.level;
+    let mut least = Directed::default();
+    let mut is_burst_open = Directed::default();
     let base = profile.map(|profile| profile.level.clone()).unwrap_or_default();
     let mut level = Level {
         priority: asked.priority.unwrap_or(base.priority),
@@ -249,28 +299,49 @@ fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> 
     for direction in Direction::BOTH {
         let covered = request.selectors.iter().any(|selector| selector.covers(direction));
         *level.guaranteed.get_mut(direction) =
-            choose("guaranteed", direction, covered, &asked.guaranteed, &base.guaranteed)?;
+            pick("guaranteed", direction, covered, &asked.guaranteed, &base.guaranteed)?;
         *level.maximum.get_mut(direction) =
-            choose("maximum", direction, covered, &asked.maximum, &base.maximum)?;
-        *level.burst.get_mut(direction) = choose("burst", direction, covered, &asked.burst, &base.burst)?;
+            pick("maximum", direction, covered, &asked.maximum, &base.maximum)?;
+        *level.burst.get_mut(direction) = pick("burst", direction, covered, &asked.burst, &base.burst)?;
+        *is_burst_open.get_mut(direction) = level.burst.get(direction).is_none();
+        *least.get_mut(direction) =
+            pick("least", direction, covered, &asked.least, &Directed::default())?;
     }
-    if is_empty(&level) && asked.priority.is_none() {
+    check_least(&level, &least)?;
+    if is_empty(&level) && asked.priority.is_none() && least == Directed::default() {
         return Err(nothing_asked(if profile.is_some() { "profile" } else { "level" }));
     }
-    check_level(&level)?;
+    let has_guarantees = least != Directed::default();
+    check_level(&level, has_guarantees)?;
     check_mtu(&level, &request.selectors)?;
     for direction in Direction::BOTH {
         let rate = level.guaranteed.get(direction).or(*level.maximum.get(direction));
         let burst = *level.burst.get(direction);
         let granted = rate.map(|rate| burst.unwrap_or_else(|| default_burst(rate, state.network.mtu)));
         *level.burst.get_mut(direction) = granted;
-        check_burst(state, direction, burst, rate)?;
+        check_burst(state, direction, burst, rate.or(*least.get(direction)))?;
     }
-    Ok(level)
+    let is_priority_open = asked.priority.is_none() && profile.is_none();
+    Ok(Wanted { level, least, is_priority_open, is_burst_open })
+}
+
+/// Checks the smallest rates that are of use against the others.
+fn check_least(level: &Level, least: &Directed<Option<BitsPerSecond>>) -> Result<(), Refusal> {
+    for (direction, least) in given(least) {
+        let field = format!("level.least.{}", direction_field(direction));
+        check_rate(&field, least)?;
+        let others = [("guaranteed", &level.guaranteed), ("maximum", &level.maximum)];
+        for (word, rate) in others.map(|(word, rates)| (word, *rates.get(direction))) {
+            if let Some(rate) = rate.filter(|rate| *rate < least) {
+                return Err(Refusal::invalid(field, least, &format!("is above the {word} rate of {rate}")));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// What the request says, or the profile. A profile may say more than the selectors need.
-fn choose<T: Copy + std::fmt::Display>(
+fn pick<T: Copy + std::fmt::Display>(
     field: &str,
     direction: Direction,
     covered: bool,
@@ -304,7 +375,7 @@ fn nothing_asked(field: &str) -> Refusal {
 }
 
 /// Checks each value by itself, and the rates against each other.
-fn check_level(level: &Level) -> Result<(), Refusal> {
+fn check_level(level: &Level, has_guarantees: bool) -> Result<(), Refusal> {
     for (word, rates) in [("guaranteed", &level.guaranteed), ("maximum", &level.maximum)] {
         for (direction, rate) in given(rates) {
             check_rate(&format!("level.{word}.{}", direction_field(direction)), rate)?;
@@ -330,7 +401,7 @@ fn check_level(level: &Level) -> Result<(), Refusal> {
         let reason = format!("is less than {SMALLEST_MTU}, which every host must be able to receive");
         return Err(Refusal::invalid("level.mtu", value, &reason));
     }
-    let guarantees = level.guaranteed != Directed::default();
+    let guarantees = has_guarantees || level.guaranteed != Directed::default();
     if let Some(loss) = level.loss {
         if !(0.0..=1.0).contains(&loss) {
             return Err(Refusal::invalid("level.loss", loss, "is out of range: 0 to 1"));
@@ -506,14 +577,14 @@ fn named(allocation: &Allocation, selector: u32) -> String {
     allocation.selectors.get(selector as usize).map(ToString::to_string).unwrap_or_default()
 }
 
-/// Looks for capacity: the provider's, the line's, the link's.
+/// Looks for capacity: the line's, its segments', the link's.
 fn admit(
-    state: &State,
-    provider: &Provider,
-    session: Option<&Session>,
+    asker: &Asker<'_>,
     allocation: &Allocation,
+    without: &[&Allocation],
     warnings: &mut Vec<String>,
 ) -> Result<(), Refusal> {
+    let Asker { state, provider, session, .. } = *asker;
     let level = &allocation.level;
     for direction in Direction::BOTH {
         let guaranteed = *level.guaranteed.get(direction);
@@ -532,13 +603,14 @@ fn admit(
         if let Some(share) = Share::of(&state.network, session, allocation, direction) {
             let asked = BitsPerSecond(share.rate);
             if let Some(session) = session {
-                let left = state.left_on_line(&session.name, direction);
+                let left = state.left_on_line(&session.name, direction, without);
                 refuse_beyond(&format!("line {}", session.name), allocation, direction, asked, left)?;
                 if let Some(guaranteed) = guaranteed {
-                    segment::admit(state, session, direction, guaranteed)?;
+                    segment::admit(state, session, direction, guaranteed, without)?;
                 }
             }
-            refuse_beyond("link", allocation, direction, asked, state.left_on_link(direction))?;
+            let left = state.left_on_link(direction, without);
+            refuse_beyond("link", allocation, direction, asked, left)?;
         } else if allocation.covers(direction) && level.priority != DEFAULT_PRIORITY {
             warnings.push(format!(
                 "{word}: priority {} says nothing, policed traffic without a guarantee shares the line's rest",
@@ -598,6 +670,7 @@ fn check_delay(
     state: &State,
     session: Option<&Session>,
     allocation: &Allocation,
+    without: &[&Allocation],
     warnings: &mut Vec<String>,
 ) -> Result<Directed<Option<DelayBound>>, Refusal> {
     let network = &state.network;
@@ -624,12 +697,13 @@ fn check_delay(
         }
     }
     let Some(on_link) = Share::of(network, None, allocation, direction) else { return Ok(bound) };
-    let link = state.index.link.get(direction).with(&on_link);
+    let link = state.link_load(direction, without).with(&on_link);
     let line = session.and_then(|session| {
         let line = state.index.lines.get(&session.name)?;
         let share = Share::of(network, Some(session), allocation, direction)?;
-        Some((session, line, line.load.get(direction).with(&share)))
+        Some((session, line, state.line_load(session, direction, without)?.with(&share)))
     });
+    let goes = |id: &AllocationId| without.iter().any(|other| other.id == *id);
     let delays: [(u64, u64); PRIORITIES] = std::array::from_fn(|priority| {
         let on_link = link_delay_ns(network, &link, priority as u8);
         let on_line = line
@@ -653,9 +727,12 @@ fn check_delay(
         }
     }
     for (priority, (on_link, whole)) in delays.iter().enumerate() {
-        let on_line =
-            line.as_ref().and_then(|(_, line, _)| line.broken(priority, *whole).map(|id| (id, *whole)));
-        let broken = on_line.or_else(|| Some((state.index.broken_on_link(priority, *on_link)?, *on_link)));
+        let on_line = line.as_ref().and_then(|(_, line, _)| line.broken(priority, *whole).find(|id| !goes(id)));
+        let on_the_link = || state.index.broken_on_link(priority, *on_link).find(|id| !goes(id));
+        let broken = match on_line {
+            Some(id) => Some((id, *whole)),
+            None => on_the_link().map(|id| (id, *on_link)),
+        };
         if let Some((id, delay)) = broken {
             return Err(breaks_a_promise(state, allocation, id, delay));
         }

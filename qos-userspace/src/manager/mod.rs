@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 
 use self::report::{Explanation, GatewayStatus, Statistics};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Name, Profile,
+    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Level, Name, Profile,
     Provider, ProviderKind, Segment, Selector, Session,
 };
 
 pub mod capacity;
+mod choose;
 mod contract;
 mod decide;
 mod grant;
@@ -44,6 +45,17 @@ pub enum LineSide {
     Wan,
 }
 
+/// Whether a request for which there is no room may end what was granted before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Preempt {
+    /// It may not.
+    #[default]
+    Never,
+    /// It may end allocations of a later priority on the same line.
+    LowerPriority,
+}
+
 /// What the network is, from the configuration.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Network {
@@ -67,6 +79,8 @@ pub struct Network {
     pub session_ttl: SignedDuration,
     /// Time for which what is granted on a line outlives it.
     pub session_grace: SignedDuration,
+    /// Whether a request may end what was granted before.
+    pub preempt: Preempt,
 }
 
 /// What is asked.
@@ -232,6 +246,8 @@ pub struct GrantRequest {
 pub struct LevelRequest {
     /// Guaranteed capacity.
     pub guaranteed: Directed<Option<BitsPerSecond>>,
+    /// The smallest guaranteed capacity that is of use: as much up to `guaranteed` is granted as there is.
+    pub least: Directed<Option<BitsPerSecond>>,
     /// Maximum capacity.
     pub maximum: Directed<Option<BitsPerSecond>>,
     /// Bytes that may come at once.
@@ -252,6 +268,27 @@ pub struct LevelRequest {
     pub enforcement: Option<crate::domain::Enforcement>,
     /// Refuse rather than give a soft guarantee.
     pub hard: Option<bool>,
+}
+
+impl LevelRequest {
+    /// Asks for a level as it is.
+    #[must_use]
+    pub fn of(level: &Level) -> Self {
+        Self {
+            guaranteed: level.guaranteed,
+            least: Directed::default(),
+            maximum: level.maximum,
+            burst: level.burst,
+            priority: Some(level.priority),
+            delay_us: level.delay_us,
+            jitter_us: level.jitter_us,
+            loss: level.loss,
+            dscp: level.dscp,
+            mtu: level.mtu,
+            enforcement: Some(level.enforcement),
+            hard: Some(level.hard),
+        }
+    }
 }
 
 /// One change of the state, to be written with all others of its decision or not at all.

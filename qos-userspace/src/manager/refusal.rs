@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::LevelRequest;
 use crate::domain::Name;
 
 /// What kind of refusal it is.
@@ -33,7 +34,7 @@ pub enum RefusalCode {
 }
 
 /// A refusal, naming the field and the value.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refusal {
     /// What kind it is.
     pub code: RefusalCode,
@@ -43,6 +44,9 @@ pub struct Refusal {
     pub value: Option<String>,
     /// The whole story in one line.
     pub message: String,
+    /// The best that could be had instead, as it would have to be asked for.
+    #[serde(default)]
+    pub counter_offer: Option<Box<LevelRequest>>,
 }
 
 impl std::error::Error for Refusal {}
@@ -61,7 +65,7 @@ impl Refusal {
         value: impl fmt::Display,
         message: String,
     ) -> Self {
-        Self { code, field: Some(field.into()), value: Some(value.to_string()), message }
+        Self { code, field: Some(field.into()), value: Some(value.to_string()), message, counter_offer: None }
     }
 
     /// A wrong value: the message is `field: value` and the reason.

@@ -79,15 +79,26 @@ pub(super) fn check_of_session(state: &State, segments: &[Name]) -> Result<(), R
     Ok(())
 }
 
+/// What is left on the fullest segment before a line; none: it is behind none.
+pub(super) fn left(
+    state: &State,
+    session: &Session,
+    direction: Direction,
+    without: &[&Allocation],
+) -> Option<BitsPerSecond> {
+    session.segments.iter().map(|name| state.left_on_segment(name, direction, without)).min()
+}
+
 /// Whether the segments before a line have room for one more guarantee on it.
 pub(super) fn admit(
     state: &State,
     session: &Session,
     direction: Direction,
     asked: BitsPerSecond,
+    without: &[&Allocation],
 ) -> Result<(), Refusal> {
     for name in &session.segments {
-        let left = state.left_on_segment(name, direction);
+        let left = state.left_on_segment(name, direction, without);
         if asked > left {
             let message = format!("segment {name} {}: asked {asked}, left {left}", direction_word(direction));
             let field = format!("level.guaranteed.{}", direction_field(direction));

@@ -315,7 +315,7 @@ fn admit_rest(
                 state.allocations.get(id).is_some_and(|known| known.session.as_ref() == Some(&session.name))
             };
             // What is on this line itself is looked at beside its other classes.
-            if let Some(id) = state.index.all_broken_on_link(priority, delay).find(|id| !is_own(id)) {
+            if let Some(id) = state.index.broken_on_link(priority, delay).find(|id| !is_own(id)) {
                 let message =
                     format!("line {} would break the delay budget of allocation {id}", session.name);
                 return Err(Refusal::new(RefusalCode::InsufficientCapacity, field, rate, message));

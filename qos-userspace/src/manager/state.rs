@@ -229,13 +229,43 @@ impl State {
         self.index.mtus > 0
     }
 
-    /// What of a line's speed is not promised. Zero where there is no such session.
+    /// What of a line's speed is not promised, as if the allocations in `without` were gone. Zero where there
+    /// is no such session.
     #[must_use]
-    pub fn left_on_line(&self, session: &Name, direction: Direction) -> BitsPerSecond {
-        let Some((session, line)) = self.sessions.get(session).zip(self.index.lines.get(session)) else {
-            return BitsPerSecond(0);
-        };
-        line.load.get(direction).left(self.network.line_speed(session, direction))
+    pub(super) fn left_on_line(
+        &self,
+        session: &Name,
+        direction: Direction,
+        without: &[&Allocation],
+    ) -> BitsPerSecond {
+        let Some(session) = self.sessions.get(session) else { return BitsPerSecond(0) };
+        let load = self.line_load(session, direction, without).unwrap_or_default();
+        load.left(self.network.line_speed(session, direction))
+    }
+
+    /// What a line carries without some allocations; none: it is not known.
+    pub(super) fn line_load(
+        &self,
+        session: &Session,
+        direction: Direction,
+        without: &[&Allocation],
+    ) -> Option<Load> {
+        let mut load = *self.index.lines.get(&session.name)?.load.get(direction);
+        for other in without.iter().filter(|other| other.session.as_ref() == Some(&session.name)) {
+            if let Some(share) = Share::of(&self.network, Some(session), other, direction) {
+                load.remove(&share);
+            }
+        }
+        Some(load)
+    }
+
+    /// What the link carries without some allocations.
+    pub(super) fn link_load(&self, direction: Direction, without: &[&Allocation]) -> Load {
+        let mut load = *self.index.link.get(direction);
+        for share in without.iter().filter_map(|other| Share::of(&self.network, None, other, direction)) {
+            load.remove(&share);
+        }
+        load
     }
 
     /// What is guaranteed on the lines behind a segment.
@@ -245,17 +275,28 @@ impl State {
         Directed { up: BitsPerSecond(up), down: BitsPerSecond(down) }
     }
 
-    /// What of a segment may still be promised. Zero where there is no such segment.
+    /// What of a segment may still be promised, likewise. Zero where there is no such segment.
     #[must_use]
-    pub fn left_on_segment(&self, segment: &Name, direction: Direction) -> BitsPerSecond {
+    pub(super) fn left_on_segment(
+        &self,
+        segment: &Name,
+        direction: Direction,
+        without: &[&Allocation],
+    ) -> BitsPerSecond {
         let there = self.segments.get(segment).map_or(0, |segment| segment.promisable(direction).0);
-        BitsPerSecond(there.saturating_sub(*self.index.promised.of(segment).get(direction)))
+        let is_behind = |other: &&&Allocation| {
+            session_of(&self.sessions, other).is_some_and(|session| session.segments.contains(segment))
+        };
+        let gone = without.iter().filter(is_behind);
+        let gone: u64 = gone.filter_map(|other| *other.level.guaranteed.get(direction)).map(|rate| rate.0).sum();
+        let promised = self.index.promised.of(segment).get(direction).saturating_sub(gone);
+        BitsPerSecond(there.saturating_sub(promised))
     }
 
-    /// What of the link's capacity is not promised.
+    /// What of the link's capacity is not promised, likewise.
     #[must_use]
-    pub fn left_on_link(&self, direction: Direction) -> BitsPerSecond {
-        self.index.link.get(direction).left(*self.network.link.get(direction))
+    pub(super) fn left_on_link(&self, direction: Direction, without: &[&Allocation]) -> BitsPerSecond {
+        self.link_load(direction, without).left(*self.network.link.get(direction))
     }
 
     /// Delay that in-profile packets of `allocation` stay within as things are; none where it has no
@@ -438,13 +479,8 @@ impl Index {
         before.take_while(move |(key, (end, _))| key.0 == v4 && *end >= first).map(|(_, (_, name))| name)
     }
 
-    /// The delay budget that breaks if the link adds `delay_ns` for `priority`.
-    pub(super) fn broken_on_link(&self, priority: usize, delay_ns: u64) -> Option<AllocationId> {
-        self.all_broken_on_link(priority, delay_ns).next()
-    }
-
-    /// All delay budgets that break then.
-    pub(super) fn all_broken_on_link(
+    /// The delay budgets that break if the link adds `delay_ns` for `priority`.
+    pub(super) fn broken_on_link(
         &self,
         priority: usize,
         delay_ns: u64,
@@ -565,9 +601,10 @@ impl Index {
 }
 
 impl Line {
-    /// The delay budget of `priority` that a delay of `delay_ns` breaks.
-    pub(super) fn broken(&self, priority: usize, delay_ns: u64) -> Option<AllocationId> {
-        self.budgets[priority].first().filter(|(budget, _)| *budget < delay_ns).map(|(_, id)| *id)
+    /// The delay budgets of `priority` that a delay of `delay_ns` breaks.
+    pub(super) fn broken(&self, priority: usize, delay_ns: u64) -> impl Iterator<Item = AllocationId> {
+        let broken = self.budgets[priority].iter().take_while(move |(budget, _)| *budget < delay_ns);
+        broken.map(|(_, id)| *id)
     }
 }
 

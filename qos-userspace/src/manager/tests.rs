@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::state::rules;
 use super::{
     Change, Command, Decision, GrantRequest, LevelRequest, LineSide, Network, NewProvider, NewSession,
-    Refusal, RefusalCode, SlotKind, State, capacity, decide,
+    Preempt, Refusal, RefusalCode, SlotKind, State, capacity, decide,
 };
 use crate::domain::{
     Allocation, AllocationId, BitsPerSecond, ByteCount, Contract, Directed, Direction, DurationRange,
@@ -29,6 +29,7 @@ pub(crate) fn network() -> Network {
         require_session: false,
         session_ttl: SignedDuration::from_hours(1),
         session_grace: SignedDuration::from_mins(5),
+        preempt: Preempt::Never,
     }
 }
 
@@ -293,7 +294,7 @@ fn lines_behind_a_segment_share_it() {
         Directed { up: BitsPerSecond(0), down: rate("10mbit") }
     );
     carry_out(&mut state, Command::Revoke { id: first });
-    assert_eq!(state.left_on_segment(&name("dslam"), Direction::Downstream), rate("6mbit"));
+    assert_eq!(state.left_on_segment(&name("dslam"), Direction::Downstream, &[]), rate("6mbit"));
 
     // What carries less than it did is told of, and admits nothing more.
     let smaller = Segment { rest: Directed::default(), ..state.segments[&name("dslam")].clone() };
@@ -382,6 +383,117 @@ fn a_line_that_comes_back_slower_sheds_the_worst_priority_first_and_of_that_the_
         check(&state);
         // And nothing is given back that was not there.
         assert_eq!(state.sessions[&name("dsl-1")].rate.down, rate(speed));
+    }
+}
+
+/// What is granted to acme on a flow to dsl-1.
+fn ask(level: LevelRequest) -> GrantRequest {
+    GrantRequest { level, ..request("acme", TO_DSL_1) }
+}
+
+#[test]
+fn as_much_is_granted_as_there_is_down_to_what_is_of_use() {
+    let (mut state, _) = town();
+    grant(&mut state, GrantRequest { level: guaranteed("15mbit"), ..request("acme", &format!("{TO_DSL_1}:1")) });
+    let range = |least: &str, most: Option<&str>| LevelRequest {
+        least: Directed { up: None, down: Some(rate(least)) },
+        guaranteed: Directed { up: None, down: most.map(rate) },
+        ..LevelRequest::default()
+    };
+    let left = state.left_on_line(&name("dsl-1"), Direction::Downstream, &[]);
+    for (least, most, granted) in [
+        ("1mbit", Some("2mbit"), rate("2mbit")),
+        ("1mbit", Some("9mbit"), left),
+        ("1mbit", None, rate("1mbit")),
+    ] {
+        let level = grant(&mut state.clone(), ask(range(least, most))).level;
+        assert_eq!(level.guaranteed.down, Some(granted), "{least} to {most:?}");
+    }
+    let refusal = refused_grant(&state, ask(range("6mbit", Some("9mbit"))));
+    assert_eq!(refusal.message, format!("line dsl-1 downstream: asked 6 Mbit/s, left {left}"));
+    let offer = refusal.counter_offer.expect("an offer");
+    assert_eq!(offer.guaranteed.down, Some(left));
+    grant(&mut state, ask(*offer));
+    for (level, field, text) in [
+        (range("3mbit", Some("2mbit")), "level.least.down", "is above the guaranteed rate of 2 Mbit/s"),
+        (range("0", None), "level.least.down", "is zero"),
+    ] {
+        let refusal = refused_grant(&state, ask(level));
+        assert_eq!(refusal.field.as_deref(), Some(field), "{refusal}");
+        assert!(refusal.message.contains(text) && refusal.counter_offer.is_none(), "{refusal}");
+    }
+}
+
+#[test]
+fn a_need_gets_the_latest_priority_and_the_largest_burst_that_keep_it() {
+    let (mut state, _) = town();
+    let level = LevelRequest { priority: Some(3), ..guaranteed("5mbit") };
+    grant(&mut state, GrantRequest { level, ..request("acme", &format!("{TO_DSL_1}:1")) });
+    let needs = |delay: u32| LevelRequest { delay_us: Some(delay), ..guaranteed("1mbit") };
+    let mut before = (8, u64::MAX);
+    let mut met = Vec::new();
+    for delay in [60_000, 20_000, 12_000, 8_000, 6_000] {
+        match decide(&state, &Command::Grant(Box::new(ask(needs(delay)))), now()) {
+            Ok(decision) => {
+                let Some(Change::PutAllocation(granted)) = decision.changes.first() else { panic!("a grant") };
+                assert!(granted.delay_bound.down.unwrap().whole_us <= delay);
+                let cost = (granted.level.priority, granted.level.burst.down.unwrap().0);
+                assert!(cost <= before, "a tighter need does not cost less: {cost:?} after {before:?}");
+                before = cost;
+                met.push(cost.0);
+            }
+            Err(refusal) => {
+                let offer = refusal.counter_offer.expect("an offer");
+                assert!(offer.delay_us.unwrap() > delay, "{offer:?}");
+                grant(&mut state.clone(), ask(*offer));
+            }
+        }
+    }
+    assert_eq!(met.first(), Some(&7), "nothing has to come first: {met:?}");
+    assert!(met.last() < Some(&3), "what has to come first does: {met:?}");
+    // Who names a priority gets that one.
+    let named = LevelRequest { priority: Some(5), ..needs(60_000) };
+    assert_eq!(grant(&mut state, ask(named)).level.priority, 5);
+}
+
+#[test]
+fn a_better_priority_preempts_where_the_operator_lets_it() {
+    let mut state = with_three();
+    let level = |rate: &str, priority: u8| LevelRequest { priority: Some(priority), ..guaranteed(rate) };
+    let asked = |rate: &str, priority: u8| {
+        Command::Grant(Box::new(GrantRequest { level: level(rate, priority), ..request("acme", &format!("{TO_DSL_1}:9")) }))
+    };
+    assert_eq!(refused(&state, asked("5mbit", 0)).code, RefusalCode::InsufficientCapacity);
+    state.network.preempt = Preempt::LowerPriority;
+    // 4 Mbit/s are left. Of the two of priority 3 the younger has 2, the older 6.
+    for (rate, priority, expected) in [
+        ("3mbit", 0, Ok(&[][..])),
+        ("5mbit", 0, Ok(&[3][..])),
+        ("5mbit", 3, Err(())),
+        ("9mbit", 2, Ok(&[2][..])),
+        ("11mbit", 2, Ok(&[2, 3][..])),
+        ("11mbit", 0, Ok(&[2, 3][..])),
+        ("19mbit", 0, Ok(&[1, 2, 3][..])),
+        ("21mbit", 0, Err(())),
+    ] {
+        let mut state = state.clone();
+        match (decide(&state, &asked(rate, priority), now()), expected) {
+            (Ok(decision), Ok(expected)) => {
+                let mut ids: Vec<_> = ended(&decision).into_iter().map(|(id, _)| id).collect();
+                ids.sort_unstable();
+                assert_eq!(ids, expected, "{rate} at {priority}");
+                for (_, reason) in ended(&decision) {
+                    let text = format!("network terminated: preempted by allocation 4 of provider acme, of priority {priority}");
+                    assert_eq!(reason, text);
+                }
+                let told = decision.warnings.iter().filter(|text| text.contains("preempted")).count();
+                assert_eq!(told, expected.len(), "{:?}", decision.warnings);
+                decision.changes.iter().for_each(|change| state.apply(change));
+                check(&state);
+            }
+            (Err(refusal), Err(())) => assert_eq!(refusal.code, RefusalCode::InsufficientCapacity),
+            (found, _) => panic!("{rate} at {priority}: {found:?}"),
+        }
     }
 }
 
@@ -853,14 +965,14 @@ fn capacity_is_given_out_once() {
     assert_eq!(refusal.message, "line dsl-1 downstream: asked 20 Mbit/s, left 12.5 Mbit/s");
     assert_eq!(refusal.value.as_deref(), Some("20 Mbit/s"));
     let all = grant(&mut state, asked("down from 198.51.100.2 to 192.0.2.1", "12.5mbit"));
-    assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream), rate("0"));
+    assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream, &[]), rate("0"));
     assert_eq!(state.line_rate(&name("dsl-1"), Direction::Downstream), rate("20mbit"));
     assert_eq!(
         refused_grant(&state, request("acme", "down from 198.51.100.3 to 192.0.2.1")).message,
         "line dsl-1 downstream: asked 512 bit/s, left 0 bit/s"
     );
     carry_out(&mut state, Command::Revoke { id: all.id });
-    assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream), rate("12.5mbit"));
+    assert_eq!(state.left_on_line(&name("dsl-1"), Direction::Downstream, &[]), rate("12.5mbit"));
     grant(&mut state, request("acme", "down from 198.51.100.3 to 192.0.2.1"));
     assert_eq!((state.overcommitted(), state.broken_delays()), (vec![], vec![]));
 
@@ -1573,7 +1685,7 @@ fn slots_of_allocations_wait_their_turn() {
 fn rests_are_kept_from_what_can_be_guaranteed() {
     let mut state = State::new(Network { line_rest: rate("1mbit"), link_rest: rate("100mbit"), ..network() });
     carry_out(&mut state, Command::AddSession(session("dsl-1", &["192.0.2.1/32"], "20mbit", "2mbit")));
-    let left = |direction| (state.left_on_line(&name("dsl-1"), direction), state.left_on_link(direction));
+    let left = |direction| (state.left_on_line(&name("dsl-1"), direction, &[]), state.left_on_link(direction, &[]));
     assert_eq!(left(Direction::Downstream), (rate("19mbit"), rate("899mbit")));
     // An eighth of 2 Mbit/s, of which 95 % are used in the soft direction.
     assert_eq!(left(Direction::Upstream), (rate("1.65mbit"), rate("899.75mbit")));
@@ -1714,6 +1826,7 @@ fn any_command() -> impl Strategy<Value = Command> {
     let rates = &["1kbit", "30kbit", "700kbit", "3mbit", "8mbit", "30mbit"];
     let level = (
         any_rates((0.2, 0.7), rates),
+        any_rates((0.1, 0.2), &["1kbit", "500kbit"]),
         any_rates((0.1, 0.2), rates),
         prop::option::of(0u8..=7),
         prop::option::weighted(0.2, prop::sample::select(&[6_000u32, 15_000, 40_000, 400_000])),
@@ -1721,8 +1834,9 @@ fn any_command() -> impl Strategy<Value = Command> {
         any::<bool>(),
         prop::option::weighted(0.2, prop::sample::select(&[1_500u64, 20_000])),
     )
-        .prop_map(|(guaranteed, maximum, priority, delay_us, jitter_us, police, burst)| LevelRequest {
+        .prop_map(|(guaranteed, least, maximum, priority, delay_us, jitter_us, police, burst)| LevelRequest {
             guaranteed,
+            least,
             maximum,
             priority,
             delay_us,
@@ -1847,6 +1961,7 @@ proptest! {
     fn histories_keep_every_promise(
         link in prop::sample::select(vec!["25mbit", "60mbit", "1gbit"]),
         wan in any::<bool>(),
+        preempts in any::<bool>(),
         commands in any_history(),
     ) {
         let line_side = if wan { LineSide::Wan } else { LineSide::Lan };
@@ -1855,12 +1970,37 @@ proptest! {
             line_side,
             session_ttl: SignedDuration::from_secs(40),
             session_grace: SignedDuration::from_secs(20),
+            preempt: if preempts { Preempt::LowerPriority } else { Preempt::Never },
             ..network()
         });
         let mut last_id = 0;
         for (step, command) in commands.iter().enumerate() {
             let now = now().checked_add(SignedDuration::from_secs(3 * step as i64)).unwrap();
-            let Ok(decision) = decide(&state, command, now) else { continue };
+            let decision = match decide(&state, command, now) {
+                Ok(decision) => decision,
+                Err(Refusal { counter_offer: Some(level), .. }) => {
+                    let Command::Grant(request) = command else { panic!("an offer for {command:?}") };
+                    let offered = GrantRequest { level: *level, ..(**request).clone() };
+                    let offered = decide(&state, &Command::Grant(Box::new(offered.clone())), now);
+                    prop_assert!(offered.is_ok(), "what was offered is refused: {:?}", offered);
+                    continue;
+                }
+                Err(_) => continue,
+            };
+            if let Command::Grant(request) = command {
+                for change in &decision.changes {
+                    match change {
+                        Change::EndAllocation(other) => {
+                            prop_assert!(preempts && other.level.priority > request.level.priority.unwrap_or(4));
+                        }
+                        Change::PutAllocation(granted) => {
+                            let least = request.level.least.down;
+                            prop_assert!(least.is_none_or(|least| granted.level.guaranteed.down >= Some(least)));
+                        }
+                        _ => {}
+                    }
+                }
+            }
             if *command == Command::Expire {
                 let left = decision.changes.iter().fold(state.clone(), |mut state, change| {
                     state.apply(change);

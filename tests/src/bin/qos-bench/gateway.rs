@@ -11,7 +11,7 @@ use qos_userspace::domain::{BitsPerSecond, Contract, Directed, Enforcement, Prov
 use qos_userspace::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
 use qos_userspace::manager::capacity::SMALLEST_REST;
 use qos_userspace::manager::{
-    self, Change, Command, GrantRequest, LevelRequest, LineSide, Network, NewProvider, State,
+    self, Change, Command, GrantRequest, LevelRequest, LineSide, Network, NewProvider, Preempt, State,
 };
 
 /// More than any machine forwards.
@@ -50,6 +50,7 @@ pub(crate) fn state(max_rules: u32) -> State {
         require_session: false,
         session_ttl: SignedDuration::from_hours(1),
         session_grace: SignedDuration::from_mins(5),
+        preempt: Preempt::Never,
     })
 }
 
