@@ -286,11 +286,7 @@ fn selectors_that_cost_a_packet_too_much_are_refused_and_the_cost_is_shown() {
     let now = known();
     assert_eq!(now.0, before.0);
     assert_eq!(now.1.differences(&before.1), [""; 0]);
-    let ended = &list_ended(&daemon)[0];
-    assert_eq!(
-        (&ended["id"], &ended["reason"]),
-        (&json!(17), &json!("never in force: the gateway refused it"))
-    );
+    assert_eq!(list_ended(&daemon), [json!(null); 0]);
     let body = json!({
         "provider": "video", "level": {"maximum": {"down": "1mbit"}},
         "selectors": ["down udp from 203.0.113.0/24 to 192.0.2.10:4000-6000"],
@@ -694,8 +690,7 @@ fn a_refusal_of_the_kernel_leaves_store_maps_and_trees_as_they_were() {
     let mut netlink = Netlink::open(&net.gateway).unwrap();
     let wan = netlink.link(WAN).unwrap().index;
     netlink.put_token_bucket(wan, BitsPerSecond(1_000_000_000), 1_000_000, 100_000).unwrap();
-    let mut before = Before::of(&daemon, &net.gateway);
-    let known = before.store.clone();
+    let before = Before::of(&daemon, &net.gateway);
     let counted = daemon.statistics().unwrap();
     for line in [
         both(5_001),
@@ -715,14 +710,7 @@ fn a_refusal_of_the_kernel_leaves_store_maps_and_trees_as_they_were() {
         ] {
             assert!(text.contains(fragment), "{line} lacks {fragment}: {text}");
         }
-        let ended = list_ended(&daemon);
-        if line.starts_with("grant") {
-            // Its number is used up, and the history says what became of it.
-            assert_eq!(ended[0]["reason"], "never in force: the gateway refused it", "{ended:?}");
-            before.store = store(&daemon);
-            assert_eq!(before.store[..5], known[..5], "{line}: the store was changed");
-        }
-        assert_eq!(ended.len(), 1, "{ended:?}");
+        assert_eq!(list_ended(&daemon), [json!(null); 0]);
         before.stands(&daemon, &net.gateway, &line);
         achieves(&flow, 3);
     }

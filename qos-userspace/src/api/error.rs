@@ -18,7 +18,13 @@ pub(super) struct ApiError {
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, code: &str, message: impl Into<String>) -> Self {
-        let body = ErrorBody { code: code.to_owned(), message: message.into(), field: None, value: None, counter_offer: None };
+        let body = ErrorBody {
+            code: code.to_owned(),
+            message: message.into(),
+            field: None,
+            value: None,
+            counter_offer: None,
+        };
         Self { status, body }
     }
 
@@ -67,8 +73,10 @@ impl From<ServiceError> for ApiError {
     fn from(error: ServiceError) -> Self {
         let (status, code) = match error {
             ServiceError::Refused(refusal) => return refusal.into(),
-            ServiceError::Store(_) => (StatusCode::INTERNAL_SERVER_ERROR, "store"),
-            ServiceError::Kernel(_) | ServiceError::NotUndone { .. } | ServiceError::Gateway { .. } => {
+            ServiceError::Store(_) | ServiceError::Unwritten(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "store")
+            }
+            ServiceError::Kernel(_) | ServiceError::Gateway { .. } => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "kernel")
             }
             ServiceError::Config(_) | ServiceError::NeedsRestart(_) => {

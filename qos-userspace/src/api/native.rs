@@ -13,7 +13,7 @@ use super::doctor::{self, Check};
 use super::error::ApiError;
 use super::extract::{Body, LARGEST_BODY, Named, Options};
 use super::reload::ReloadError;
-use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
+use super::service::{Asked, HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{
     ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment,
@@ -70,6 +70,12 @@ pub(super) fn router(api: Api) -> Router {
 #[serde(deny_unknown_fields, default)]
 struct ChangeOptions {
     dry_run: bool,
+}
+
+impl ChangeOptions {
+    const fn asked(self, command: Command) -> Asked {
+        Asked { command, dry_run: self.dry_run }
+    }
 }
 
 /// Options of the list of allocations.
@@ -336,17 +342,16 @@ async fn change_session(
     command: Command,
     options: ChangeOptions,
 ) -> Answer<Outcome<Session>> {
-    let run = move |service: &mut dyn Operations| {
-        let decision = service.execute(&command, options.dry_run)?;
-        let written = decision.changes.iter().find_map(|change| match change {
-            Change::PutSession(session) => Some(session.clone()),
-            _ => None,
-        });
-        let session = written.or_else(|| service.state().sessions.get(&name).cloned());
-        Ok::<_, ServiceError>((session, decision.warnings))
+    let decision = api.handle.execute(options.asked(command)).await??;
+    let written = decision.changes.iter().find_map(|change| match change {
+        Change::PutSession(session) => Some(session.clone()),
+        _ => None,
+    });
+    let session = match written {
+        Some(session) => Some(session),
+        None => api.handle.run(move |service| service.state().sessions.get(&name).cloned()).await?,
     };
-    let (session, warnings) = api.handle.run(run).await??;
-    outcome(session, warnings, options)
+    outcome(session, decision.warnings, options)
 }
 
 async fn remove_session(
@@ -556,7 +561,7 @@ async fn change<T: Send + 'static>(
     options: ChangeOptions,
     written: impl Fn(&Change) -> Option<T> + Send + 'static,
 ) -> Answer<Outcome<T>> {
-    let decision = api.handle.run(move |service| service.execute(&command, options.dry_run)).await??;
+    let decision = api.handle.execute(options.asked(command)).await??;
     outcome(decision.changes.iter().find_map(written), decision.warnings, options)
 }
 
@@ -571,7 +576,7 @@ async fn remove<T: Send + 'static>(
         .handle
         .run(move |service| {
             let object = before(service);
-            service.execute(&command, options.dry_run).map(|decision| (object, decision))
+            service.execute(options.asked(command)).map(|decision| (object, decision))
         })
         .await??;
     outcome(object, decision.warnings, options)

@@ -1,10 +1,12 @@
 //! The service: state, store and gateway, changed together or not at all.
 //!
-//! A command is decided ([`manager::decide`]), committed to the store, applied to the state and
-//! carried into the kernel, in that order. Where the kernel refuses, the inverse goes the same way
-//! back, so that store, state and kernel agree again. Everything here blocks and knows nothing of
-//! HTTP; [`super::worker`] runs it on a thread of its own, one thing at a time.
+//! A command is decided ([`manager::decide`]), applied to the state and carried into the kernel. All that
+//! were asked for meanwhile go the same way, and are then committed to the store in one transaction; nobody
+//! is answered before that (docs/adr/0022). Where the kernel refuses a command, or the store all of them, the
+//! inverse goes back, so that store, state and kernel agree again. Everything here blocks and knows nothing
+//! of HTTP; [`super::worker`] runs it on a thread of its own, one thing at a time.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -34,24 +36,15 @@ pub enum ServiceError {
     /// The request is refused; nothing was changed.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The store can't be read, or did not take the change; nothing was changed.
+    /// The store can't be read or written.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The store did not take the change, nor those that were written with it; nothing was changed.
+    #[error(transparent)]
+    Unwritten(Arc<StoreError>),
     /// The kernel did not take it; store, state and kernel are as before.
     #[error("the kernel did not take the change, and nothing was changed: {}", chain(.0.as_ref()))]
     Kernel(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The kernel did not take it, and the store did not take it back.
-    #[error(
-        "the kernel did not take the change: {}; and the store did not take it back: {undo}; \
-         the change stands, and the kernel is tried again",
-        chain(.kernel.as_ref())
-    )]
-    NotUndone {
-        /// What the kernel says.
-        kernel: Box<dyn std::error::Error + Send + Sync>,
-        /// What the store says.
-        undo: StoreError,
-    },
     /// The kernel could not be read, repaired or cleaned.
     #[error("cannot {what}: {}", chain(.source.as_ref()))]
     Gateway {
@@ -102,16 +95,41 @@ where
     move |source| ServiceError::Gateway { what, source: Box::new(source) }
 }
 
+/// A command that is asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// What is asked.
+    pub command: Command,
+    /// It is only decided.
+    pub dry_run: bool,
+}
+
+impl From<Command> for Asked {
+    fn from(command: Command) -> Self {
+        Self { command, dry_run: false }
+    }
+}
+
 /// What the API asks of the service, whatever store and gateway stand behind it.
 pub trait Operations {
     /// What is known.
     fn state(&self) -> &State;
 
-    /// Decides a command and carries it out; with `dry_run` it is only decided.
+    /// Decides commands, one after the other, and carries them out; what comes of all of them is written in one
+    /// transaction. Answers for each in their order.
     ///
     /// # Errors
-    /// Where it is refused, or the store or the kernel does not take it.
-    fn execute(&mut self, command: &Command, dry_run: bool) -> Result<Decision, ServiceError>;
+    /// Of each: where it is refused, or the kernel does not take it. Of all that changed something: where
+    /// the store does not take them.
+    fn execute_all(&mut self, asked: &[Asked]) -> Vec<Result<Decision, ServiceError>>;
+
+    /// The same with one.
+    ///
+    /// # Errors
+    /// As of each in [`Operations::execute_all`].
+    fn execute(&mut self, asked: Asked) -> Result<Decision, ServiceError> {
+        self.execute_all(&[asked]).pop().unwrap_or(Err(ServiceError::Detached))
+    }
 
     /// The allocations that ended last, newest first.
     ///
@@ -277,7 +295,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             return;
         }
         self.sweep_not_before = None;
-        match self.execute(&Command::Expire, false) {
+        match self.execute(Command::Expire.into()) {
             // The kernel forgot it by its own clock already.
             Ok(decision) if !decision.changes.is_empty() => {}
             Ok(_) => self.sweep_not_before = Some(Instant::now() + EXPIRY_RETRY),
@@ -315,18 +333,40 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         }
     }
 
-    /// Takes changes back that the kernel did not take.
-    fn undo(&mut self, inverse: &[Change], kernel: Box<dyn std::error::Error + Send + Sync>) -> ServiceError {
-        match self.store.commit(inverse) {
-            Ok(()) => {
-                self.remember(inverse);
-                ServiceError::Kernel(kernel)
-            }
-            Err(undo) => {
-                // Store and state still agree; only the kernel lacks the change.
-                self.reconcile_at = Instant::now();
-                ServiceError::NotUndone { kernel, undo }
-            }
+    /// Decides a command and carries it out but for the store.
+    fn carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<(Decision, Vec<Change>), ServiceError> {
+        let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
+        let decision = manager::decide(&self.state, &asked.command, now)?;
+        if asked.dry_run
+            && let Some(refusal) = gateway.would_refuse(&decision.changes)
+        {
+            return Err(refusal.into());
+        }
+        if asked.dry_run || decision.changes.is_empty() {
+            return Ok((decision, Vec::new()));
+        }
+        let inverse = self.state.inverse(&decision.changes);
+        self.remember(&decision.changes);
+        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
+        let start = Instant::now();
+        if let Err(refused) = gateway.apply(&self.state, &decision.changes, &inverse) {
+            self.remember(&inverse);
+            let refusal = G::refusal(&refused);
+            return Err(refusal.map_or_else(|| ServiceError::Kernel(Box::new(refused)), ServiceError::from));
+        }
+        debug!(took_us = start.elapsed().as_micros() as u64, "in the kernel");
+        Ok((decision, inverse))
+    }
+
+    /// Takes changes back that are in the state and in the kernel, and could not be written.
+    fn take_back(&mut self, changes: &[Change], inverse: &[Change]) {
+        self.remember(inverse);
+        let Some(gateway) = &mut self.gateway else { return };
+        if let Err(error) = gateway.apply(&self.state, inverse, changes) {
+            error!(
+                "the kernel did not take a change back that could not be written, and is tried again: {error}"
+            );
+            self.reconcile_at = Instant::now();
         }
     }
 }
@@ -336,31 +376,32 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         &self.state
     }
 
-    fn execute(&mut self, command: &Command, dry_run: bool) -> Result<Decision, ServiceError> {
-        let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
-        let decision = manager::decide(&self.state, command, Timestamp::now())?;
-        if dry_run && let Some(refusal) = gateway.would_refuse(&decision.changes) {
-            return Err(refusal.into());
+    fn execute_all(&mut self, asked: &[Asked]) -> Vec<Result<Decision, ServiceError>> {
+        let now = Timestamp::now();
+        let carried_out: Vec<_> = asked.iter().map(|asked| self.carry_out(asked, now)).collect();
+        let is_change = |asked: &Asked, decision: &Decision| !asked.dry_run && !decision.changes.is_empty();
+        let decisions = || {
+            asked.iter().zip(&carried_out).filter_map(|(asked, answer)| Some((asked, answer.as_ref().ok()?)))
+        };
+        let done: Vec<_> = decisions().filter(|(asked, (decision, _))| is_change(asked, decision)).collect();
+        let changes: Vec<Change> =
+            done.iter().flat_map(|(_, (decision, _))| &decision.changes).cloned().collect();
+        let written = if changes.is_empty() { Ok(()) } else { self.store.commit(&changes) };
+        let Err(error) = written else {
+            changes.iter().for_each(log);
+            return carried_out.into_iter().map(|answer| answer.map(|(decision, _)| decision)).collect();
+        };
+        for (_, (decision, inverse)) in done.into_iter().rev() {
+            self.take_back(&decision.changes, inverse);
         }
-        if dry_run || decision.changes.is_empty() {
-            return Ok(decision);
-        }
-        let inverse = self.state.inverse(&decision.changes);
-        self.store.commit(&decision.changes)?;
-        self.remember(&decision.changes);
-
-        let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
-        let start = Instant::now();
-        if let Err(refused) = gateway.apply(&self.state, &decision.changes, &inverse) {
-            let refusal = G::refusal(&refused);
-            return Err(match (self.undo(&inverse, Box::new(refused)), refusal) {
-                (ServiceError::Kernel(_), Some(refusal)) => refusal.into(),
-                (error, _) => error,
-            });
-        }
-        debug!(took_us = start.elapsed().as_micros() as u64, "in the kernel");
-        decision.changes.iter().for_each(log);
-        Ok(decision)
+        let error = Arc::new(error);
+        let answers = asked.iter().zip(carried_out).map(|(asked, answer)| match answer {
+            Ok((decision, _)) if is_change(asked, &decision) => {
+                Err(ServiceError::Unwritten(Arc::clone(&error)))
+            }
+            answer => answer.map(|(decision, _)| decision),
+        });
+        answers.collect()
     }
 
     fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, ServiceError> {

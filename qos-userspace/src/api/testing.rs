@@ -37,6 +37,8 @@ pub(crate) struct Record {
     pub(crate) drift: Vec<String>,
     /// So many of the next changes are refused.
     pub(crate) refuse: usize,
+    /// So many changes are applied before all others are refused; none: as `refuse` says.
+    pub(crate) refuse_after: Option<usize>,
     /// What it has repaired.
     pub(crate) repaired: Vec<RepairReport>,
     /// Reconciliations are refused.
@@ -87,6 +89,11 @@ impl Gateway for Recorder {
         if record.refuse > 0 {
             record.refuse -= 1;
             return Err(Refused::new());
+        }
+        match &mut record.refuse_after {
+            Some(0) => return Err(Refused::new()),
+            Some(left) => *left -= 1,
+            None => {}
         }
         record.applied.extend_from_slice(changes);
         Ok(())

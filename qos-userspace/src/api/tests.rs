@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::service::{Operations as _, ServiceError};
+use super::service::{Asked, Operations as _, ServiceError};
 use super::testing::{Recorder, TestDaemon, ask, grant, service};
 use crate::domain::{AllocationId, BitsPerSecond, Contract, Directed, Name, ProviderKind};
-use crate::manager::{Change, Command, NewProvider};
+use crate::manager::{Change, Command, NewProvider, RefusalCode};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -760,27 +760,67 @@ fn a_full_disk_changes_nothing() {
     let recorder = Recorder::default();
     // One commit is that of the start.
     let mut service = service(directory.path(), &recorder, 1).expect("started");
-    let before = service.state().clone();
-    let error = service.execute(&add_provider("acme"), false).expect_err("full");
-    assert!(matches!(error, ServiceError::Store(_)), "{error}");
-    assert_eq!(service.state(), &before);
-    assert!(recorder.record().applied.is_empty());
+    let error = service.execute(add_provider("acme").into()).expect_err("full");
+    assert!(matches!(error, ServiceError::Unwritten(_)), "{error}");
+    assert!(service.state().providers.is_empty());
+    assert!(matches!(recorder.record().applied[..], [Change::PutProvider(_), Change::DeleteProvider(_)]));
+    assert_ne!(service.idle(), Duration::ZERO, "the kernel took it back");
 }
 
 #[test]
-fn a_refusal_that_cannot_be_undone_is_told_and_tried_again() {
+fn what_can_neither_be_written_nor_taken_back_is_told_and_tried_again() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let recorder = Recorder::default();
-    let mut service = service(directory.path(), &recorder, 2).expect("started");
-    recorder.record().refuse = 1;
-    let error = service.execute(&add_provider("acme"), false).expect_err("refused");
-    assert!(matches!(error, ServiceError::NotUndone { .. }), "{error}");
-    let text = error.to_string();
-    assert!(text.contains("class 5150:4001 refused") && text.contains("no space is left"), "{text}");
-    // State and store have it; the kernel is brought to it at once.
-    assert_eq!(service.state().providers.len(), 1);
+    let mut service = service(directory.path(), &recorder, 1).expect("started");
+    recorder.record().refuse_after = Some(1);
+    let error = service.execute(add_provider("acme").into()).expect_err("full");
+    assert!(matches!(error, ServiceError::Unwritten(_)), "{error}");
+    assert!(error.to_string().contains("no space is left"), "{error}");
+    // Neither state nor store has it; the kernel is brought to that at once.
+    assert!(service.state().providers.is_empty());
     assert_eq!(service.idle(), Duration::ZERO);
     let before = recorder.record().reconciled;
     service.tick();
     assert_eq!(recorder.record().reconciled, before + 1);
+}
+
+#[test]
+fn commands_are_written_together_and_answered_each_for_itself() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let recorder = Recorder::default();
+    // One commit is that of the start, and one is for all of these.
+    let mut service = service(directory.path(), &recorder, 2).expect("started");
+    let remove = Command::RemoveProvider { name: "isp".parse::<Name>().expect("a name") };
+    let tried = Asked { command: add_provider("tried"), dry_run: true };
+    let asked = [
+        add_provider("acme").into(),
+        add_provider("acme").into(),
+        tried,
+        add_provider("isp").into(),
+        remove.clone().into(),
+        add_provider("third").into(),
+    ];
+    recorder.record().refuse_after = Some(3);
+    let answers = service.execute_all(&asked);
+    assert!(answers[0].is_ok());
+    assert!(
+        matches!(&answers[1], Err(ServiceError::Refused(refusal)) if refusal.code == RefusalCode::Conflict)
+    );
+    assert!(answers[2].is_ok() && answers[3].is_ok() && answers[4].is_ok());
+    assert!(matches!(answers[5], Err(ServiceError::Kernel(_))), "the kernel refuses one of them");
+    let names: Vec<_> = service.state().providers.keys().map(Name::as_str).collect();
+    assert_eq!(names, ["acme"]);
+
+    // And where they can't be written none of them stands.
+    recorder.record().refuse_after = None;
+    let before = service.state().providers.clone();
+    let answers =
+        service.execute_all(&[add_provider("isp").into(), add_provider("isp").into(), remove.into()]);
+    assert!(matches!(answers[0], Err(ServiceError::Unwritten(_))));
+    assert!(
+        matches!(answers[1], Err(ServiceError::Refused(_))),
+        "what was refused was so for its own reason"
+    );
+    assert!(matches!(answers[2], Err(ServiceError::Unwritten(_))));
+    assert_eq!(service.state().providers, before);
 }

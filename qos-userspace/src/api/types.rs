@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::domain::{
     Allocation, BitsPerSecond, Contract, Directed, DurationRange, Level, Name, ProfileStatus,
 };
-use crate::manager::{LevelRequest, LineSide};
 use crate::manager::report::{Explanation, GatewayStatus};
+use crate::manager::{LevelRequest, LineSide};
 
 /// Several objects.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -186,7 +186,7 @@ pub struct Counted {
 }
 
 /// What is answered to a request that was not carried out.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ErrorAnswer {
     /// What is wrong.
     pub error: ErrorBody,

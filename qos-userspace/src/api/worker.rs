@@ -9,9 +9,9 @@ use std::thread::{Builder, JoinHandle};
 
 use tokio::sync::oneshot;
 
-use super::service::{Operations, Service};
+use super::service::{Asked, Operations, Service, ServiceError};
 use crate::gateway::GatewayConfig;
-use crate::manager::Gateway;
+use crate::manager::{Decision, Gateway};
 use crate::store::Store;
 
 /// The thread has ended, so that nothing can be asked any more.
@@ -21,7 +21,11 @@ pub struct Stopped;
 
 type Job = Box<dyn FnOnce(&mut dyn Operations) + Send>;
 
+/// Commands that are carried out together at most, so that the first of them does not wait for long.
+const MOST_TOGETHER: usize = 256;
+
 enum Message {
+    Execute(Asked, oneshot::Sender<Result<Decision, ServiceError>>),
     Do(Job),
     Stop,
 }
@@ -42,6 +46,17 @@ pub struct Worker {
 }
 
 impl Handle {
+    /// Carries a command out when its turn has come, together with others that wait for theirs. One that
+    /// was asked for is carried out even if nobody waits any more.
+    ///
+    /// # Errors
+    /// Where the thread has ended.
+    pub async fn execute(&self, asked: Asked) -> Result<Result<Decision, ServiceError>, Stopped> {
+        let (sender, receiver) = oneshot::channel();
+        self.messages.send(Message::Execute(asked, sender)).map_err(|_| Stopped)?;
+        receiver.await.map_err(|_| Stopped)
+    }
+
     /// Runs `job` on the service when its turn has come, and waits for what it answers. A job once
     /// asked for is done even if nobody waits any more.
     ///
@@ -141,8 +156,27 @@ fn serve<S: Store, G: Gateway<Config = GatewayConfig>>(
     mut service: Service<S, G>,
     inbox: &Receiver<Message>,
 ) {
+    let mut next = None;
     loop {
-        match inbox.recv_timeout(service.idle()) {
+        let message = next.take().map_or_else(|| inbox.recv_timeout(service.idle()), Ok);
+        match message {
+            Ok(Message::Execute(asked, sender)) => {
+                let (mut all, mut senders) = (vec![asked], vec![sender]);
+                while all.len() < MOST_TOGETHER && next.is_none() {
+                    match inbox.try_recv() {
+                        Ok(Message::Execute(asked, sender)) => {
+                            all.push(asked);
+                            senders.push(sender);
+                        }
+                        Ok(other) => next = Some(other),
+                        Err(_) => break,
+                    }
+                }
+                for (answer, sender) in service.execute_all(&all).into_iter().zip(senders) {
+                    // The asker may be gone.
+                    let _ = sender.send(answer);
+                }
+            }
             Ok(Message::Do(job)) => job(&mut service),
             Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             Err(RecvTimeoutError::Timeout) => {}

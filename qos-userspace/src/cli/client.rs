@@ -193,5 +193,11 @@ async fn read(response: Response<Incoming>) -> Result<Bytes, CliError> {
 /// The error for an answer that is none of qosd's.
 fn foreign(status: StatusCode, bytes: &[u8]) -> ErrorBody {
     let text: String = String::from_utf8_lossy(bytes).chars().take(200).collect();
-    ErrorBody { code: "unknown".to_owned(), message: format!("{status}: {text}"), field: None, value: None, counter_offer: None }
+    ErrorBody {
+        code: "unknown".to_owned(),
+        message: format!("{status}: {text}"),
+        field: None,
+        value: None,
+        counter_offer: None,
+    }
 }

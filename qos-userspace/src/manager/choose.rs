@@ -142,7 +142,9 @@ fn preempt<'a>(
     };
     let mut pool: Vec<&Allocation> = match asker.session {
         Some(session) => asker.state.allocations_on(&session.name).filter(takes).collect(),
-        None => asker.state.allocations.values().filter(|other| other.session.is_none()).filter(takes).collect(),
+        None => {
+            asker.state.allocations.values().filter(|other| other.session.is_none()).filter(takes).collect()
+        }
     };
     pool.sort_by_key(|other| (other.level.priority, other.granted_at, other.id));
     let mut gone: Vec<&Allocation> = Vec::new();
@@ -168,11 +170,9 @@ fn preempt<'a>(
 fn offer(asker: &Asker<'_>, mut allocation: Allocation, wanted: &Wanted) -> Option<LevelRequest> {
     let asked = &wanted.level;
     let mut level = Level { delay_us: None, jitter_us: None, hard: false, ..asked.clone() };
-    let guaranteed: Vec<_> = match given(&level.guaranteed).next() {
-        Some(_) => given(&level.guaranteed).collect(),
-        None => given(&wanted.least).collect(),
-    };
-    for (direction, rate) in guaranteed {
+    for direction in Direction::BOTH {
+        let guaranteed = level.guaranteed.get(direction).or(*wanted.least.get(direction));
+        let Some(rate) = guaranteed else { continue };
         let most = rate.min(fits(asker, direction, &[]));
         if most.0 < MIN_RATE {
             return None;

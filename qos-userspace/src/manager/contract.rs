@@ -166,10 +166,8 @@ pub(super) fn left(
         provider: provider.name.clone(),
         application: application.map(|application| application.name.clone()),
     };
-    let contracts = [
-        Some((own(None), &provider.contract)),
-        application.map(|known| (own(application), &known.contract)),
-    ];
+    let contracts =
+        [Some((own(None), &provider.contract)), application.map(|known| (own(application), &known.contract))];
     let left = contracts.into_iter().flatten().flat_map(|(party, contract)| {
         let taken = *state.index.taken.without(&party, without).guaranteed.get(direction);
         let most = [*contract.guaranteed.get(direction), *contract.maximum.get(direction)];

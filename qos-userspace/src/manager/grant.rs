@@ -18,9 +18,9 @@ use super::{
 };
 use crate::domain::level::{DEFAULT_PRIORITY, LAST_PRIORITY, default_burst};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, DelayBound, Directed, DurationRange, Level, Name,
-    Profile, ProfileStatus, Provider, ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector, Session,
-    Status, dscp,
+    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, DelayBound, Directed, DurationRange,
+    Level, Name, Profile, ProfileStatus, Provider, ProviderKind, SMALLEST_IPV6_MTU, SMALLEST_MTU, Selector,
+    Session, Status, dscp,
 };
 
 /// Longest time an allocation is granted for: 100 years.
@@ -304,8 +304,7 @@ fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> 
             pick("maximum", direction, covered, &asked.maximum, &base.maximum)?;
         *level.burst.get_mut(direction) = pick("burst", direction, covered, &asked.burst, &base.burst)?;
         *is_burst_open.get_mut(direction) = level.burst.get(direction).is_none();
-        *least.get_mut(direction) =
-            pick("least", direction, covered, &asked.least, &Directed::default())?;
+        *least.get_mut(direction) = pick("least", direction, covered, &asked.least, &Directed::default())?;
     }
     check_least(&level, &least)?;
     if is_empty(&level) && asked.priority.is_none() && least == Directed::default() {
@@ -315,11 +314,12 @@ fn resolve(state: &State, request: &GrantRequest, profile: Option<&Profile>) -> 
     check_level(&level, has_guarantees)?;
     check_mtu(&level, &request.selectors)?;
     for direction in Direction::BOTH {
-        let rate = level.guaranteed.get(direction).or(*level.maximum.get(direction));
+        let guaranteed = level.guaranteed.get(direction).or(*least.get(direction));
+        let rate = guaranteed.or(*level.maximum.get(direction));
         let burst = *level.burst.get(direction);
         let granted = rate.map(|rate| burst.unwrap_or_else(|| default_burst(rate, state.network.mtu)));
         *level.burst.get_mut(direction) = granted;
-        check_burst(state, direction, burst, rate.or(*least.get(direction)))?;
+        check_burst(state, direction, burst, rate)?;
     }
     let is_priority_open = asked.priority.is_none() && profile.is_none();
     Ok(Wanted { level, least, is_priority_open, is_burst_open })
@@ -727,7 +727,8 @@ fn check_delay(
         }
     }
     for (priority, (on_link, whole)) in delays.iter().enumerate() {
-        let on_line = line.as_ref().and_then(|(_, line, _)| line.broken(priority, *whole).find(|id| !goes(id)));
+        let on_line =
+            line.as_ref().and_then(|(_, line, _)| line.broken(priority, *whole).find(|id| !goes(id)));
         let on_the_link = || state.index.broken_on_link(priority, *on_link).find(|id| !goes(id));
         let broken = match on_line {
             Some(id) => Some((id, *whole)),

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use self::report::{Explanation, GatewayStatus, Statistics};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Level, Name, Profile,
-    Provider, ProviderKind, Segment, Selector, Session,
+    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Level, Name,
+    Profile, Provider, ProviderKind, Segment, Selector, Session,
 };
 
 pub mod capacity;

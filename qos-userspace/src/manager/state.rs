@@ -179,9 +179,7 @@ impl State {
             Change::DeleteProfile(name) => Change::PutProfile(self.profiles.get(name)?.clone()),
             Change::PutAllocation(allocation) => match self.allocations.get(&allocation.id) {
                 Some(old) => Change::PutAllocation(old.clone()),
-                None => Change::EndAllocation(
-                    allocation.ended(allocation.granted_at, "never in force: the gateway refused it"),
-                ),
+                None => Change::EndAllocation(allocation.ended(allocation.granted_at, "never in force")),
             },
             Change::EndAllocation(allocation) => {
                 Change::PutAllocation(self.allocations.get(&allocation.id)?.clone())
@@ -288,7 +286,8 @@ impl State {
             session_of(&self.sessions, other).is_some_and(|session| session.segments.contains(segment))
         };
         let gone = without.iter().filter(is_behind);
-        let gone: u64 = gone.filter_map(|other| *other.level.guaranteed.get(direction)).map(|rate| rate.0).sum();
+        let gone: u64 =
+            gone.filter_map(|other| *other.level.guaranteed.get(direction)).map(|rate| rate.0).sum();
         let promised = self.index.promised.of(segment).get(direction).saturating_sub(gone);
         BitsPerSecond(there.saturating_sub(promised))
     }

@@ -394,7 +394,10 @@ fn ask(level: LevelRequest) -> GrantRequest {
 #[test]
 fn as_much_is_granted_as_there_is_down_to_what_is_of_use() {
     let (mut state, _) = town();
-    grant(&mut state, GrantRequest { level: guaranteed("15mbit"), ..request("acme", &format!("{TO_DSL_1}:1")) });
+    grant(
+        &mut state,
+        GrantRequest { level: guaranteed("15mbit"), ..request("acme", &format!("{TO_DSL_1}:1")) },
+    );
     let range = |least: &str, most: Option<&str>| LevelRequest {
         least: Directed { up: None, down: Some(rate(least)) },
         guaranteed: Directed { up: None, down: most.map(rate) },
@@ -435,7 +438,9 @@ fn a_need_gets_the_latest_priority_and_the_largest_burst_that_keep_it() {
     for delay in [60_000, 20_000, 12_000, 8_000, 6_000] {
         match decide(&state, &Command::Grant(Box::new(ask(needs(delay)))), now()) {
             Ok(decision) => {
-                let Some(Change::PutAllocation(granted)) = decision.changes.first() else { panic!("a grant") };
+                let Some(Change::PutAllocation(granted)) = decision.changes.first() else {
+                    panic!("a grant")
+                };
                 assert!(granted.delay_bound.down.unwrap().whole_us <= delay);
                 let cost = (granted.level.priority, granted.level.burst.down.unwrap().0);
                 assert!(cost <= before, "a tighter need does not cost less: {cost:?} after {before:?}");
@@ -461,7 +466,10 @@ fn a_better_priority_preempts_where_the_operator_lets_it() {
     let mut state = with_three();
     let level = |rate: &str, priority: u8| LevelRequest { priority: Some(priority), ..guaranteed(rate) };
     let asked = |rate: &str, priority: u8| {
-        Command::Grant(Box::new(GrantRequest { level: level(rate, priority), ..request("acme", &format!("{TO_DSL_1}:9")) }))
+        Command::Grant(Box::new(GrantRequest {
+            level: level(rate, priority),
+            ..request("acme", &format!("{TO_DSL_1}:9"))
+        }))
     };
     assert_eq!(refused(&state, asked("5mbit", 0)).code, RefusalCode::InsufficientCapacity);
     state.network.preempt = Preempt::LowerPriority;
@@ -483,7 +491,9 @@ fn a_better_priority_preempts_where_the_operator_lets_it() {
                 ids.sort_unstable();
                 assert_eq!(ids, expected, "{rate} at {priority}");
                 for (_, reason) in ended(&decision) {
-                    let text = format!("network terminated: preempted by allocation 4 of provider acme, of priority {priority}");
+                    let text = format!(
+                        "network terminated: preempted by allocation 4 of provider acme, of priority {priority}"
+                    );
                     assert_eq!(reason, text);
                 }
                 let told = decision.warnings.iter().filter(|text| text.contains("preempted")).count();
@@ -501,7 +511,9 @@ fn a_better_priority_preempts_where_the_operator_lets_it() {
 fn a_jitter_budget_is_a_delay_budget_without_the_line_s_own_delay() {
     // dsl-2 has 8 ms of its own.
     let to = |port: u16, jitter: Option<u32>, delay: Option<u32>| {
-        let level = LevelRequest { jitter_us: jitter, delay_us: delay, ..guaranteed("500kbit") };
+        let burst = Directed { up: None, down: Some(ByteCount(3_000)) };
+        let level = LevelRequest { jitter_us: jitter, delay_us: delay, burst, ..guaranteed("500kbit") };
+        let level = LevelRequest { priority: Some(4), ..level };
         let flows = format!("down udp from 198.51.100.0/24 to 192.0.2.2:{port}");
         GrantRequest { level, ..request("acme", &flows) }
     };
@@ -1685,7 +1697,8 @@ fn slots_of_allocations_wait_their_turn() {
 fn rests_are_kept_from_what_can_be_guaranteed() {
     let mut state = State::new(Network { line_rest: rate("1mbit"), link_rest: rate("100mbit"), ..network() });
     carry_out(&mut state, Command::AddSession(session("dsl-1", &["192.0.2.1/32"], "20mbit", "2mbit")));
-    let left = |direction| (state.left_on_line(&name("dsl-1"), direction, &[]), state.left_on_link(direction, &[]));
+    let left =
+        |direction| (state.left_on_line(&name("dsl-1"), direction, &[]), state.left_on_link(direction, &[]));
     assert_eq!(left(Direction::Downstream), (rate("19mbit"), rate("899mbit")));
     // An eighth of 2 Mbit/s, of which 95 % are used in the soft direction.
     assert_eq!(left(Direction::Upstream), (rate("1.65mbit"), rate("899.75mbit")));
@@ -1834,16 +1847,18 @@ fn any_command() -> impl Strategy<Value = Command> {
         any::<bool>(),
         prop::option::weighted(0.2, prop::sample::select(&[1_500u64, 20_000])),
     )
-        .prop_map(|(guaranteed, least, maximum, priority, delay_us, jitter_us, police, burst)| LevelRequest {
-            guaranteed,
-            least,
-            maximum,
-            priority,
-            delay_us,
-            jitter_us,
-            burst: Directed { up: None, down: burst.map(ByteCount) },
-            enforcement: police.then_some(Enforcement::Police),
-            ..LevelRequest::default()
+        .prop_map(|(guaranteed, least, maximum, priority, delay_us, jitter_us, police, burst)| {
+            LevelRequest {
+                guaranteed,
+                least,
+                maximum,
+                priority,
+                delay_us,
+                jitter_us,
+                burst: Directed { up: None, down: burst.map(ByteCount) },
+                enforcement: police.then_some(Enforcement::Police),
+                ..LevelRequest::default()
+            }
         });
     let lasting = prop::option::of(1i64..100);
     let granted = (provider_name(), line, level, 0u16..3, lasting).prop_map(
