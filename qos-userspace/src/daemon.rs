@@ -24,6 +24,7 @@ use crate::config::Config;
 use crate::gateway::GatewayConfig;
 use crate::gateway::link::LinkError;
 use crate::gateway::netlink::LinkEvents;
+use crate::manager::record::Actor;
 use crate::manager::{Gateway, State};
 use crate::notify;
 use crate::store::sqlite::SqliteStore;
@@ -161,7 +162,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
             _ = terminate.recv() => info!("SIGTERM: stopping; the programs in the kernel go on enforcing"),
             _ = interrupt.recv() => info!("SIGINT: stopping; the programs in the kernel go on enforcing"),
             _ = hang_up.recv() => {
-                match reload(&handle, &config.path).await {
+                match reload(&handle, &config.path, Actor::Daemon).await {
                     Ok(changed) if changed.is_empty() => info!("SIGHUP: the configuration is as it was"),
                     Ok(changed) => info!("SIGHUP: changed {}", changed.join(", ")),
                     Err(error) => error!("SIGHUP: going on with the configuration as it was: {error}"),

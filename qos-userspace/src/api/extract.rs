@@ -2,16 +2,21 @@
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use hyper::body::Body as _;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use serde_json::error::Category;
 use serde_path_to_error::Segment;
 
 use super::error::ApiError;
+use super::service::Asked;
+use super::socket::Peer;
+use crate::manager::Command;
+use crate::manager::record::Actor;
 
 /// Largest body of a request, in bytes. A grant with 4,096 selectors takes about half of it.
 pub(super) const LARGEST_BODY: usize = 1 << 20;
@@ -48,6 +53,36 @@ impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Options
                 Err(ApiError::invalid("query", parts.uri.query().unwrap_or_default(), rejection.body_text()))
             }
         }
+    }
+}
+
+/// Who asks for a change, and whether it is only to be tried.
+#[derive(Clone, Debug)]
+pub(super) struct Caller {
+    pub(super) actor: Actor,
+    pub(super) dry_run: bool,
+}
+
+/// Options of everything that changes something.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ChangeOptions {
+    dry_run: bool,
+}
+
+impl Caller {
+    pub(super) fn asked(&self, command: Command) -> Asked {
+        Asked { command, actor: self.actor.clone(), dry_run: self.dry_run }
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let uid = parts.extensions.get::<ConnectInfo<Peer>>().and_then(|ConnectInfo(peer)| peer.uid);
+        let Options(ChangeOptions { dry_run }) = Options::from_request_parts(parts, state).await?;
+        Ok(Self { actor: Actor::User(uid), dry_run })
     }
 }
 

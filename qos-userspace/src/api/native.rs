@@ -11,9 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::Api;
 use super::doctor::{self, Check};
 use super::error::ApiError;
-use super::extract::{Body, LARGEST_BODY, Named, Options};
+use super::extract::{Body, Caller, LARGEST_BODY, Named, Options};
 use super::reload::ReloadError;
-use super::service::{Asked, HISTORY_SEARCHED, Operations, ServiceError};
+use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{
     ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment,
@@ -23,6 +23,7 @@ use crate::domain::{
     Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Segment, Session,
 };
 use crate::gateway::PACKET_LENGTHS;
+use crate::manager::record::{Record, RecordQuery};
 use crate::manager::report::Statistics;
 use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession, State};
 
@@ -59,23 +60,11 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/allocations", get(allocations).post(grant))
         .route("/v1/allocations/{id}", get(allocation).delete(revoke))
         .route("/v1/allocations/{id}/extend", post(extend))
+        .route("/v1/decisions", get(decisions))
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
         .with_state(api)
-}
-
-/// Options of everything that changes something.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct ChangeOptions {
-    dry_run: bool,
-}
-
-impl ChangeOptions {
-    const fn asked(self, command: Command) -> Asked {
-        Asked { command, dry_run: self.dry_run }
-    }
 }
 
 /// Options of the list of allocations.
@@ -147,13 +136,19 @@ async fn explain(Shared(api): Shared<Api>, Body(request): Body<ExplainRequest>) 
     answer(explained)
 }
 
-async fn reconcile(Shared(api): Shared<Api>) -> Answer<Listing<String>> {
-    let items = api.handle.run(|service| service.reconcile()).await??;
+async fn reconcile(Shared(api): Shared<Api>, caller: Caller) -> Answer<Listing<String>> {
+    let reconciled = move |service: &mut dyn Operations| {
+        let repairs = service.reconcile();
+        service.record(Record::of_operation(&caller.actor, "reconcile", &repairs));
+        repairs
+    };
+    let items = api.handle.run(reconciled).await??;
     Ok(axum::Json(Listing { items }))
 }
 
-async fn reload(Shared(api): Shared<Api>) -> Answer<Listing<String>> {
-    let items = super::reload::reload(&api.handle, &api.config_path).await.map_err(|error| match error {
+async fn reload(Shared(api): Shared<Api>, caller: Caller) -> Answer<Listing<String>> {
+    let reloaded = super::reload::reload(&api.handle, &api.config_path, caller.actor);
+    let items = reloaded.await.map_err(|error| match error {
         ReloadError::Service(error) => ApiError::from(error),
         ReloadError::Stopped(error) => ApiError::from(error),
     })?;
@@ -166,8 +161,14 @@ async fn trace(Shared(api): Shared<Api>) -> Result<Response, ApiError> {
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response())
 }
 
-async fn detach(Shared(api): Shared<Api>) -> Result<StatusCode, ApiError> {
-    let detached = api.handle.run(|service| service.detach()).await?;
+async fn detach(Shared(api): Shared<Api>, caller: Caller) -> Result<StatusCode, ApiError> {
+    let detach = move |service: &mut dyn Operations| {
+        let detached = service.detach();
+        let told = detached.as_ref().map(|()| Vec::new());
+        service.record(Record::of_operation(&caller.actor, "detach", &told));
+        detached
+    };
+    let detached = api.handle.run(detach).await?;
     // Whatever could not be removed, nothing is looked after any more.
     api.stop.notify_one();
     detached?;
@@ -184,10 +185,10 @@ async fn provider(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<
 
 async fn add_provider(
     Shared(api): Shared<Api>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(provider): Body<NewProvider>,
 ) -> Result<Response, ApiError> {
-    change(&api, Command::AddProvider(provider), options, |change| match change {
+    change(&api, Command::AddProvider(provider), caller, |change| match change {
         Change::PutProvider(provider) => Some(provider.clone()),
         _ => None,
     })
@@ -198,10 +199,10 @@ async fn add_provider(
 async fn remove_provider(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Provider>> {
     let key = name.clone();
-    remove(&api, Command::RemoveProvider { name }, options, move |service| {
+    remove(&api, Command::RemoveProvider { name }, caller, move |service| {
         service.state().providers.get(&key).cloned()
     })
     .await
@@ -231,10 +232,10 @@ async fn applications_of(
 async fn add_application(
     Shared(api): Shared<Api>,
     Named(provider): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(NewApplication { name, contract }): Body<NewApplication>,
 ) -> Result<Response, ApiError> {
-    change(&api, Command::AddApplication { provider, name, contract }, options, |change| match change {
+    change(&api, Command::AddApplication { provider, name, contract }, caller, |change| match change {
         Change::PutApplication(application) => Some(application.clone()),
         _ => None,
     })
@@ -255,11 +256,11 @@ async fn application(
 async fn change_contract(
     Shared(api): Shared<Api>,
     Named(provider): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(ContractChange { contract, was }): Body<ContractChange>,
 ) -> Answer<Outcome<Provider>> {
     let command = Command::ChangeContract { provider, application: None, contract, was };
-    change(&api, command, options, |change| match change {
+    change(&api, command, caller, |change| match change {
         Change::PutProvider(provider) => Some(provider.clone()),
         _ => None,
     })
@@ -269,11 +270,11 @@ async fn change_contract(
 async fn change_contract_of_application(
     Shared(api): Shared<Api>,
     Named((provider, name)): Named<(Name, Name)>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(ContractChange { contract, was }): Body<ContractChange>,
 ) -> Answer<Outcome<Application>> {
     let command = Command::ChangeContract { provider, application: Some(name), contract, was };
-    change(&api, command, options, |change| match change {
+    change(&api, command, caller, |change| match change {
         Change::PutApplication(application) => Some(application.clone()),
         _ => None,
     })
@@ -283,10 +284,10 @@ async fn change_contract_of_application(
 async fn remove_application(
     Shared(api): Shared<Api>,
     Named((provider, name)): Named<(Name, Name)>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Application>> {
     let key = (provider.clone(), name.clone());
-    remove(&api, Command::RemoveApplication { provider, name }, options, move |service| {
+    remove(&api, Command::RemoveApplication { provider, name }, caller, move |service| {
         service.state().applications.get(&key).cloned()
     })
     .await
@@ -302,10 +303,10 @@ async fn session(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<S
 
 async fn add_session(
     Shared(api): Shared<Api>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(session): Body<NewSession>,
 ) -> Result<Response, ApiError> {
-    change(&api, Command::AddSession(session), options, |change| match change {
+    change(&api, Command::AddSession(session), caller, |change| match change {
         Change::PutSession(session) => Some(session.clone()),
         _ => None,
     })
@@ -316,33 +317,28 @@ async fn add_session(
 async fn start_session(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(session): Body<NewSession>,
 ) -> Answer<Outcome<Session>> {
     if session.name != name {
         let message = format!("name: {} is not the session of the path, {name}", session.name);
         return Err(ApiError::invalid("name", session.name.to_string(), message));
     }
-    change_session(&api, name, Command::StartSession(session), options).await
+    change_session(&api, name, Command::StartSession(session), caller).await
 }
 
 async fn stop_session(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Session>> {
     let command = Command::StopSession { name: name.clone() };
-    change_session(&api, name, command, options).await
+    change_session(&api, name, command, caller).await
 }
 
 /// Answers with the session also where nothing had to be changed.
-async fn change_session(
-    api: &Api,
-    name: Name,
-    command: Command,
-    options: ChangeOptions,
-) -> Answer<Outcome<Session>> {
-    let decision = api.handle.execute(options.asked(command)).await??;
+async fn change_session(api: &Api, name: Name, command: Command, caller: Caller) -> Answer<Outcome<Session>> {
+    let decision = api.handle.execute(caller.asked(command)).await??;
     let written = decision.changes.iter().find_map(|change| match change {
         Change::PutSession(session) => Some(session.clone()),
         _ => None,
@@ -351,16 +347,16 @@ async fn change_session(
         Some(session) => Some(session),
         None => api.handle.run(move |service| service.state().sessions.get(&name).cloned()).await?,
     };
-    outcome(session, decision.warnings, options)
+    outcome(session, decision.warnings, &caller)
 }
 
 async fn remove_session(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Session>> {
     let key = name.clone();
-    remove(&api, Command::RemoveSession { name }, options, move |service| {
+    remove(&api, Command::RemoveSession { name }, caller, move |service| {
         service.state().sessions.get(&key).cloned()
     })
     .await
@@ -391,11 +387,11 @@ async fn segment(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<S
 async fn put_segment(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(NewSegment { capacity, rest }): Body<NewSegment>,
 ) -> Answer<Outcome<Segment>> {
     let segment = Segment { name, capacity, rest };
-    change(&api, Command::PutSegment(segment), options, |change| match change {
+    change(&api, Command::PutSegment(segment), caller, |change| match change {
         Change::PutSegment(segment) => Some(segment.clone()),
         _ => None,
     })
@@ -405,10 +401,10 @@ async fn put_segment(
 async fn remove_segment(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Segment>> {
     let key = name.clone();
-    remove(&api, Command::RemoveSegment { name }, options, move |service| {
+    remove(&api, Command::RemoveSegment { name }, caller, move |service| {
         service.state().segments.get(&key).cloned()
     })
     .await
@@ -425,11 +421,11 @@ async fn profile(Shared(api): Shared<Api>, Named(name): Named<Name>) -> Answer<P
 async fn put_profile(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(NewProfile { level, status, duration }): Body<NewProfile>,
 ) -> Answer<Outcome<Profile>> {
     let profile = Profile { name, level, status, duration };
-    change(&api, Command::PutProfile(profile), options, |change| match change {
+    change(&api, Command::PutProfile(profile), caller, |change| match change {
         Change::PutProfile(profile) => Some(profile.clone()),
         _ => None,
     })
@@ -439,10 +435,10 @@ async fn put_profile(
 async fn remove_profile(
     Shared(api): Shared<Api>,
     Named(name): Named<Name>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Profile>> {
     let key = name.clone();
-    remove(&api, Command::RemoveProfile { name }, options, move |service| {
+    remove(&api, Command::RemoveProfile { name }, caller, move |service| {
         service.state().profiles.get(&key).cloned()
     })
     .await
@@ -481,10 +477,10 @@ async fn allocation(Shared(api): Shared<Api>, Named(id): Named<AllocationId>) ->
 
 async fn grant(
     Shared(api): Shared<Api>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(request): Body<GrantRequest>,
 ) -> Result<Response, ApiError> {
-    change(&api, Command::Grant(Box::new(request)), options, |change| match change {
+    change(&api, Command::Grant(Box::new(request)), caller, |change| match change {
         Change::PutAllocation(allocation) => Some(allocation.clone()),
         _ => None,
     })
@@ -495,10 +491,10 @@ async fn grant(
 async fn extend(
     Shared(api): Shared<Api>,
     Named(id): Named<AllocationId>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
     Body(Extension { by }): Body<Extension>,
 ) -> Answer<Outcome<Allocation>> {
-    change(&api, Command::Extend { id, by }, options, |change| match change {
+    change(&api, Command::Extend { id, by }, caller, |change| match change {
         Change::PutAllocation(allocation) => Some(allocation.clone()),
         _ => None,
     })
@@ -508,13 +504,25 @@ async fn extend(
 async fn revoke(
     Shared(api): Shared<Api>,
     Named(id): Named<AllocationId>,
-    Options(options): Options<ChangeOptions>,
+    caller: Caller,
 ) -> Answer<Outcome<Allocation>> {
-    change(&api, Command::Revoke { id }, options, |change| match change {
+    change(&api, Command::Revoke { id }, caller, |change| match change {
         Change::EndAllocation(allocation) => Some(allocation.clone()),
         _ => None,
     })
     .await
+}
+
+async fn decisions(
+    Shared(api): Shared<Api>,
+    Options(query): Options<RecordQuery>,
+) -> Answer<Listing<Record>> {
+    if !(1..=RecordQuery::MOST).contains(&query.limit) {
+        let message = format!("limit: {} is out of range: 1 to {}", query.limit, RecordQuery::MOST);
+        return Err(ApiError::invalid("limit", query.limit.to_string(), message));
+    }
+    let items = api.handle.run(move |service| service.records(&query)).await??;
+    Ok(axum::Json(Listing { items }))
 }
 
 fn answer<T>(result: Result<T, ServiceError>) -> Answer<T> {
@@ -558,36 +566,37 @@ async fn show<T: Send + 'static>(
 async fn change<T: Send + 'static>(
     api: &Api,
     command: Command,
-    options: ChangeOptions,
+    caller: Caller,
     written: impl Fn(&Change) -> Option<T> + Send + 'static,
 ) -> Answer<Outcome<T>> {
-    let decision = api.handle.execute(options.asked(command)).await??;
-    outcome(decision.changes.iter().find_map(written), decision.warnings, options)
+    let decision = api.handle.execute(caller.asked(command)).await??;
+    outcome(decision.changes.iter().find_map(written), decision.warnings, &caller)
 }
 
 /// Carries a removal out; `before` reads the object while it is there.
 async fn remove<T: Send + 'static>(
     api: &Api,
     command: Command,
-    options: ChangeOptions,
+    caller: Caller,
     before: impl FnOnce(&dyn Operations) -> Option<T> + Send + 'static,
 ) -> Answer<Outcome<T>> {
+    let asked = caller.asked(command);
     let (object, decision) = api
         .handle
         .run(move |service| {
             let object = before(service);
-            service.execute(options.asked(command)).map(|decision| (object, decision))
+            service.execute(asked).map(|decision| (object, decision))
         })
         .await??;
-    outcome(object, decision.warnings, options)
+    outcome(object, decision.warnings, &caller)
 }
 
-fn outcome<T>(object: Option<T>, warnings: Vec<String>, options: ChangeOptions) -> Answer<Outcome<T>> {
+fn outcome<T>(object: Option<T>, warnings: Vec<String>, caller: &Caller) -> Answer<Outcome<T>> {
     let result = object.ok_or_else(|| {
         let message = "the decision does not contain what was asked for; this is an error in qosd";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     })?;
-    Ok(axum::Json(Outcome { result, warnings, dry_run: options.dry_run }))
+    Ok(axum::Json(Outcome { result, warnings, dry_run: caller.dry_run }))
 }
 
 fn from_hex(text: &str) -> Result<Vec<u8>, ApiError> {

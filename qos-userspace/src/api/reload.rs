@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::service::ServiceError;
+use super::service::{Operations, ServiceError};
 use super::worker::{Handle, Stopped};
 use crate::config::Config;
+use crate::manager::record::{Actor, Record};
 
 /// Why the daemon goes on with the configuration that it has.
 #[derive(Debug, thiserror::Error)]
@@ -22,8 +23,15 @@ pub enum ReloadError {
 /// # Errors
 /// Where it is no configuration, differs in what only a restart changes, has less than is granted, or the
 /// kernel refuses it. All stays as it was then.
-pub async fn reload(handle: &Handle, path: &Path) -> Result<Vec<String>, ReloadError> {
-    let config = Config::load(path).map_err(ServiceError::Config)?;
-    let mtu = config.gateway.largest_mtu().map_err(ServiceError::Interface)?;
-    Ok(handle.run(move |service| service.reload(config, mtu)).await??)
+pub async fn reload(handle: &Handle, path: &Path, actor: Actor) -> Result<Vec<String>, ReloadError> {
+    let read = Config::load(path).map_err(ServiceError::Config).and_then(|config| {
+        let mtu = config.gateway.largest_mtu().map_err(ServiceError::Interface)?;
+        Ok((config, mtu))
+    });
+    let reload = move |service: &mut dyn Operations| {
+        let reloaded = read.and_then(|(config, mtu)| service.reload(config, mtu));
+        service.record(Record::of_operation(&actor, "reload", &reloaded));
+        reloaded
+    };
+    Ok(handle.run(reload).await??)
 }

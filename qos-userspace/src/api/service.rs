@@ -17,6 +17,7 @@ use super::types::{Counted, Status};
 use crate::config::Config;
 use crate::domain::{Allocation, Direction};
 use crate::gateway::GatewayConfig;
+use crate::manager::record::{Actor, Record, RecordQuery, Verdict, records};
 use crate::manager::report::{Explanation, Statistics};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
 use crate::store::{Store, StoreError};
@@ -27,6 +28,10 @@ pub(super) const HISTORY_SEARCHED: usize = 1_000;
 const TRACE_INTERVAL: Duration = Duration::from_millis(100);
 /// Lines that wait for a slow listener; what comes on top is lost.
 const TRACE_LINES: usize = 4_096;
+/// Time for which a record of what changed nothing waits for a change that it can be written with.
+const RECORDS_INTERVAL: Duration = Duration::from_secs(1);
+/// Records that wait at most; the oldest go first where the store does not take any.
+const MOST_RECORDS: usize = 10_000;
 /// Wait after a sweep that failed, so that a full disk is not asked without pause.
 const EXPIRY_RETRY: Duration = Duration::from_secs(1);
 
@@ -100,13 +105,16 @@ where
 pub struct Asked {
     /// What is asked.
     pub command: Command,
+    /// Who asks.
+    pub actor: Actor,
     /// It is only decided.
     pub dry_run: bool,
 }
 
+/// As the daemon asks by itself.
 impl From<Command> for Asked {
     fn from(command: Command) -> Self {
-        Self { command, dry_run: false }
+        Self { command, actor: Actor::Daemon, dry_run: false }
     }
 }
 
@@ -130,6 +138,15 @@ pub trait Operations {
     fn execute(&mut self, asked: Asked) -> Result<Decision, ServiceError> {
         self.execute_all(&[asked]).pop().unwrap_or(Err(ServiceError::Detached))
     }
+
+    /// Keeps a record of what was done that is no command.
+    fn record(&mut self, record: Record);
+
+    /// What is kept of decisions, newest first.
+    ///
+    /// # Errors
+    /// Where the store can't be read, or does not take what is not written yet.
+    fn records(&mut self, query: &RecordQuery) -> Result<Vec<Record>, ServiceError>;
 
     /// The allocations that ended last, newest first.
     ///
@@ -192,6 +209,14 @@ pub trait Operations {
     fn detach(&mut self) -> Result<(), ServiceError>;
 }
 
+/// A command that is in the state and in the kernel, and has to be written.
+struct CarriedOut {
+    decision: Decision,
+    /// What takes it back; none: nothing was changed.
+    inverse: Option<Vec<Change>>,
+    records: Vec<Record>,
+}
+
 /// State, store and gateway.
 #[derive(Debug)]
 pub struct Service<S, G> {
@@ -207,6 +232,10 @@ pub struct Service<S, G> {
     reconciled_at: Option<Timestamp>,
     reconcile_error: Option<String>,
     listeners: Vec<mpsc::Sender<String>>,
+    /// Records that wait to be written with the next change.
+    records: Vec<Record>,
+    /// When those are written without one.
+    records_at: Instant,
 }
 
 impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
@@ -224,8 +253,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         let begin = Instant::now();
         let mut state = store.load(config.network(mtu))?;
         debug!(took_ms = begin.elapsed().as_millis() as u64, "state read");
-        let expired = manager::decide(&state, &Command::Expire, Timestamp::now())?;
-        store.commit(&expired.changes)?;
+        let now = Timestamp::now();
+        let expired = manager::decide(&state, &Command::Expire, now)?;
+        store.commit(&expired.changes, &records(&state, &Command::Expire, &expired, &Actor::Daemon, now))?;
         for change in &expired.changes {
             log(change);
             state.apply(change);
@@ -252,6 +282,8 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             reconciled_at: None,
             reconcile_error: None,
             listeners: Vec::new(),
+            records: Vec::new(),
+            records_at: Instant::now(),
         };
         let begin = Instant::now();
         service.reconcile()?;
@@ -272,6 +304,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         if !self.listeners.is_empty() {
             idle = idle.min(TRACE_INTERVAL);
         }
+        if !self.records.is_empty() {
+            idle = idle.min(self.records_at.saturating_duration_since(Instant::now()));
+        }
         idle
     }
 
@@ -286,6 +321,43 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             let _ = self.reconcile();
         }
         self.pass_trace_on();
+        if !self.records.is_empty() && self.records_at <= Instant::now() {
+            self.write_records();
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) const fn store_mut(&mut self) -> &mut S {
+        &mut self.store
+    }
+
+    /// Writes what waits to be written, before the thread ends.
+    pub(super) fn close(&mut self) {
+        self.write_records();
+    }
+
+    fn keep(&mut self, records: impl IntoIterator<Item = Record>) {
+        if self.records.is_empty() {
+            self.records_at = Instant::now() + RECORDS_INTERVAL;
+        }
+        self.records.extend(records);
+        let over = self.records.len().saturating_sub(MOST_RECORDS);
+        self.records.drain(..over);
+    }
+
+    fn write_records(&mut self) {
+        if let Err(error) = self.try_write_records() {
+            error!("cannot write the history of decisions, and will try again: {error}");
+            self.records_at = Instant::now() + RECORDS_INTERVAL;
+        }
+    }
+
+    fn try_write_records(&mut self) -> Result<(), StoreError> {
+        if !self.records.is_empty() {
+            self.store.commit(&[], &self.records)?;
+            self.records.clear();
+        }
+        Ok(())
     }
 
     fn sweep(&mut self) {
@@ -333,8 +405,23 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         }
     }
 
-    /// Decides a command and carries it out but for the store.
-    fn carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<(Decision, Vec<Change>), ServiceError> {
+    /// Decides a command and carries it out but for the store. What changes nothing is kept for the history.
+    fn carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<CarriedOut, ServiceError> {
+        let result = self.try_carry_out(asked, now);
+        if let Err(error) = &result
+            && !asked.dry_run
+        {
+            let record = Record::of_command(&self.state, &asked.command, &asked.actor, now);
+            let (verdict, code) = match error {
+                ServiceError::Refused(refusal) => (Verdict::Refused, Some(refusal.code)),
+                _ => (Verdict::Failed, None),
+            };
+            self.keep([record.without_effect(verdict, code, error.to_string())]);
+        }
+        result
+    }
+
+    fn try_carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<CarriedOut, ServiceError> {
         let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
         let decision = manager::decide(&self.state, &asked.command, now)?;
         if asked.dry_run
@@ -343,8 +430,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             return Err(refusal.into());
         }
         if asked.dry_run || decision.changes.is_empty() {
-            return Ok((decision, Vec::new()));
+            return Ok(CarriedOut { decision, inverse: None, records: Vec::new() });
         }
+        let records = records(&self.state, &asked.command, &decision, &asked.actor, now);
         let inverse = self.state.inverse(&decision.changes);
         self.remember(&decision.changes);
         let gateway = self.gateway.as_mut().ok_or(ServiceError::Detached)?;
@@ -355,7 +443,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             return Err(refusal.map_or_else(|| ServiceError::Kernel(Box::new(refused)), ServiceError::from));
         }
         debug!(took_us = start.elapsed().as_micros() as u64, "in the kernel");
-        Ok((decision, inverse))
+        Ok(CarriedOut { decision, inverse: Some(inverse), records })
     }
 
     /// Takes changes back that are in the state and in the kernel, and could not be written.
@@ -379,29 +467,39 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
     fn execute_all(&mut self, asked: &[Asked]) -> Vec<Result<Decision, ServiceError>> {
         let now = Timestamp::now();
         let carried_out: Vec<_> = asked.iter().map(|asked| self.carry_out(asked, now)).collect();
-        let is_change = |asked: &Asked, decision: &Decision| !asked.dry_run && !decision.changes.is_empty();
-        let decisions = || {
-            asked.iter().zip(&carried_out).filter_map(|(asked, answer)| Some((asked, answer.as_ref().ok()?)))
-        };
-        let done: Vec<_> = decisions().filter(|(asked, (decision, _))| is_change(asked, decision)).collect();
-        let changes: Vec<Change> =
-            done.iter().flat_map(|(_, (decision, _))| &decision.changes).cloned().collect();
-        let written = if changes.is_empty() { Ok(()) } else { self.store.commit(&changes) };
-        let Err(error) = written else {
-            changes.iter().for_each(log);
-            return carried_out.into_iter().map(|answer| answer.map(|(decision, _)| decision)).collect();
-        };
-        for (_, (decision, inverse)) in done.into_iter().rev() {
-            self.take_back(&decision.changes, inverse);
+        let done = || carried_out.iter().flatten().filter_map(|done| Some((done, done.inverse.as_ref()?)));
+        let changes: Vec<Change> = done().flat_map(|(done, _)| &done.decision.changes).cloned().collect();
+        if changes.is_empty() {
+            return carried_out.into_iter().map(|answer| answer.map(|done| done.decision)).collect();
         }
+        let waiting = self.records.len();
+        self.records.extend(done().flat_map(|(done, _)| &done.records).cloned());
+        let Err(error) = self.store.commit(&changes, &self.records) else {
+            self.records.clear();
+            changes.iter().for_each(log);
+            return carried_out.into_iter().map(|answer| answer.map(|done| done.decision)).collect();
+        };
+        for (done, inverse) in done().collect::<Vec<_>>().into_iter().rev() {
+            self.take_back(&done.decision.changes, inverse);
+        }
+        let unwritten = self.records.split_off(waiting);
+        let commands = unwritten.into_iter().filter(|record| record.asked.is_some());
+        self.keep(commands.map(|record| record.without_effect(Verdict::Failed, None, error.to_string())));
         let error = Arc::new(error);
-        let answers = asked.iter().zip(carried_out).map(|(asked, answer)| match answer {
-            Ok((decision, _)) if is_change(asked, &decision) => {
-                Err(ServiceError::Unwritten(Arc::clone(&error)))
-            }
-            answer => answer.map(|(decision, _)| decision),
+        let answers = carried_out.into_iter().map(|answer| match answer {
+            Ok(done) if done.inverse.is_some() => Err(ServiceError::Unwritten(Arc::clone(&error))),
+            answer => answer.map(|done| done.decision),
         });
         answers.collect()
+    }
+
+    fn record(&mut self, record: Record) {
+        self.keep([record]);
+    }
+
+    fn records(&mut self, query: &RecordQuery) -> Result<Vec<Record>, ServiceError> {
+        self.try_write_records()?;
+        Ok(self.store.records(query)?)
     }
 
     fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, ServiceError> {

@@ -18,6 +18,8 @@ use super::worker::Worker;
 use super::{Api, serve, socket};
 use crate::config::Config;
 use crate::domain::{AllocationId, Direction};
+use crate::manager::record;
+use crate::manager::record::RecordQuery;
 use crate::manager::report::{
     ClassifierStatistics, Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus,
     RepairReport, RuleSetStatistics, Statistics, Why,
@@ -422,16 +424,31 @@ impl<S: Store> Store for FailingStore<S> {
         self.inner.load(network)
     }
 
-    fn commit(&mut self, changes: &[Change]) -> Result<(), crate::store::StoreError> {
+    fn commit(
+        &mut self,
+        changes: &[Change],
+        records: &[record::Record],
+    ) -> Result<(), crate::store::StoreError> {
         if self.commits_left == 0 {
             return Err(crate::store::StoreError::Full { path: PathBuf::from("/qos.sqlite") });
         }
         self.commits_left -= 1;
-        self.inner.commit(changes)
+        self.inner.commit(changes, records)
     }
 
     fn history(&mut self, limit: usize) -> Result<Vec<crate::domain::Allocation>, crate::store::StoreError> {
         self.inner.history(limit)
+    }
+
+    fn records(&mut self, query: &RecordQuery) -> Result<Vec<record::Record>, crate::store::StoreError> {
+        self.inner.records(query)
+    }
+}
+
+impl Service<FailingStore<SqliteStore>, Recorder> {
+    /// That many commits succeed from now on.
+    pub(crate) fn give_room(&mut self, commits: usize) {
+        self.store_mut().commits_left = commits;
     }
 }
 

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::service::{Asked, Operations as _, ServiceError};
 use super::testing::{Recorder, TestDaemon, ask, grant, service};
 use crate::domain::{AllocationId, BitsPerSecond, Contract, Directed, Name, ProviderKind};
+use crate::manager::record::{RecordQuery, Verdict};
 use crate::manager::{Change, Command, NewProvider, RefusalCode};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -742,6 +743,86 @@ fn only_those_who_may_use_the_socket_are_served() {
     }
 }
 
+/// What the history says, the newest first: action, verdict and who it concerns.
+fn decisions(daemon: &TestDaemon, query: &str) -> Vec<Value> {
+    let listing = daemon.must("GET", &format!("/v1/decisions?{query}"), "");
+    let items = listing["items"].as_array().expect("items");
+    items
+        .iter()
+        .map(|item| json!([item["action"], item["verdict"], item["code"], item["allocation"]]))
+        .collect()
+}
+
+#[test]
+fn every_decision_is_kept_with_who_asked_and_why() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    daemon.must(
+        "POST",
+        "/v1/allocations",
+        &grant(5_000, "5mbit", r#","application":"video","duration":"1h""#),
+    );
+    daemon.ask("POST", "/v1/allocations", &grant(5_001, "1gbit", ""));
+    daemon.ask("POST", "/v1/allocations?dry_run=true", &grant(5_002, "1mbit", ""));
+    daemon.must("POST", "/v1/allocations/1/extend", r#"{"by":"1h"}"#);
+    daemon.must("DELETE", "/v1/allocations/1", "");
+    assert_eq!(daemon.ask("DELETE", "/v1/allocations/1", "").0, 404);
+    daemon.must("POST", "/v1/reconcile", "");
+
+    let all = daemon.must("GET", "/v1/decisions", "");
+    let first = &all["items"].as_array().expect("items").last().expect("one")["sequence"];
+    assert_eq!(first, 1);
+    assert_eq!(
+        decisions(&daemon, "provider=acme&limit=4"),
+        [
+            json!(["revoke", "done", null, 1]),
+            json!(["extend", "done", null, 1]),
+            json!(["grant", "refused", "insufficient_capacity", null]),
+            json!(["grant", "done", null, 1]),
+        ]
+    );
+    assert_eq!(
+        decisions(&daemon, "allocation=1&verdict=refused"),
+        [json!(["revoke", "refused", "not_found", 1])]
+    );
+    assert_eq!(decisions(&daemon, "limit=1"), [json!(["reconcile", "done", null, null])]);
+    assert_eq!(decisions(&daemon, "application=video").len(), 4, "with its registration");
+    assert_eq!(decisions(&daemon, "session=dsl-1&since=2099-01-01T00:00:00Z"), [] as [Value; 0]);
+    assert_eq!(decisions(&daemon, "before=3").len(), 2);
+
+    let refused = &daemon.must("GET", "/v1/decisions?verdict=refused&provider=acme", "")["items"][0];
+    assert_eq!(text(refused, "/actor"), format!("uid {}", nix::unistd::geteuid()));
+    assert!(text(refused, "/reason").contains("left"), "{refused}");
+    assert_eq!(text(refused, "/session"), "dsl-1");
+    assert_eq!(refused["asked"]["level"], json!({"guaranteed": {"down": 1_000_000_000}}));
+
+    for (query, said) in [("limit=0", "limit"), ("limit=1001", "1 to 1000"), ("verdict=maybe", "maybe")] {
+        let (status, answer) = daemon.ask("GET", &format!("/v1/decisions?{query}"), "");
+        assert_eq!(status, 400, "{answer}");
+        assert!(text(&answer, "/error/message").contains(said), "{answer}");
+    }
+}
+
+#[test]
+fn what_was_refused_or_failed_is_written_without_a_change() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let recorder = Recorder::default();
+    // One commit is that of the start.
+    let mut service = service(directory.path(), &recorder, 1).expect("started");
+    let remove = Command::RemoveProvider { name: "isp".parse::<Name>().expect("a name") };
+    service.execute(remove.into()).expect_err("there is none");
+    service.execute(add_provider("acme").into()).expect_err("full");
+    assert!(service.records(&RecordQuery::default()).is_err(), "the disk is full still");
+    assert!(service.idle() <= Duration::from_secs(1), "it is tried again");
+    service.give_room(1);
+    let records = service.records(&RecordQuery::default()).expect("written");
+    let found: Vec<_> =
+        records.iter().map(|record| (record.sequence, record.action.as_str(), record.verdict)).collect();
+    assert_eq!(found, [(2, "add_provider", Verdict::Failed), (1, "remove_provider", Verdict::Refused)]);
+    assert!(records[0].reason.as_ref().is_some_and(|reason| reason.contains("no space is left")));
+    assert_eq!(records[0].actor, "qosd");
+}
+
 fn add_provider(name: &str) -> Command {
     Command::AddProvider(NewProvider {
         name: name.parse::<Name>().expect("a name"),
@@ -791,7 +872,7 @@ fn commands_are_written_together_and_answered_each_for_itself() {
     // One commit is that of the start, and one is for all of these.
     let mut service = service(directory.path(), &recorder, 2).expect("started");
     let remove = Command::RemoveProvider { name: "isp".parse::<Name>().expect("a name") };
-    let tried = Asked { command: add_provider("tried"), dry_run: true };
+    let tried = Asked { dry_run: true, ..Asked::from(add_provider("tried")) };
     let asked = [
         add_provider("acme").into(),
         add_provider("acme").into(),

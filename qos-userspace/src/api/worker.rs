@@ -25,7 +25,7 @@ type Job = Box<dyn FnOnce(&mut dyn Operations) + Send>;
 const MOST_TOGETHER: usize = 256;
 
 enum Message {
-    Execute(Asked, oneshot::Sender<Result<Decision, ServiceError>>),
+    Execute(Box<Asked>, oneshot::Sender<Result<Decision, ServiceError>>),
     Do(Job),
     Stop,
 }
@@ -53,7 +53,7 @@ impl Handle {
     /// Where the thread has ended.
     pub async fn execute(&self, asked: Asked) -> Result<Result<Decision, ServiceError>, Stopped> {
         let (sender, receiver) = oneshot::channel();
-        self.messages.send(Message::Execute(asked, sender)).map_err(|_| Stopped)?;
+        self.messages.send(Message::Execute(Box::new(asked), sender)).map_err(|_| Stopped)?;
         receiver.await.map_err(|_| Stopped)
     }
 
@@ -161,11 +161,11 @@ fn serve<S: Store, G: Gateway<Config = GatewayConfig>>(
         let message = next.take().map_or_else(|| inbox.recv_timeout(service.idle()), Ok);
         match message {
             Ok(Message::Execute(asked, sender)) => {
-                let (mut all, mut senders) = (vec![asked], vec![sender]);
+                let (mut all, mut senders) = (vec![*asked], vec![sender]);
                 while all.len() < MOST_TOGETHER && next.is_none() {
                     match inbox.try_recv() {
                         Ok(Message::Execute(asked, sender)) => {
-                            all.push(asked);
+                            all.push(*asked);
                             senders.push(sender);
                         }
                         Ok(other) => next = Some(other),
@@ -178,7 +178,10 @@ fn serve<S: Store, G: Gateway<Config = GatewayConfig>>(
                 }
             }
             Ok(Message::Do(job)) => job(&mut service),
-            Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                service.close();
+                return;
+            }
             Err(RecvTimeoutError::Timeout) => {}
         }
         service.tick();

@@ -13,6 +13,7 @@ mod args;
 mod client;
 mod completions;
 mod contract;
+mod decisions;
 mod detach;
 mod doctor;
 mod explain;
@@ -126,6 +127,7 @@ enum Verb {
     Revoke(revoke::Revoke),
     List(list::List),
     Show(list::Show),
+    Decisions(decisions::Decisions),
     Stats(stats::Stats),
     Explain(explain::Explain),
     Doctor(doctor::Doctor),
@@ -270,6 +272,7 @@ fn dispatch(
         Verb::Revoke(verb) => revoke::run(&verb, client, output),
         Verb::List(verb) => list::list(&verb, client, output),
         Verb::Show(verb) => list::show(&verb, client, output),
+        Verb::Decisions(verb) => decisions::run(&verb, client, output),
         Verb::Stats(verb) => stats::run(&verb, client, output),
         Verb::Explain(verb) => explain::run(&verb, client, output),
         Verb::Doctor(verb) => doctor::run(&verb, client, output),

@@ -113,6 +113,39 @@ const GRANT: [&str; 13] = [
 ];
 
 #[test]
+fn decisions_are_listed_with_what_they_concern_and_why() {
+    let daemon = furnished();
+    must(&daemon, &GRANT);
+    let flow = "down udp from 203.0.113.0/24:6000 to 192.0.2.20";
+    let refused =
+        ["grant", "--provider", "acme", "--app", "video", "--flow", flow, "--guaranteed-down", "1gbit"];
+    assert_eq!(qos(&daemon.socket(), &refused).status, 1);
+    must(&daemon, &["revoke", "1"]);
+    let table = must(&daemon, &["decisions", "--provider", "acme", "-n", "3"]);
+    let columns = |line: &str| {
+        line.split("  ").map(str::trim).filter(|word| !word.is_empty()).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let lines: Vec<Vec<String>> = table.lines().map(columns).collect();
+    assert_eq!(lines[0], ["NUMBER", "AT", "WHO", "WHAT", "OF", "OUTCOME", "WHY"]);
+    let of = |line: &[String]| (line[3].clone(), line[4].clone(), line[5].clone());
+    let expected = |what: &str, of: &str, outcome: &str| (what.to_owned(), of.to_owned(), outcome.to_owned());
+    assert_eq!(of(&lines[1]), expected("revoke", "allocation 1, acme/video, line fibre-7", "done"));
+    assert_eq!(of(&lines[2]), expected("grant", "acme/video, line fibre-7", "insufficient capacity"));
+    assert!(lines[2][6].contains("asked 1 Gbit/s"), "{table}");
+    assert_eq!(of(&lines[3]), expected("grant", "allocation 1, acme/video, line fibre-7", "done"));
+    assert_eq!(lines.len(), 4, "{table}");
+    let number = &lines[3][0];
+    let before = must(&daemon, &["decisions", "--before", number, "-n", "1"]);
+    assert!(before.contains("put profile") && before.contains("voice"), "{before}");
+    assert_eq!(must(&daemon, &["decisions", "--verdict", "failed"]).lines().count(), 1);
+    let json: serde_json::Value =
+        serde_json::from_str(&must(&daemon, &["-o", "json", "decisions", "--allocation", "1"]))
+            .expect("JSON");
+    assert_eq!(json["items"].as_array().map(Vec::len), Some(2));
+    assert_eq!(must(&daemon, &["decisions", "--since", "1h"]).lines().count(), 10);
+}
+
+#[test]
 fn the_command_line_is_sound() {
     command().debug_assert();
 }

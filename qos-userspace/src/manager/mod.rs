@@ -20,6 +20,7 @@ mod contract;
 mod decide;
 mod grant;
 mod overlap;
+pub mod record;
 mod refusal;
 pub mod report;
 mod segment;

@@ -33,6 +33,34 @@ pub enum RefusalCode {
     TooManyChecks,
 }
 
+impl RefusalCode {
+    /// All of them with their names.
+    pub const NAMES: [(Self, &'static str); 10] = [
+        (Self::Invalid, "invalid"),
+        (Self::NotFound, "not_found"),
+        (Self::Conflict, "conflict"),
+        (Self::DurationOutOfRange, "duration_out_of_range"),
+        (Self::ProfileNotApplicable, "profile_not_applicable"),
+        (Self::SessionDown, "session_down"),
+        (Self::Forbidden, "forbidden"),
+        (Self::InsufficientCapacity, "insufficient_capacity"),
+        (Self::InsufficientSlots, "insufficient_slots"),
+        (Self::TooManyChecks, "too_many_checks"),
+    ];
+
+    /// The name, as it stands in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(code, _)| *code == self).map_or("", |(_, name)| name)
+    }
+
+    /// The code of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(_, known)| *known == name).map(|(code, _)| *code)
+    }
+}
+
 /// A refusal, naming the field and the value.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refusal {

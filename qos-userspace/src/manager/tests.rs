@@ -7,6 +7,7 @@ use std::time::Instant;
 use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 
+use super::record::{Actor, records};
 use super::state::rules;
 use super::{
     Change, Command, Decision, GrantRequest, LevelRequest, LineSide, Network, NewProvider, NewSession,
@@ -384,6 +385,63 @@ fn a_line_that_comes_back_slower_sheds_the_worst_priority_first_and_of_that_the_
         // And nothing is given back that was not there.
         assert_eq!(state.sessions[&name("dsl-1")].rate.down, rate(speed));
     }
+}
+
+#[test]
+fn records_tell_what_followed_for_others() {
+    let at = |seconds: i64| now().checked_add(SignedDuration::from_secs(seconds)).unwrap();
+    let told = |state: &mut State, command: Command, at: Timestamp| -> Vec<String> {
+        let decision = decide(state, &command, at).unwrap();
+        let records = records(state, &command, &decision, &Actor::Daemon, at);
+        for change in &decision.changes {
+            state.apply(change);
+        }
+        let option = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        records
+            .iter()
+            .map(|record| {
+                let id = option(record.allocation.map(|id| id.to_string()));
+                let line = option(record.session.as_ref().map(ToString::to_string));
+                format!("{} {line} {id}: {}", record.action, option(record.reason.clone()))
+            })
+            .collect()
+    };
+    let mut state = with_three();
+    let slower = Command::StartSession(dsl_1("192.0.2.1/32", "15mbit"));
+    let shed = told(&mut state, slower.clone(), at(0));
+    assert!(shed[0].starts_with("start_session dsl-1 -: "), "{shed:?}");
+    assert!(shed[1].starts_with("end dsl-1 3: network terminated: line dsl-1 downstream"), "{shed:?}");
+    assert_eq!(shed.len(), 2);
+    assert_eq!(told(&mut state, slower, at(1)), [""; 0], "nothing is new");
+
+    let moved = told(&mut state, Command::StartSession(dsl_1("192.0.2.77/32", "15mbit")), at(2));
+    let expected = [
+        "start_session dsl-1 -: -",
+        "move dsl-1 1: its line has other addresses",
+        "move dsl-1 2: its line has other addresses",
+    ];
+    assert_eq!(moved, expected);
+    let revoked = told(&mut state, Command::Revoke { id: AllocationId(1) }, at(4));
+    assert_eq!(revoked, ["revoke dsl-1 1: -"]);
+    told(&mut state, Command::StopSession { name: name("dsl-1") }, at(5));
+    let gone = told(&mut state, Command::Expire, at(305));
+    let expected = [
+        "end dsl-1 2: network terminated: line dsl-1 was down since 2026-01-01T00:00:05Z",
+        "remove_session dsl-1 -: down for the grace time",
+    ];
+    assert_eq!(gone, expected);
+    assert_eq!(told(&mut state, Command::Expire, at(306)), [""; 0]);
+
+    // A line that reports itself: only what it changes is kept.
+    let reported = |line: &str| {
+        let line = session(line, &["192.0.2.7/32"], "20mbit", "5mbit");
+        Command::StartSession(NewSession { source: Some(name("radius")), ..line })
+    };
+    assert_eq!(told(&mut state, reported("one"), at(400)), ["start_session one -: -"]);
+    assert_eq!(told(&mut state, reported("one"), at(400 + 900)), [""; 0], "a sign of life");
+    let displaced = told(&mut state, reported("two"), at(1_400));
+    assert_eq!(displaced[1..], ["remove_session one -: its addresses are those of line two"]);
+    assert_eq!(told(&mut state, Command::Expire, at(1_400 + 3_600)), ["stop_session two -: no sign of life"]);
 }
 
 /// What is granted to acme on a flow to dsl-1.

@@ -6,6 +6,7 @@
 use std::path::PathBuf;
 
 use crate::domain::Allocation;
+use crate::manager::record::{Record, RecordQuery};
 use crate::manager::{Change, Network, State};
 
 pub mod sqlite;
@@ -22,17 +23,24 @@ pub trait Store: Send {
     /// Where the store can't be read, or holds what no decision can have written.
     fn load(&mut self, network: Network) -> Result<State, StoreError>;
 
-    /// Writes `changes`, all or none. When it returns they survive a loss of power.
+    /// Writes `changes` and the records of what led to them, all or none. When it returns they survive a loss
+    /// of power.
     ///
     /// # Errors
     /// Where they can't be written; the store is then as it was.
-    fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError>;
+    fn commit(&mut self, changes: &[Change], records: &[Record]) -> Result<(), StoreError>;
 
     /// The last `limit` allocations that ended, the last one first.
     ///
     /// # Errors
     /// As [`Store::load`].
     fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, StoreError>;
+
+    /// Records of decisions, the last one first.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    fn records(&mut self, query: &RecordQuery) -> Result<Vec<Record>, StoreError>;
 }
 
 /// Why the store does not do what was asked. Every variant names the file.

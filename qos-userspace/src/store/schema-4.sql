@@ -42,3 +42,21 @@ ALTER TABLE history ADD COLUMN jitter_us INTEGER;
 ALTER TABLE history ADD COLUMN delay_line_us INTEGER;
 ALTER TABLE history ADD COLUMN delay_line_queue_us INTEGER;
 ALTER TABLE history ADD COLUMN delay_link_queue_us INTEGER;
+-- Every decision, and what followed from it for something else; times RFC 3339.
+CREATE TABLE decisions (
+    sequence    INTEGER PRIMARY KEY AUTOINCREMENT,
+    at          TEXT NOT NULL,
+    actor       TEXT NOT NULL,
+    action      TEXT NOT NULL,
+    verdict     TEXT NOT NULL CHECK (verdict IN ('done', 'refused', 'failed')),
+    provider    TEXT,
+    application TEXT,
+    session     TEXT,
+    allocation  INTEGER,
+    code        TEXT,
+    reason      TEXT,
+    asked       TEXT -- JSON object
+) STRICT;
+CREATE INDEX decisions_by_provider ON decisions (provider) WHERE provider IS NOT NULL;
+CREATE INDEX decisions_by_session ON decisions (session) WHERE session IS NOT NULL;
+CREATE INDEX decisions_by_allocation ON decisions (allocation) WHERE allocation IS NOT NULL;

@@ -28,10 +28,14 @@ use crate::domain::{
     DurationRange, Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Segment, Selector,
     Session, Status, dscp,
 };
-use crate::manager::{Change, Network, SlotKind, State};
+use crate::manager::record::{Record, RecordQuery, Verdict};
+use crate::manager::{Change, Network, RefusalCode, SlotKind, State};
 
 /// Ended allocations that are kept; the oldest go first.
 pub const HISTORY_LIMIT: u32 = 100_000;
+
+/// Records of decisions that are kept; the oldest go first.
+pub const RECORDS_LIMIT: u32 = 100_000;
 
 /// How long a commit waits for another program that holds the file's write lock.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
@@ -50,6 +54,7 @@ pub struct SqliteStore {
     connection: Connection,
     path: PathBuf,
     history_limit: u32,
+    records_limit: u32,
     /// Held for as long as the store is open. Field order: the database is closed before.
     _lock: File,
 }
@@ -73,7 +78,13 @@ impl SqliteStore {
         let connection = Connection::open_with_flags(&path, flags).map_err(at("opening it"))?;
         connection.busy_timeout(BUSY_TIMEOUT).map_err(at("setting the timeout"))?;
         connection.set_prepared_statement_cache_capacity(64);
-        let mut store = Self { connection, path: path.clone(), history_limit: HISTORY_LIMIT, _lock: lock };
+        let mut store = Self {
+            connection,
+            path: path.clone(),
+            history_limit: HISTORY_LIMIT,
+            records_limit: RECORDS_LIMIT,
+            _lock: lock,
+        };
         store.check()?;
         store.connection.pragma_update(None, "journal_mode", "wal").map_err(at("choosing the journal"))?;
         store.connection.pragma_update(None, "synchronous", "full").map_err(at("choosing synchronous"))?;
@@ -86,6 +97,13 @@ impl SqliteStore {
     #[must_use]
     pub fn with_history_limit(mut self, limit: u32) -> Self {
         self.history_limit = limit;
+        self
+    }
+
+    /// The same store, keeping `limit` records of decisions instead of [`RECORDS_LIMIT`].
+    #[must_use]
+    pub fn with_records_limit(mut self, limit: u32) -> Self {
+        self.records_limit = limit;
         self
     }
 
@@ -147,13 +165,24 @@ impl SqliteStore {
         table: &'static str,
         query: &str,
         key: &[&str],
+        read: impl FnMut(&Reader<'_, '_>) -> Result<T, String>,
+    ) -> Result<Vec<T>, StoreError> {
+        self.rows_with(table, query, &[], key, read)
+    }
+
+    fn rows_with<T>(
+        &self,
+        table: &'static str,
+        query: &str,
+        values: &[Value],
+        key: &[&str],
         mut read: impl FnMut(&Reader<'_, '_>) -> Result<T, String>,
     ) -> Result<Vec<T>, StoreError> {
         let at = |source| explain(&self.path, "reading a table", source);
         let mut statement = self.connection.prepare(query).map_err(at)?;
         let names = statement.column_names().into_iter().map(str::to_owned);
         let columns: HashMap<String, usize> = names.zip(0..).collect();
-        let mut rows = statement.query([]).map_err(at)?;
+        let mut rows = statement.query(rusqlite::params_from_iter(values)).map_err(at)?;
         let mut found = Vec::new();
         while let Some(row) = rows.next().map_err(at)? {
             let item = read(&Reader { row, columns: &columns }).map_err(|reason| StoreError::BadRow {
@@ -250,13 +279,14 @@ impl Store for SqliteStore {
         Ok(state)
     }
 
-    fn commit(&mut self, changes: &[Change]) -> Result<(), StoreError> {
-        let history_limit = self.history_limit;
+    fn commit(&mut self, changes: &[Change], records: &[Record]) -> Result<(), StoreError> {
+        let (history_limit, records_limit) = (self.history_limit, self.records_limit);
         let write = |connection: &mut Connection| -> rusqlite::Result<()> {
             let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             for change in changes {
                 write(&transaction, change, history_limit)?;
             }
+            write_records(&transaction, records, records_limit)?;
             transaction.commit()
         };
         write(&mut self.connection).map_err(|source| explain(&self.path, "writing a decision", source))
@@ -265,6 +295,28 @@ impl Store for SqliteStore {
     fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, StoreError> {
         let query = format!("SELECT * FROM history ORDER BY sequence DESC LIMIT {limit}");
         self.rows("history", &query, &["id"], |row| read_allocation(row, Status::Unavailable))
+    }
+
+    fn records(&mut self, query: &RecordQuery) -> Result<Vec<Record>, StoreError> {
+        let RecordQuery { provider, application, session, allocation, verdict, since, before, limit } = query;
+        let conditions = [
+            ("provider =", provider.as_ref().map(text)),
+            ("application =", application.as_ref().map(text)),
+            ("session =", session.as_ref().map(text)),
+            ("allocation =", allocation.map(|id| integer(id.0))),
+            ("verdict =", verdict.map(|verdict| text(verdict.name()))),
+            (
+                "unixepoch(at, 'subsec') >=",
+                since.map(|since| Value::Real(since.as_microsecond() as f64 / 1e6)),
+            ),
+            ("sequence <", before.map(integer)),
+        ];
+        let (mut sql, mut values) = ("SELECT * FROM decisions WHERE true".to_owned(), Vec::new());
+        for (condition, value) in conditions {
+            values.extend(value.inspect(|_| sql.push_str(&format!(" AND {condition} ?"))));
+        }
+        sql.push_str(&format!(" ORDER BY sequence DESC LIMIT {limit}"));
+        self.rows_with("decisions", &sql, &values, &["sequence"], read_record)
     }
 }
 
@@ -418,6 +470,37 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
             Ok(())
         }
     }
+}
+
+/// Adds records, and forgets those that are too many.
+fn write_records(transaction: &Transaction<'_>, records: &[Record], limit: u32) -> rusqlite::Result<()> {
+    if records.is_empty() {
+        return Ok(());
+    }
+    let mut insert = transaction.prepare_cached(
+        "INSERT INTO decisions (at, actor, action, verdict, provider, application, session, allocation, code, \
+         reason, asked) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+    )?;
+    for record in records {
+        insert.execute((
+            text(record.at),
+            &record.actor,
+            &record.action,
+            record.verdict.name(),
+            option(record.provider.as_ref(), text),
+            option(record.application.as_ref(), text),
+            option(record.session.as_ref(), text),
+            option(record.allocation, |id| integer(id.0)),
+            option(record.code, |code| text(code.name())),
+            &record.reason,
+            option(record.asked.as_ref(), text),
+        ))?;
+    }
+    let last = transaction.last_insert_rowid();
+    transaction
+        .prepare_cached("DELETE FROM decisions WHERE sequence <= ?1")?
+        .execute([last - i64::from(limit)])?;
+    Ok(())
 }
 
 fn table(kind: SlotKind) -> &'static str {
@@ -729,6 +812,30 @@ fn read_provider(row: &Reader<'_, '_>) -> Result<Provider, String> {
         networks: row.json("networks")?,
         contract: read_contract(row)?,
         slot: row.slot("slot", SlotKind::Provider)?,
+    })
+}
+
+fn read_record(row: &Reader<'_, '_>) -> Result<Record, String> {
+    let verdict: String = row.get("verdict")?;
+    let known = Verdict::NAMES.iter().find(|(_, name)| *name == verdict);
+    Ok(Record {
+        sequence: row.number("sequence")?,
+        at: row.parse("at")?,
+        actor: row.get("actor")?,
+        action: row.get("action")?,
+        verdict: known
+            .map(|(verdict, _)| *verdict)
+            .ok_or(format!("column verdict: `{verdict}` is not known"))?,
+        provider: row.parse_option("provider")?,
+        application: row.parse_option("application")?,
+        session: row.parse_option("session")?,
+        allocation: row.number_option("allocation")?.map(AllocationId),
+        code: row
+            .get::<Option<String>>("code")?
+            .map(|code| RefusalCode::named(&code).ok_or(format!("column code: `{code}` is not known")))
+            .transpose()?,
+        reason: row.get("reason")?,
+        asked: row.json_option("asked")?,
     })
 }
 

@@ -4,7 +4,8 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -13,9 +14,11 @@ use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
 use proptest::test_runner::TestRunner;
 use rusqlite::Connection;
+use serde::Deserialize as _;
 
 use super::{SqliteStore, Store, StoreError};
 use crate::domain::{AllocationId, BitsPerSecond, Contract, Directed, Enforcement, Status};
+use crate::manager::record::{Actor, RecordQuery, Verdict, records};
 use crate::manager::tests::{any_history, grant_on_line, network, town};
 use crate::manager::{Change, Command, LevelRequest, State, decide};
 
@@ -23,10 +26,26 @@ fn now() -> Timestamp {
     "2026-01-01T00:00:00.123456789Z".parse().unwrap()
 }
 
+/// Opens a store. A process that another test starts has the lock of one that was just closed until it has become
+/// the program that it is to be.
+fn open(path: impl AsRef<Path>) -> Result<SqliteStore, StoreError> {
+    let begin = Instant::now();
+    loop {
+        match SqliteStore::open(path.as_ref()) {
+            Err(StoreError::InUse { holder, .. })
+                if holder == Some(std::process::id()) && begin.elapsed() < Duration::from_millis(500) =>
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            opened => return opened,
+        }
+    }
+}
+
 /// Decides, writes and applies.
 fn carry_out(store: &mut SqliteStore, state: &mut State, command: &Command, now: Timestamp) -> Vec<Change> {
     let decision = decide(state, command, now).unwrap();
-    store.commit(&decision.changes).unwrap();
+    store.commit(&decision.changes, &[]).unwrap();
     for change in &decision.changes {
         state.apply(change);
     }
@@ -35,14 +54,14 @@ fn carry_out(store: &mut SqliteStore, state: &mut State, command: &Command, now:
 
 /// A store that holds what [`town`] does.
 fn filled(path: &Path) -> (SqliteStore, State) {
-    let mut store = SqliteStore::open(path).unwrap();
+    let mut store = open(path).unwrap();
     let (state, changes) = town();
-    store.commit(&changes).unwrap();
+    store.commit(&changes, &[]).unwrap();
     (store, state)
 }
 
 fn reopened(path: &Path) -> State {
-    SqliteStore::open(path).unwrap().load(network()).unwrap()
+    open(path).unwrap().load(network()).unwrap()
 }
 
 #[test]
@@ -89,7 +108,7 @@ fn allocations_of_an_earlier_version_keep_their_classes() {
          ALTER TABLE history DROP COLUMN class; DELETE FROM freed_slots WHERE kind = 'class';
          PRAGMA user_version = 2";
     Connection::open(&path).unwrap().execute_batch(earlier).unwrap();
-    let mut store = SqliteStore::open(&path).unwrap();
+    let mut store = open(&path).unwrap();
     let mut state = store.load(network()).unwrap();
     let classes: Vec<_> = state.allocations.values().map(|known| (known.slot, known.class)).collect();
     assert_eq!(classes, [(1, Some(1)), (3, Some(3)), (4, None), (6, None)]);
@@ -109,7 +128,7 @@ fn of_version_3(path: &Path) {
          ALTER TABLE providers RENAME COLUMN maximum_down TO aggregate_down;
          ALTER TABLE applications DROP COLUMN maximum_up;
          ALTER TABLE applications DROP COLUMN maximum_down;
-         ALTER TABLE sessions DROP COLUMN segments; DROP TABLE segments;
+         ALTER TABLE sessions DROP COLUMN segments; DROP TABLE segments; DROP TABLE decisions;
          ALTER TABLE sessions DROP COLUMN bras; ALTER TABLE sessions DROP COLUMN source;
          ALTER TABLE sessions DROP COLUMN seen_at; ALTER TABLE sessions DROP COLUMN down_since;
          ALTER TABLE profiles DROP COLUMN status; ALTER TABLE profiles DROP COLUMN shortest;
@@ -165,16 +184,16 @@ fn generated_histories_are_read_back() {
         let commands = any_history().new_tree(&mut runner).unwrap().current();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state.db");
-        let mut store = SqliteStore::open(&path).unwrap();
+        let mut store = open(&path).unwrap();
         let mut state = State::new(network());
         for (step, command) in commands.iter().enumerate() {
             let now = now().checked_add(SignedDuration::from_secs(3 * step as i64)).unwrap();
             let Ok(decision) = decide(&state, command, now) else { continue };
             let inverse = state.inverse(&decision.changes);
-            store.commit(&decision.changes).unwrap();
+            store.commit(&decision.changes, &[]).unwrap();
             decision.changes.iter().for_each(|change| state.apply(change));
             if step % 5 == 0 {
-                store.commit(&inverse).unwrap();
+                store.commit(&inverse, &[]).unwrap();
                 inverse.iter().for_each(|change| state.apply(change));
             }
         }
@@ -208,13 +227,13 @@ fn ended_allocations_are_history_and_the_oldest_go() {
         assert_eq!(ended.ended_at, Some(now()));
     }
     // What is undone has not ended.
-    store.commit(&before_undone).unwrap();
+    store.commit(&before_undone, &[]).unwrap();
     assert_eq!(store.history(1).unwrap()[0].id, AllocationId(5));
-    store.commit(&inverse).unwrap();
+    store.commit(&inverse, &[]).unwrap();
     assert_eq!(store.history(1).unwrap()[0].id, AllocationId(1));
     drop(store);
     // The last allocation ends, its provider goes, all is closed: its number is not given out again.
-    let mut store = SqliteStore::open(&path).unwrap();
+    let mut store = open(&path).unwrap();
     carry_out(&mut store, &mut state, &Command::Revoke { id: AllocationId(5) }, now());
     drop(store);
     assert_eq!(reopened(&path).next_allocation, AllocationId(6));
@@ -231,17 +250,17 @@ fn a_decision_is_written_whole_or_not_at_all() {
     stray.id = AllocationId(2);
     stray.slot = 2;
     stray.provider = "nobody".parse().unwrap();
-    let error = store.commit(&[good[0].clone(), Change::PutAllocation(stray)]).unwrap_err();
+    let error = store.commit(&[good[0].clone(), Change::PutAllocation(stray)], &[]).unwrap_err();
     assert!(matches!(error, StoreError::Sqlite { action: "writing a decision", .. }), "{error}");
     assert!(store.load(network()).unwrap() == state);
-    store.commit(&good).unwrap();
+    store.commit(&good, &[]).unwrap();
 }
 
 #[test]
 fn a_file_that_is_not_ours_is_told_from_a_damaged_one() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.db");
-    let open = || SqliteStore::open(&path).map(|_| ());
+    let open = || open(&path).map(|_| ());
 
     fs::write(
         &path,
@@ -285,12 +304,61 @@ fn damage_is_found_before_anything_is_decided() {
         ("its head overwritten", [&[0; 100], &sound[100..]].concat()),
     ] {
         fs::write(&path, damaged).unwrap();
-        let error = SqliteStore::open(&path).map(|_| ()).expect_err(what);
+        let error = open(&path).map(|_| ()).expect_err(what);
         assert!(matches!(error, StoreError::Corrupt { .. }), "{what}: {error}");
         assert!(error.to_string().contains("move it away"), "{what}: {error}");
     }
     fs::write(&path, sound).unwrap();
     assert!(reopened(&path) == state);
+}
+
+#[test]
+fn records_are_found_by_what_they_concern_and_the_oldest_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.db");
+    let (store, mut state) = filled(&path);
+    let mut store = store.with_records_limit(30);
+    for host in 1..=40 {
+        let command = grant_on_line(host);
+        let decision = decide(&state, &command, now()).unwrap();
+        let records = records(&state, &command, &decision, &Actor::User(Some(7)), now());
+        store.commit(&decision.changes, &records).unwrap();
+        for change in &decision.changes {
+            state.apply(change);
+        }
+    }
+    drop(store);
+    let mut store = open(&path).unwrap();
+    let mut found = |query: RecordQuery| store.records(&query).unwrap();
+    let all = found(RecordQuery::default());
+    assert_eq!(
+        all.iter().map(|record| record.sequence).collect::<Vec<_>>(),
+        (11..=40).rev().collect::<Vec<_>>()
+    );
+    assert_eq!(
+        (all[0].actor.as_str(), all[0].action.as_str(), all[0].verdict),
+        ("uid 7", "grant", Verdict::Done)
+    );
+    assert_eq!((all[0].at, all[0].allocation), (now(), Some(AllocationId(40))));
+    let asked = Command::deserialize(&{
+        let mut asked = all[0].asked.clone().unwrap();
+        asked["command"] = "grant".into();
+        asked
+    });
+    assert_eq!(asked.unwrap(), grant_on_line(40));
+    let one = RecordQuery { allocation: Some(AllocationId(20)), ..RecordQuery::default() };
+    assert_eq!(found(one.clone())[..], all[20..=20]);
+    let line = all[20].session.clone();
+    assert!(line.is_some());
+    assert!(found(RecordQuery { session: line, ..one.clone() }).len() == 1);
+    assert!(found(RecordQuery { verdict: Some(Verdict::Refused), ..one.clone() }).is_empty());
+    assert_eq!(
+        found(RecordQuery { since: Some(now() - SignedDuration::from_secs(1)), ..one.clone() }).len(),
+        1
+    );
+    assert!(found(RecordQuery { since: Some(now() + SignedDuration::from_secs(1)), ..one }).is_empty());
+    let rest = RecordQuery { before: Some(15), limit: 3, ..RecordQuery::default() };
+    assert_eq!(found(rest)[..], all[26..29]);
 }
 
 #[test]
@@ -338,7 +406,7 @@ fn a_bad_row_is_named() {
         let by_hand = Connection::open(&path).unwrap();
         by_hand.execute_batch(&format!("PRAGMA foreign_keys = OFF; {statement}")).unwrap();
         drop(by_hand);
-        let error = SqliteStore::open(&path).unwrap().load(network()).map(|_| ()).expect_err(statement);
+        let error = open(&path).unwrap().load(network()).map(|_| ()).expect_err(statement);
         match &error {
             StoreError::BadRow { table: found, key: row, reason, .. } => {
                 assert_eq!((*found, row.as_str()), (table, key), "{statement}");
@@ -354,7 +422,7 @@ fn one_process_owns_the_file_and_others_may_read() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.db");
     let (mut store, mut state) = filled(&path);
-    let error = SqliteStore::open(&path).map(|_| ()).unwrap_err();
+    let error = open(&path).map(|_| ()).unwrap_err();
     assert!(
         matches!(error, StoreError::InUse { holder: Some(pid), .. } if pid == std::process::id()),
         "{error}"
@@ -369,10 +437,10 @@ fn one_process_owns_the_file_and_others_may_read() {
     // A shell that began to write and was left so.
     reader.execute_batch("BEGIN IMMEDIATE").unwrap();
     let changes = decide(&state, &grant_on_line(2), now()).unwrap().changes;
-    let error = store.commit(&changes).unwrap_err();
+    let error = store.commit(&changes, &[]).unwrap_err();
     assert!(matches!(error, StoreError::Locked { .. }), "{error}");
     reader.execute_batch("ROLLBACK").unwrap();
-    store.commit(&changes).unwrap();
+    store.commit(&changes, &[]).unwrap();
 
     drop(store);
     assert_eq!(reopened(&path).allocations.len(), 2);
@@ -419,7 +487,7 @@ const CHILD: &str = "QOS_TEST_STORE";
 #[test]
 fn commits_until_killed() {
     let Some(path) = std::env::var_os(CHILD) else { return };
-    let mut store = SqliteStore::open(Path::new(&path)).unwrap();
+    let mut store = open(Path::new(&path)).unwrap();
     let mut state = store.load(network()).unwrap();
     for host in 0.. {
         let changes = carry_out(&mut store, &mut state, &grant_on_line(host % 3), now());
@@ -472,7 +540,7 @@ fn kill_9_loses_nothing_that_was_told() {
         }
         // At most the one grant that was under way is there.
         assert!(state.allocations.len() <= 1, "round {round}");
-        let mut store = SqliteStore::open(&path).unwrap();
+        let mut store = open(&path).unwrap();
         let left: Vec<_> = state.allocations.keys().copied().collect();
         let mut state = state;
         for id in left {
@@ -495,7 +563,7 @@ fn in_tmpfs(size: u32, test: impl FnOnce(&Path) + Send + 'static) {
         test(&path);
         umount2(&path, MntFlags::MNT_DETACH).unwrap();
     };
-    let finished = std::thread::spawn(run).join();
+    let finished = thread::spawn(run).join();
     if let Err(panic) = finished {
         std::panic::resume_unwind(panic);
     }
@@ -512,7 +580,7 @@ fn a_full_disk_refuses_and_changes_nothing() {
         let mut error = None;
         for host in 0..2_000 {
             let changes = decide(&state, &grant_on_line(host), now()).unwrap().changes;
-            match store.commit(&changes) {
+            match store.commit(&changes, &[]) {
                 Ok(()) => changes.iter().for_each(|change| state.apply(change)),
                 Err(refused) => {
                     error = Some(refused);
@@ -539,7 +607,7 @@ fn a_disk_that_is_full_at_the_start_is_said() {
         in_tmpfs(1 << 20, move |folder| {
             let filler = fs::write(folder.join("filler"), vec![0; (1 << 20) - left]);
             filler.unwrap();
-            let error = SqliteStore::open(folder.join("state.db")).map(|_| ()).unwrap_err();
+            let error = open(folder.join("state.db")).map(|_| ()).unwrap_err();
             assert!(matches!(error, StoreError::Full { .. }), "{left} bytes left: {error}");
         });
     }
@@ -556,12 +624,12 @@ fn what_is_read_only_is_said() {
         // The file alone, its folder writable.
         mount(Some(&path), &path, nothing, MsFlags::MS_BIND, nothing).unwrap();
         mount(nothing, &path, nothing, remount | MsFlags::MS_RDONLY, nothing).unwrap();
-        let error = SqliteStore::open(&path).map(|_| ()).unwrap_err();
+        let error = open(&path).map(|_| ()).unwrap_err();
         assert!(matches!(error, StoreError::ReadOnly { .. }), "{error}");
         umount2(&path, MntFlags::empty()).unwrap();
         // The folder.
         mount(nothing, folder, nothing, remount | MsFlags::MS_RDONLY, nothing).unwrap();
-        let error = SqliteStore::open(&path).map(|_| ()).unwrap_err();
+        let error = open(&path).map(|_| ()).unwrap_err();
         assert!(matches!(error, StoreError::ReadOnly { .. }), "{error}");
         assert!(error.to_string().contains("must be able to write"), "{error}");
     });
