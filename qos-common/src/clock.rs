@@ -4,6 +4,7 @@
 //! A clock is one `u64` that says until when the traffic charged so far has used up the rate. Time
 //! is counted in ticks of 2⁻²⁰ ns, so that a byte at 400 Gbit/s is 20,971.52 ticks and rounding
 //! costs 0.003 % at most; the counter wraps every 4.9 hours, and every comparison wraps with it.
+//! Zero is no time but a clock that was never used: it would else lie ahead shortly before each wrap.
 
 /// Ticks of a clock in one nanosecond, as a power of two.
 pub const TICK_BITS: u32 = 20;
@@ -20,6 +21,9 @@ pub const MAX_CHARGE: u64 = 65_536;
 /// Longest time a clock may run ahead, in ticks: a quarter of its range, some 73 minutes.
 const MAX_WINDOW: u64 = 1 << 62;
 
+/// A clock that was never used.
+pub const UNUSED: u64 = 0;
+
 /// Nanoseconds since boot, in ticks.
 #[inline(always)]
 #[must_use]
@@ -31,6 +35,9 @@ pub const fn ticks(now_ns: u64) -> u64 {
 /// ahead than any clock can be is idle.
 #[must_use]
 pub const fn further(one: u64, other: u64, now: u64) -> u64 {
+    if one == UNUSED || other == UNUSED {
+        return one | other;
+    }
     let (one_ahead, other_ahead) = (one.wrapping_sub(now), other.wrapping_sub(now));
     if other_ahead <= MAX_WINDOW && (other_ahead > one_ahead || one_ahead > MAX_WINDOW) { other } else { one }
 }
@@ -114,7 +121,7 @@ impl Meter {
     #[must_use]
     pub const fn arrive(&self, clock: u64, now: u64, bytes: u64) -> Arrival {
         let ahead = clock.wrapping_sub(now);
-        if ahead > self.window() {
+        if clock == UNUSED || ahead > self.window() {
             Arrival::Conforms { clock: now.wrapping_add(self.cost(bytes)) }
         } else if ahead > self.tolerance {
             Arrival::Over
@@ -130,7 +137,7 @@ impl Meter {
     pub const fn charge(&self, clock: u64, now: u64, bytes: u64) -> u64 {
         let ahead = clock.wrapping_sub(now);
         let window = self.window();
-        let ahead = if ahead > window { 0 } else { ahead };
+        let ahead = if clock == UNUSED || ahead > window { 0 } else { ahead };
         // Both terms are below 2^63.
         let next = ahead + self.cost(bytes);
         now.wrapping_add(if next > window { window } else { next })
@@ -220,6 +227,20 @@ mod tests {
             meter.arrive(clock, now.wrapping_add(ticks(1_001_000)), 1),
             Arrival::Conforms { .. }
         ));
+    }
+
+    #[test]
+    fn a_clock_that_was_never_used_conforms_at_any_time() {
+        let meter = Meter::new(MIN_RATE, 100);
+        for before_wrap in [1, 1_000_000, 900_000_000, 100_000_000_000, 500_000_000_000] {
+            let now = ticks(0).wrapping_sub(ticks(before_wrap));
+            let Arrival::Conforms { clock } = meter.arrive(UNUSED, now, 42) else {
+                panic!("{before_wrap} ns before the wrap")
+            };
+            assert_eq!(clock, now.wrapping_add(meter.cost(42)));
+            assert_eq!(meter.charge(UNUSED, now, 42), clock);
+            assert_eq!((further(UNUSED, clock, now), further(clock, UNUSED, now)), (clock, clock));
+        }
     }
 
     #[test]

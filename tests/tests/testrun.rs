@@ -203,23 +203,22 @@ fn clocks_hold_both_ends_of_the_range() {
         [(1_000, 28), (1_000_000, 1_500), (10_000_000_000, 65_000), (400_000_000_000, 65_000)]
     {
         let burst = (rate / 80).max(100);
-        // A machine that is slow for a moment offers less than the highest rate.
-        let (time_ns, counted) = (0..8)
-            .map(|_| {
-                let mut bench = Bench::new(&format!("rate-{rate}"));
-                bench.classifier.insert(&[rule_to(1, 1)]).expect("fits");
-                bench.put(1, Direction::Upstream, policed(1, rate, burst));
-                let time_ns = flood(bench.object(), ip_length);
-                (time_ns, bench.counted(1, Direction::Upstream))
-            })
-            .find(|(_, counted)| counted.dropped_packets > 0)
-            .unwrap_or_else(|| panic!("{rate} bit/s was never offered more"));
-        let due = rate as f64 / 8e9 * time_ns as f64;
-        let most = due * 1.0001 + burst as f64 + 2.0 * f64::from(ip_length + 14);
-        let passed = counted.excess_bytes as f64;
-        println!("{rate} bit/s: {passed} bytes passed in {time_ns} ns, {due:.0} due, burst {burst}");
-        assert!(passed <= most, "{rate} bit/s: {passed} bytes passed, {most} may");
-        assert!(passed >= due * 0.99, "{rate} bit/s: {passed} bytes passed, {due} were due");
+        // A machine that is slow for a moment offers less than the highest rate, and one that stops for longer than
+        // the burst lasts lets less pass: one of several runs has to reach the rate, none may exceed it.
+        let reached = (0..8).any(|_| {
+            let mut bench = Bench::new(&format!("rate-{rate}"));
+            bench.classifier.insert(&[rule_to(1, 1)]).expect("fits");
+            bench.put(1, Direction::Upstream, policed(1, rate, burst));
+            let time_ns = flood(bench.object(), ip_length);
+            let counted = bench.counted(1, Direction::Upstream);
+            let due = rate as f64 / 8e9 * time_ns as f64;
+            let most = due * 1.0001 + burst as f64 + 2.0 * f64::from(ip_length + 14);
+            let passed = counted.excess_bytes as f64;
+            println!("{rate} bit/s: {passed} bytes passed in {time_ns} ns, {due:.0} due, burst {burst}");
+            assert!(passed <= most, "{rate} bit/s: {passed} bytes passed, {most} may");
+            counted.dropped_packets > 0 && passed >= due * 0.99
+        });
+        assert!(reached, "{rate} bit/s was never reached");
     }
 }
 
