@@ -81,7 +81,7 @@ pub struct Record {
     pub code: Option<RefusalCode>,
     /// Why, or what the asker was told beside; none: it was carried out as asked.
     pub reason: Option<String>,
-    /// What was asked, as the API takes it; none: it is a consequence.
+    /// What was asked, as the API takes it, with its first 16 selectors; none: it is a consequence.
     pub asked: Option<Value>,
 }
 
@@ -167,6 +167,7 @@ impl Record {
         let mut asked = serde_json::to_value(command).unwrap_or_default();
         let action = asked.as_object_mut().and_then(|asked| asked.remove("command"));
         let action = action.and_then(|action| action.as_str().map(str::to_owned)).unwrap_or_default();
+        shorten(&mut asked);
         remove_nulls(&mut asked);
         let record = Self { asked: Some(asked), ..Self::new(at, actor, &action) };
         match command {
@@ -284,6 +285,19 @@ pub fn records(
         records.insert(0, own);
     }
     records
+}
+
+/// Selectors of a request that are kept; how many more there were is kept in the place of the others.
+const MOST_SELECTORS: usize = 16;
+
+/// A history is bounded in bytes as well: a request may have thousands of selectors.
+fn shorten(asked: &mut Value) {
+    let Some(selectors) = asked.get_mut("selectors").and_then(Value::as_array_mut) else { return };
+    let more = selectors.len().saturating_sub(MOST_SELECTORS);
+    selectors.truncate(MOST_SELECTORS);
+    if more > 0 {
+        asked["selectors_left_out"] = more.into();
+    }
 }
 
 /// What was left open is left out.

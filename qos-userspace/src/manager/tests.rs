@@ -7,7 +7,7 @@ use std::time::Instant;
 use jiff::{SignedDuration, Timestamp};
 use proptest::prelude::*;
 
-use super::record::{Actor, records};
+use super::record::{Actor, Record, records};
 use super::state::rules;
 use super::{
     Change, Command, Decision, GrantRequest, LevelRequest, LineSide, Network, NewProvider, NewSession,
@@ -431,6 +431,18 @@ fn records_tell_what_followed_for_others() {
     ];
     assert_eq!(gone, expected);
     assert_eq!(told(&mut state, Command::Expire, at(306)), [""; 0]);
+
+    // Of many selectors a few are kept.
+    let flows: Vec<_> =
+        (1..=40).map(|port| format!("down udp from 198.51.100.0/24 to 192.0.2.2:{port}")).collect();
+    let mut long = request("acme", &flows[0]);
+    long.selectors = flows.iter().map(|flow| flow.parse().unwrap()).collect();
+    let kept = Record::of_command(&state, &Command::Grant(Box::new(long)), &Actor::User(None), at(306));
+    let asked = kept.asked.unwrap();
+    assert_eq!(
+        (asked["selectors"].as_array().unwrap().len(), &asked["selectors_left_out"]),
+        (16, &24.into())
+    );
 
     // A line that reports itself: only what it changes is kept.
     let reported = |line: &str| {
