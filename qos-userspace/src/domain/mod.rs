@@ -14,6 +14,7 @@ pub mod provider;
 pub mod segment;
 pub mod selector;
 pub mod session;
+pub mod subscriber;
 pub mod units;
 
 pub use allocation::{Allocation, AllocationId, DelayBound, Status};
@@ -25,6 +26,7 @@ pub use provider::{Application, Provider, ProviderKind};
 pub use segment::Segment;
 pub use selector::Selector;
 pub use session::Session;
+pub use subscriber::Subscriber;
 pub use units::{BitsPerSecond, ByteCount};
 
 pub use qos_common::classify::Direction;
