@@ -24,6 +24,8 @@ pub mod reload;
 pub mod service;
 pub mod socket;
 #[cfg(test)]
+mod subscriber_tests;
+#[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

@@ -344,7 +344,8 @@ pub fn follow(state: &State, written: &[Subscriber]) -> Followed {
     let (mut warnings, mut commands) = (Vec::new(), Vec::new());
     let mut is_taken_over = false;
     for (place, known) in written.iter().enumerate() {
-        if let Some(reason) = known.reason.as_ref().filter(|_| place > 0) {
+        let lost = known.reason.as_ref().filter(|_| place > 0 && written[0].down_since.is_none());
+        if let Some(reason) = lost {
             warnings.push(format!("line {} is down: {reason}", known.line));
         }
         let session = state.sessions.get(&known.line);
