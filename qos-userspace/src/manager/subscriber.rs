@@ -2,7 +2,7 @@
 //!
 //! The session data store keeps every line that is told; millions of them, of which few carry anything. A line
 //! comes into service, that is, it becomes a [`Session`](crate::domain::Session) with a place in the kernel,
-//! with the first grant on it (docs/adr/0024).
+//! with the first grant on it (docs/adr/0025).
 
 use std::net::IpAddr;
 

@@ -203,12 +203,15 @@ impl SqliteStore {
     ) -> Result<Vec<T>, StoreError> {
         let at = |source| explain(&self.path, "reading a table", source);
         let mut statement = self.connection.prepare_cached(query).map_err(at)?;
-        let names = statement.column_names().into_iter().map(str::to_owned);
-        let columns: HashMap<String, usize> = names.zip(0..).collect();
+        let columns = |row: &Row<'_>| -> HashMap<String, usize> {
+            row.as_ref().column_names().into_iter().map(str::to_owned).zip(0..).collect()
+        };
+        let mut known = None;
         let mut rows = statement.query(rusqlite::params_from_iter(values)).map_err(at)?;
         let mut found = Vec::new();
         while let Some(row) = rows.next().map_err(at)? {
-            let item = read(&Reader { row, columns: &columns }).map_err(|reason| StoreError::BadRow {
+            let columns = known.get_or_insert_with(|| columns(row));
+            let item = read(&Reader { row, columns }).map_err(|reason| StoreError::BadRow {
                 path: self.path.clone(),
                 table,
                 key: key.iter().map(|column| text_of(row, column)).collect::<Vec<_>>().join(" "),
