@@ -1,9 +1,11 @@
 //! `qos profile`: named levels.
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
+use clap::builder::TypedValueParser;
 use jiff::SignedDuration;
 
 use super::CliError;
+use super::args::one_of;
 use super::client::Client;
 use super::level::{self, LevelArgs};
 use super::output::{Output, or_dash};
@@ -29,8 +31,8 @@ Example:
         #[arg(long, value_name = "DURATION", value_parser = duration::parse, help_heading = "Profile")]
         longest: Option<SignedDuration>,
         /// Whether new requests may name it
-        #[arg(long, value_enum, default_value_t, help_heading = "Profile")]
-        status: StatusName,
+        #[arg(long, value_parser = status(), default_value = ProfileStatus::default().name(), help_heading = "Profile")]
+        status: ProfileStatus,
     },
     /// Shows all named levels
     List,
@@ -46,33 +48,15 @@ Example:
     },
 }
 
-/// Whether a profile may be asked for.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-pub(super) enum StatusName {
-    /// It may
-    #[default]
-    Active,
-    /// Not now
-    Inactive,
-    /// Not any more
-    Deprecated,
-}
-
-impl From<StatusName> for ProfileStatus {
-    fn from(name: StatusName) -> Self {
-        match name {
-            StatusName::Active => Self::Active,
-            StatusName::Inactive => Self::Inactive,
-            StatusName::Deprecated => Self::Deprecated,
-        }
-    }
+fn status() -> impl TypedValueParser<Value = ProfileStatus> {
+    one_of(ProfileStatus::NAMES, ["It may", "Not now", "Not any more"])
 }
 
 pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     match verb {
         Verb::Add { name, level, shortest, longest, status } => {
             let duration = DurationRange { shortest, longest };
-            let profile = NewProfile { level: level.level(), status: status.into(), duration };
+            let profile = NewProfile { level: level.level(), status, duration };
             let answer = client.put(&format!("/v1/profiles/{name}"), &profile)?;
             output.outcome(&answer, |output, profile: Profile| {
                 output.line(format_args!("profile {} written", profile.name))

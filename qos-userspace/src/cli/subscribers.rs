@@ -16,7 +16,6 @@ use super::CliError;
 use super::args::{delay, prefix, share};
 use super::client::{Answer, Client};
 use super::output::{Output, joined, moment, or_dash};
-use super::session::framing;
 use crate::api::types::{ErrorBody, Listing, Reports};
 use crate::domain::session::link_layer;
 use crate::domain::subscriber::{Event, Facts, Report};
@@ -162,10 +161,7 @@ impl Row<Vec<String>> {
         let told = |text: Option<String>| text.filter(|text| !text.is_empty());
         let layer = match told(self.link_layer) {
             None => LinkLayer::default(),
-            Some(text) => link_layer::NAMES
-                .iter()
-                .find(|(_, name)| *name == text)
-                .map(|(layer, _)| *layer)
+            Some(text) => link_layer::named(&text)
                 .ok_or_else(|| format!("link_layer: `{text}` is none of ethernet, atm, ptm"))?,
         };
         let in_field = |field: &str, error: &dyn std::fmt::Display| format!("{field}: {error}");
@@ -411,7 +407,7 @@ pub(super) fn find(find: &Find, client: &Client, output: &mut Output) -> Result<
                 moment(known.down_since.unwrap_or(known.started_at)),
                 or_dash(facts.rate.down),
                 or_dash(facts.rate.up),
-                framing(facts.link_layer).to_owned(),
+                link_layer::name(facts.link_layer).to_owned(),
                 or_dash(facts.bras.as_ref()),
                 or_dash(known.source.as_ref()),
                 joined(&facts.addresses, ", "),
