@@ -1,5 +1,7 @@
 //! `qos profile`: named levels.
 
+use std::path::{Path, PathBuf};
+
 use clap::Subcommand;
 use clap::builder::TypedValueParser;
 use jiff::SignedDuration;
@@ -34,6 +36,19 @@ Example:
         #[arg(long, value_parser = status(), default_value = ProfileStatus::default().name(), help_heading = "Profile")]
         status: ProfileStatus,
     },
+    /// Names the levels of a file
+    ///
+    /// JSON as `qos profile list -o json` prints it. Either all of them are written, or, where one can't be, none.
+    /// The file starter-profiles.json among the examples has levels for voice, interactive video, gaming,
+    /// streaming, bulk and background traffic.
+    #[command(after_long_help = "\
+Examples:
+  qos profile import /usr/share/doc/qos/examples/starter-profiles.json
+  qos --socket /run/qos/other.sock profile list -o json | qos profile import -")]
+    Import {
+        /// The file; `-` for standard input
+        file: PathBuf,
+    },
     /// Shows all named levels
     List,
     /// Shows one named level
@@ -62,6 +77,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 output.line(format_args!("profile {} written", profile.name))
             })
         }
+        Verb::Import { file } => import(&file, client, output),
         Verb::List => output.show(&client.get("/v1/profiles")?, |output, profiles: Listing<Profile>| {
             let header = [
                 "NAME",
@@ -110,4 +126,32 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             })
         }
     }
+}
+
+fn import(file: &Path, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
+    let name = file.display();
+    let read = if file == Path::new("-") {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(file)
+    };
+    let text = read.map_err(|source| CliError::System { what: format!("read {name}"), source })?;
+    let profiles: Listing<Profile> =
+        serde_json::from_str(&text).map_err(|error| CliError::Usage(format!("{name}: {error}")))?;
+    let path = |profile: &Profile| format!("/v1/profiles/{}", profile.name);
+    let new = |profile: Profile| NewProfile {
+        level: profile.level,
+        status: profile.status,
+        duration: profile.duration,
+    };
+    for profile in &profiles.items {
+        client.try_put(&path(profile), &new(profile.clone()))?;
+    }
+    for profile in profiles.items {
+        let answer = client.put(&path(&profile), &new(profile))?;
+        output.outcome(&answer, |output, profile: Profile| {
+            output.line(format_args!("profile {} written", profile.name))
+        })?;
+    }
+    Ok(())
 }

@@ -645,3 +645,34 @@ fn lines_are_made_known_from_a_file_or_not_at_all() {
     assert_eq!((done.status, done.out.as_str()), (1, "1 changed, 0 as they were, 2 refused\n"), "{done:?}");
     assert!(done.err.contains("line 2 is refused: ") && done.err.contains("line 3 is refused: "), "{done:?}");
 }
+
+/// On lines of both kinds, each by itself and all together.
+#[test]
+fn the_starter_profiles_can_be_had_on_dsl_and_fibre() {
+    let daemon = furnished();
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/starter-profiles.json");
+    let written = must(&daemon, &["profile", "import", file]);
+    assert_eq!(written.lines().count(), 6, "{written}");
+    for (address, port) in [("192.0.2.10", 6_000), ("192.0.2.20", 7_000)] {
+        for profile in ["voice", "interactive-video", "gaming", "streaming", "bulk", "background"] {
+            let flow = format!("between 203.0.113.0/24:{} and {address}", port + profile.len());
+            let flow = if profile == "streaming" {
+                format!("down tcp from 203.0.113.0/24:443 to {address}")
+            } else {
+                flow
+            };
+            must(
+                &daemon,
+                &["grant", "--provider", "acme", "--profile", profile, "--flow", &flow, "--for", "1h"],
+            );
+        }
+    }
+    // One that can't be keeps all others of its file from being written.
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join("profiles.json");
+    let text = r#"{"items":[{"name":"one","level":{"priority":1}},{"name":"two","level":{"priority":9}}]}"#;
+    std::fs::write(&path, text).expect("written");
+    let done = qos(&daemon.socket(), &["profile", "import", path.to_str().expect("UTF-8")]);
+    assert_eq!(done.status, 1, "{done:?}");
+    assert!(!must(&daemon, &["profile", "list"]).contains("one"));
+}
