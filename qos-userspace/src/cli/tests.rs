@@ -655,7 +655,7 @@ fn the_starter_profiles_can_be_had_on_dsl_and_fibre() {
     assert_eq!(written.lines().count(), 6, "{written}");
     for (address, port) in [("192.0.2.10", 6_000), ("192.0.2.20", 7_000)] {
         for profile in ["voice", "interactive-video", "gaming", "streaming", "bulk", "background"] {
-            let flow = format!("between 203.0.113.0/24:{} and {address}", port + profile.len());
+            let flow = format!("between {address} and 203.0.113.0/24:{}", port + profile.len());
             let flow = if profile == "streaming" {
                 format!("down tcp from 203.0.113.0/24:443 to {address}")
             } else {
