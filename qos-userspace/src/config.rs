@@ -22,7 +22,7 @@ use toml::de::{DeTable, DeValue};
 
 use crate::domain::{BitsPerSecond, Directed};
 use crate::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
-use crate::manager::capacity::SMALLEST_REST;
+use crate::manager::capacity::{SLOWEST_LINE, SMALLEST_REST};
 use crate::manager::{LineSide, Network, Preempt};
 
 /// Where the daemon looks for its configuration unless it is told.
@@ -66,6 +66,8 @@ pub struct Config {
     pub access: Access,
     /// Requests must name the address of a session.
     pub require_session: bool,
+    /// Speed of a line whose source tells none.
+    pub line_rate: Directed<Option<BitsPerSecond>>,
     /// Time after its last sign of life for which a reported session counts as up.
     pub session_ttl: Duration,
     /// Time for which what is granted on a line outlives it.
@@ -209,6 +211,10 @@ impl Config {
                 groups: top.optional("allow_groups", |value| all(value, group))?.unwrap_or_default(),
             },
             require_session: top.optional("require_session", boolean)?.unwrap_or(true),
+            line_rate: Directed {
+                up: top.optional("line_rate_up", line_rate)?,
+                down: top.optional("line_rate_down", line_rate)?,
+            },
             session_ttl: top.optional("session_ttl", life)?.unwrap_or(DEFAULT_SESSION_TTL),
             session_grace: top.optional("session_grace", life)?.unwrap_or(DEFAULT_SESSION_GRACE),
             preempt: top
@@ -274,6 +280,7 @@ impl Config {
             mtu,
             max_rules: self.gateway.max_rules,
             require_session: self.require_session,
+            line_rate: self.line_rate,
             session_ttl: signed(self.session_ttl),
             session_grace: signed(self.session_grace),
             preempt: self.preempt,
@@ -298,6 +305,8 @@ impl Config {
             ("nat", mine.nat != theirs.nat),
             ("max_checks", mine.max_checks != theirs.max_checks),
             ("require_session", self.require_session != other.require_session),
+            ("line_rate_up", self.line_rate.up != other.line_rate.up),
+            ("line_rate_down", self.line_rate.down != other.line_rate.down),
             ("session_ttl", self.session_ttl != other.session_ttl),
             ("session_grace", self.session_grace != other.session_grace),
             ("preempt", self.preempt != other.preempt),
@@ -526,6 +535,10 @@ fn capacity(value: &DeValue<'_>) -> Reading<BitsPerSecond> {
 /// Not below what keeps a connection alive, nor above any capacity.
 fn rest(value: &DeValue<'_>) -> Reading<BitsPerSecond> {
     rate(value, SMALLEST_REST.0..=*CAPACITIES.end())
+}
+
+fn line_rate(value: &DeValue<'_>) -> Reading<BitsPerSecond> {
+    rate(value, SLOWEST_LINE.0..=*CAPACITIES.end())
 }
 
 fn rate(value: &DeValue<'_>, range: RangeInclusive<u64>) -> Reading<BitsPerSecond> {

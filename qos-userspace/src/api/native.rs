@@ -17,15 +17,19 @@ use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{
     ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment,
-    Outcome, SegmentReport, Status,
+    Outcome, Reports, SegmentReport, Status,
 };
 use crate::domain::{
-    Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Segment, Session,
+    Allocation, AllocationId, Application, Direction, Name, Profile, Provider, Segment, Session, Subscriber,
 };
 use crate::gateway::PACKET_LENGTHS;
 use crate::manager::record::{Record, RecordQuery};
 use crate::manager::report::Statistics;
+use crate::manager::subscriber::{SubscriberQuery, Taken};
 use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession, State};
+
+/// Most reports of one request.
+const MOST_REPORTS: usize = 10_000;
 
 type Answer<T> = Result<axum::Json<T>, ApiError>;
 
@@ -53,6 +57,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/sessions", get(sessions).post(add_session))
         .route("/v1/sessions/{name}", get(session).put(start_session).delete(remove_session))
         .route("/v1/sessions/{name}/stop", post(stop_session))
+        .route("/v1/subscribers", get(subscribers).post(report))
         .route("/v1/segments", get(segments))
         .route("/v1/segments/{name}", get(segment).put(put_segment).delete(remove_segment))
         .route("/v1/profiles", get(profiles))
@@ -522,6 +527,34 @@ async fn decisions(
         return Err(ApiError::invalid("limit", query.limit.to_string(), message));
     }
     let items = api.handle.run(move |service| service.records(&query)).await??;
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn subscribers(
+    Shared(api): Shared<Api>,
+    Options(query): Options<SubscriberQuery>,
+) -> Answer<Listing<Subscriber>> {
+    if let Some(limit) = query.limit.filter(|limit| !(1..=SubscriberQuery::MOST).contains(limit)) {
+        let message = format!("limit: {limit} is out of range: 1 to {}", SubscriberQuery::MOST);
+        return Err(ApiError::invalid("limit", limit.to_string(), message));
+    }
+    let items = api.handle.run(move |service| service.subscribers(&query)).await??;
+    Ok(axum::Json(Listing { items }))
+}
+
+async fn report(
+    Shared(api): Shared<Api>,
+    caller: Caller,
+    Body(Reports { reports }): Body<Reports>,
+) -> Answer<Listing<Taken>> {
+    if caller.dry_run {
+        return Err(ApiError::invalid("dry_run", "true", "dry_run: a report is what is; it can't be tried"));
+    }
+    if reports.len() > MOST_REPORTS {
+        let message = format!("reports: {} are too many: {MOST_REPORTS} at most", reports.len());
+        return Err(ApiError::invalid("reports", reports.len().to_string(), message));
+    }
+    let items = api.handle.run(move |service| service.take_reports(&reports, &caller.actor)).await??;
     Ok(axum::Json(Listing { items }))
 }
 

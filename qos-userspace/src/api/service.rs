@@ -6,19 +6,22 @@
 //! inverse goes back, so that store, state and kernel agree again. Everything here blocks and knows nothing
 //! of HTTP; [`super::worker`] runs it on a thread of its own, one thing at a time.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::mpsc;
 use tracing::{debug, error, info, warn};
 
 use super::types::{Counted, Status};
 use crate::config::Config;
-use crate::domain::{Allocation, Direction};
+use crate::domain::subscriber::{Event, Report};
+use crate::domain::{Allocation, Direction, Subscriber};
 use crate::gateway::GatewayConfig;
 use crate::manager::record::{Actor, Record, RecordQuery, Verdict, records};
 use crate::manager::report::{Explanation, Statistics};
+use crate::manager::subscriber::{self, Effect, Followed, SubscriberQuery, Taken, Told};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
 use crate::store::{Store, StoreError};
 
@@ -32,6 +35,12 @@ const TRACE_LINES: usize = 4_096;
 const RECORDS_INTERVAL: Duration = Duration::from_secs(1);
 /// Records that wait at most; the oldest go first where the store does not take any.
 const MOST_RECORDS: usize = 10_000;
+/// How long a line that is down is remembered, where it is not in service: a week.
+const REMEMBERED: SignedDuration = SignedDuration::from_hours(7 * 24);
+/// Time between two looks for lines that are to be forgotten.
+const FORGET_INTERVAL: Duration = Duration::from_secs(600);
+/// Lines that are forgotten at a time, so that nobody waits for long.
+const MOST_FORGOTTEN: u32 = 1_000;
 /// Wait after a sweep that failed, so that a full disk is not asked without pause.
 const EXPIRY_RETRY: Duration = Duration::from_secs(1);
 
@@ -139,6 +148,19 @@ pub trait Operations {
         self.execute_all(&[asked]).pop().unwrap_or(Err(ServiceError::Detached))
     }
 
+    /// Takes what a source tells, one after the other, in one transaction. Lines in service follow. When it returns
+    /// all of it survives a loss of power. Answers for each in their order.
+    ///
+    /// # Errors
+    /// Where the store can't be read or does not take it; nothing was changed then.
+    fn take_reports(&mut self, reports: &[Report], actor: &Actor) -> Result<Vec<Taken>, ServiceError>;
+
+    /// Lines that sources tell of.
+    ///
+    /// # Errors
+    /// Where the store can't be read.
+    fn subscribers(&mut self, query: &SubscriberQuery) -> Result<Vec<Subscriber>, ServiceError>;
+
     /// Keeps a record of what was done that is no command.
     fn record(&mut self, record: Record);
 
@@ -236,6 +258,7 @@ pub struct Service<S, G> {
     records: Vec<Record>,
     /// When those are written without one.
     records_at: Instant,
+    forget_at: Instant,
 }
 
 impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
@@ -284,6 +307,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             listeners: Vec::new(),
             records: Vec::new(),
             records_at: Instant::now(),
+            forget_at: Instant::now() + FORGET_INTERVAL,
         };
         let begin = Instant::now();
         service.reconcile()?;
@@ -293,7 +317,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
 
     /// How long nothing has to be done unasked.
     pub(super) fn idle(&self) -> Duration {
-        let mut idle = self.reconcile_at.saturating_duration_since(Instant::now());
+        let mut idle = self.reconcile_at.min(self.forget_at).saturating_duration_since(Instant::now());
         if let Some(end) = self.state.next_end() {
             let until_end = Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default();
             let blocked = self
@@ -320,10 +344,26 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             // Kept for the status and logged there; the next one comes in its time.
             let _ = self.reconcile();
         }
+        if self.forget_at <= Instant::now() {
+            self.forget();
+        }
         self.pass_trace_on();
         if !self.records.is_empty() && self.records_at <= Instant::now() {
             self.write_records();
         }
+    }
+
+    fn forget(&mut self) {
+        let before = Timestamp::now().checked_sub(REMEMBERED).unwrap_or(Timestamp::MIN);
+        let wait = match self.store.forget_subscribers(before, MOST_FORGOTTEN) {
+            Ok(forgotten) if forgotten == MOST_FORGOTTEN as usize => RECORDS_INTERVAL,
+            Ok(_) => FORGET_INTERVAL,
+            Err(error) => {
+                error!("cannot forget lines that have long been down, and will try again: {error}");
+                FORGET_INTERVAL
+            }
+        };
+        self.forget_at = Instant::now() + wait;
     }
 
     #[cfg(test)]
@@ -421,9 +461,21 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         result
     }
 
+    /// Decides a command. A grant on a line that is known, and not in service, brings it there.
+    fn decide(&mut self, command: &Command, now: Timestamp) -> Result<Decision, ServiceError> {
+        if let Command::Grant(request) = command
+            && let Some(prefix) = subscriber::unserved(&self.state, &request.selectors)
+            && let [known] = &self.store.subscribers_within(&prefix)?[..]
+            && known.facts.addresses.iter().any(|address| address.contains(&prefix))
+        {
+            return Ok(subscriber::grant_on(&mut self.state, request, known, now)?);
+        }
+        Ok(manager::decide(&self.state, command, now)?)
+    }
+
     fn try_carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<CarriedOut, ServiceError> {
+        let decision = self.decide(&asked.command, now)?;
         let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
-        let decision = manager::decide(&self.state, &asked.command, now)?;
         if asked.dry_run
             && let Some(refusal) = gateway.would_refuse(&decision.changes)
         {
@@ -444,6 +496,66 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         }
         debug!(took_us = start.elapsed().as_micros() as u64, "in the kernel");
         Ok(CarriedOut { decision, inverse: Some(inverse), records })
+    }
+
+    /// Writes what a report changes, to be committed, and finds what lines in service have to follow.
+    fn take_report(
+        &mut self,
+        report: &Report,
+        actor: &Actor,
+        now: Timestamp,
+    ) -> Result<Followed, StoreError> {
+        // A clock that is ahead must not make what comes later look old.
+        let (source, at) = (report.source.as_ref(), report.at.min(now));
+        let mut written = Vec::new();
+        match &report.event {
+            Event::Up { line, key, facts } => {
+                let known = self.store.subscriber(line)?;
+                let mut holders = BTreeMap::new();
+                for address in &facts.addresses {
+                    let found = self.store.subscribers_within(address)?;
+                    holders.extend(found.into_iter().map(|holder| (holder.line.clone(), holder)));
+                }
+                holders.remove(line);
+                let holders: Vec<_> = holders.into_values().collect();
+                let told = Told { source, at, line, key: key.as_deref() };
+                match subscriber::up(&self.state.network, known.as_ref(), &holders, told, facts) {
+                    Ok(Effect::Write(lines)) => written = lines,
+                    Ok(Effect::SignOfLife) => {
+                        let known = known.iter().next();
+                        let follow = |known| subscriber::follow_sign_of_life(&self.state, known);
+                        return Ok(known.map_or(Followed::NOTHING, follow));
+                    }
+                    Ok(Effect::Nothing) => {}
+                    Err(refusal) => {
+                        let record =
+                            Record { session: Some(line.clone()), ..Record::new(now, actor, "report") };
+                        let (verdict, code) = (Verdict::Refused, Some(refusal.code));
+                        self.keep([record.without_effect(verdict, code, refusal.to_string())]);
+                        return Ok(Followed::refused(&refusal));
+                    }
+                }
+            }
+            Event::Down { line, key } => {
+                let known = self.store.subscriber(line)?;
+                let told = Told { source, at, line, key: key.as_deref() };
+                if let Effect::Write(lines) = subscriber::down(known.as_ref(), told) {
+                    written = lines;
+                }
+            }
+            Event::BrasDown { bras } => {
+                for known in self.store.subscribers_at(bras, source)? {
+                    if let Effect::Write(lines) = subscriber::bras_down(&known, at) {
+                        written.extend(lines);
+                    }
+                }
+            }
+        }
+        // Those that lost an address let go of it first.
+        for line in written.iter().rev() {
+            self.store.put_subscriber(line)?;
+        }
+        Ok(subscriber::follow(&self.state, &written))
     }
 
     /// Takes changes back that are in the state and in the kernel, and could not be written.
@@ -491,6 +603,40 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
             answer => answer.map(|done| done.decision),
         });
         answers.collect()
+    }
+
+    fn take_reports(&mut self, reports: &[Report], actor: &Actor) -> Result<Vec<Taken>, ServiceError> {
+        let now = Timestamp::now();
+        let taken = reports.iter().map(|report| self.take_report(report, actor, now)).collect();
+        let taken: Result<Vec<Followed>, StoreError> = taken;
+        let taken = taken.inspect_err(|_| self.store.roll_back())?;
+        let commands = taken.iter().flat_map(|followed| &followed.commands);
+        let asked: Vec<Asked> = commands
+            .map(|command| Asked { command: command.clone(), actor: actor.clone(), dry_run: false })
+            .collect();
+        let mut answers = self.execute_all(&asked);
+        if let Some(at) = answers.iter().position(|answer| matches!(answer, Err(ServiceError::Unwritten(_))))
+        {
+            return Err(answers.swap_remove(at).expect_err("it is one"));
+        }
+        // Where no line in service had to follow.
+        self.store.commit(&[], &[])?;
+        let mut answers = answers.into_iter();
+        let told = taken.into_iter().map(|followed| {
+            let Followed { mut taken, commands } = followed;
+            if let Taken::Changed(warnings) = &mut taken {
+                warnings.extend(answers.by_ref().take(commands.len()).flat_map(|answer| match answer {
+                    Ok(decision) => decision.warnings,
+                    Err(error) => vec![format!("in service it stays as it was: {error}")],
+                }));
+            }
+            taken
+        });
+        Ok(told.collect())
+    }
+
+    fn subscribers(&mut self, query: &SubscriberQuery) -> Result<Vec<Subscriber>, ServiceError> {
+        Ok(self.store.subscribers(query)?)
     }
 
     fn record(&mut self, record: Record) {

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use ipnet::IpNet;
+use jiff::Timestamp;
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::{Notify, oneshot};
@@ -17,16 +19,17 @@ use super::service::{Service, ServiceError};
 use super::worker::Worker;
 use super::{Api, serve, socket};
 use crate::config::Config;
-use crate::domain::{AllocationId, Direction};
+use crate::domain::{AllocationId, Direction, Name, Subscriber};
 use crate::manager::record;
 use crate::manager::record::RecordQuery;
 use crate::manager::report::{
     ClassifierStatistics, Count, Counts, DirectedCounts, Explanation, GatewayStatus, InterfaceStatus,
     RepairReport, RuleSetStatistics, Statistics, Why,
 };
+use crate::manager::subscriber::SubscriberQuery;
 use crate::manager::{Change, Gateway, State};
-use crate::store::Store;
 use crate::store::sqlite::SqliteStore;
+use crate::store::{Store, StoreError};
 
 /// What the gateway was told, and what it shall say.
 #[derive(Debug, Default)]
@@ -420,28 +423,53 @@ pub(crate) struct FailingStore<S> {
 }
 
 impl<S: Store> Store for FailingStore<S> {
-    fn load(&mut self, network: crate::manager::Network) -> Result<State, crate::store::StoreError> {
+    fn load(&mut self, network: crate::manager::Network) -> Result<State, StoreError> {
         self.inner.load(network)
     }
 
-    fn commit(
-        &mut self,
-        changes: &[Change],
-        records: &[record::Record],
-    ) -> Result<(), crate::store::StoreError> {
+    fn commit(&mut self, changes: &[Change], records: &[record::Record]) -> Result<(), StoreError> {
         if self.commits_left == 0 {
-            return Err(crate::store::StoreError::Full { path: PathBuf::from("/qos.sqlite") });
+            self.inner.roll_back();
+            return Err(StoreError::Full { path: PathBuf::from("/qos.sqlite") });
         }
         self.commits_left -= 1;
         self.inner.commit(changes, records)
     }
 
-    fn history(&mut self, limit: usize) -> Result<Vec<crate::domain::Allocation>, crate::store::StoreError> {
+    fn history(&mut self, limit: usize) -> Result<Vec<crate::domain::Allocation>, StoreError> {
         self.inner.history(limit)
     }
 
-    fn records(&mut self, query: &RecordQuery) -> Result<Vec<record::Record>, crate::store::StoreError> {
+    fn records(&mut self, query: &RecordQuery) -> Result<Vec<record::Record>, StoreError> {
         self.inner.records(query)
+    }
+
+    fn put_subscriber(&mut self, subscriber: &Subscriber) -> Result<(), StoreError> {
+        self.inner.put_subscriber(subscriber)
+    }
+
+    fn roll_back(&mut self) {
+        self.inner.roll_back();
+    }
+
+    fn subscriber(&mut self, line: &Name) -> Result<Option<Subscriber>, StoreError> {
+        self.inner.subscriber(line)
+    }
+
+    fn subscribers_within(&mut self, prefix: &IpNet) -> Result<Vec<Subscriber>, StoreError> {
+        self.inner.subscribers_within(prefix)
+    }
+
+    fn subscribers_at(&mut self, bras: &str, source: Option<&Name>) -> Result<Vec<Subscriber>, StoreError> {
+        self.inner.subscribers_at(bras, source)
+    }
+
+    fn subscribers(&mut self, query: &SubscriberQuery) -> Result<Vec<Subscriber>, StoreError> {
+        self.inner.subscribers(query)
+    }
+
+    fn forget_subscribers(&mut self, before: Timestamp, most: u32) -> Result<usize, StoreError> {
+        self.inner.forget_subscribers(before, most)
     }
 }
 

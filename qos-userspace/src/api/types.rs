@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use crate::domain::subscriber::Report;
 use crate::domain::{
     Allocation, BitsPerSecond, Contract, Directed, DurationRange, Level, Name, ProfileStatus,
 };
@@ -50,6 +51,14 @@ pub struct ContractChange {
     /// Left out: whatever it had.
     #[serde(default)]
     pub was: Option<Contract>,
+}
+
+/// What a source tells, in order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reports {
+    /// 10,000 at most.
+    pub reports: Vec<Report>,
 }
 
 /// A segment to write; its name is in the path.

@@ -39,6 +39,11 @@ impl Client {
         Ok(Self { socket, dry_run, runtime })
     }
 
+    /// Whether changes are only asked about.
+    pub(super) const fn is_dry_run(&self) -> bool {
+        self.dry_run
+    }
+
     /// What is at `path`.
     pub(super) fn get(&self, path: &str) -> Result<Answer, CliError> {
         self.ask(Method::GET, path, None)

@@ -34,6 +34,7 @@ mod segment;
 mod session;
 mod stats;
 mod status;
+mod subscribers;
 mod trace;
 
 use crate::api::types::ErrorBody;

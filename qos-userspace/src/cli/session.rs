@@ -3,10 +3,10 @@
 use clap::{Args, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-use super::CliError;
 use super::args::{delay, prefix, share};
 use super::client::Client;
 use super::output::{Output, joined, microseconds};
+use super::{CliError, subscribers};
 use crate::api::types::Listing;
 use crate::domain::session::link_layer;
 use crate::domain::{BitsPerSecond, Directed, LinkLayer, Name, Session};
@@ -42,9 +42,9 @@ Examples:
         /// Its name
         name: Name,
     },
-    /// Shows all lines
+    /// Shows all lines in service
     List,
-    /// Shows one line
+    /// Shows one line in service
     Show {
         /// Its name
         name: Name,
@@ -54,6 +54,9 @@ Examples:
         /// Its name
         name: Name,
     },
+    Import(subscribers::Import),
+    Find(subscribers::Find),
+    Changes(subscribers::Changes),
 }
 
 #[derive(Debug, Args)]
@@ -154,6 +157,9 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                 ])
             })
         }
+        Verb::Import(import) => subscribers::import(&import, client, output),
+        Verb::Find(find) => subscribers::find(&find, client, output),
+        Verb::Changes(changes) => subscribers::changes(&changes, client, output),
         Verb::Remove { name } => {
             let answer = client.delete(&format!("/v1/sessions/{name}"))?;
             output.outcome(&answer, |output, session: Session| {
@@ -182,6 +188,6 @@ fn request(add: Add) -> NewSession {
     }
 }
 
-fn framing(layer: LinkLayer) -> &'static str {
+pub(super) fn framing(layer: LinkLayer) -> &'static str {
     link_layer::NAMES.iter().find(|(known, _)| *known == layer).map_or("?", |(_, name)| name)
 }

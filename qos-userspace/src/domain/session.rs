@@ -46,6 +46,9 @@ pub struct Session {
     /// Since when it is down; none: it is up.
     #[serde(default)]
     pub down_since: Option<Timestamp>,
+    /// It came into service with a grant, and goes when its place is needed and it carries nothing.
+    #[serde(default)]
+    pub on_demand: bool,
     /// Index of its class numbers, 1 to 10,240.
     pub slot: u16,
 }
@@ -54,8 +57,8 @@ impl Session {
     /// Whether packets are treated alike on both: they differ in nothing but what is known of their life.
     #[must_use]
     pub fn is_same_line(&self, other: &Self) -> bool {
-        let Self { bras, source, seen_at, down_since, .. } = other.clone();
-        Self { bras, source, seen_at, down_since, ..self.clone() } == *other
+        let Self { bras, source, seen_at, down_since, on_demand, .. } = other.clone();
+        Self { bras, source, seen_at, down_since, on_demand, ..self.clone() } == *other
     }
 }
 

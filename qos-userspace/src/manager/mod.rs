@@ -27,6 +27,7 @@ mod segment;
 mod session;
 mod slots;
 mod state;
+pub mod subscriber;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -76,6 +77,8 @@ pub struct Network {
     pub max_rules: u32,
     /// Requests must name the address of a session.
     pub require_session: bool,
+    /// Speed of a line whose source tells none.
+    pub line_rate: Directed<Option<BitsPerSecond>>,
     /// Time after its last sign of life for which a session that a source reports counts as up.
     pub session_ttl: SignedDuration,
     /// Time for which what is granted on a line outlives it.

@@ -16,6 +16,8 @@ pub enum Actor {
     Daemon,
     /// A user of this machine, by the socket; none: the kernel does not tell.
     User(Option<u32>),
+    /// What tells of lines.
+    Source(Name),
 }
 
 impl fmt::Display for Actor {
@@ -24,6 +26,7 @@ impl fmt::Display for Actor {
             Self::Daemon => f.write_str("qosd"),
             Self::User(Some(uid)) => write!(f, "uid {uid}"),
             Self::User(None) => f.write_str("a user"),
+            Self::Source(name) => write!(f, "source {name}"),
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::domain::session::LONGEST_BRAS;
 use crate::domain::{Allocation, AllocationId, BitsPerSecond, Direction, Name, Selector, Session};
 
 /// Part of its time to live after which a sign of life is written down: before that it changes nothing.
-const SIGN_OF_LIFE_PART: i32 = 4;
+pub(super) const SIGN_OF_LIFE_PART: i32 = 4;
 
 impl Network {
     /// When a session has to be looked at: it is stale then, or its grace is over. None: never.
@@ -56,6 +56,27 @@ pub(super) fn add(state: &State, new: &NewSession, now: Timestamp) -> Result<Dec
 
 /// A line has come up, gives a sign of life, or has changed.
 pub(super) fn start(state: &State, new: &NewSession, now: Timestamp) -> Result<Decision, Refusal> {
+    put(state, new, now, now, false)
+}
+
+/// Brings a line into service that was last seen at `seen_at`. It goes again when its place is needed and it carries
+/// nothing.
+pub(super) fn open(
+    state: &State,
+    new: &NewSession,
+    seen_at: Timestamp,
+    now: Timestamp,
+) -> Result<Decision, Refusal> {
+    put(state, new, seen_at, now, true)
+}
+
+fn put(
+    state: &State,
+    new: &NewSession,
+    seen_at: Timestamp,
+    now: Timestamp,
+    on_demand: bool,
+) -> Result<Decision, Refusal> {
     check_values(new)?;
     let old = state.sessions.get(&new.name);
     let session = Session {
@@ -69,8 +90,9 @@ pub(super) fn start(state: &State, new: &NewSession, now: Timestamp) -> Result<D
         segments: new.segments.clone(),
         bras: new.bras.clone(),
         source: new.source.clone(),
-        seen_at: new.source.as_ref().map(|_| now),
+        seen_at: new.source.as_ref().map(|_| seen_at),
         down_since: None,
+        on_demand: old.map_or(on_demand, |old| old.on_demand),
         slot: match old {
             Some(old) => old.slot,
             None => free_slot(state, SlotKind::Session)?,
@@ -167,9 +189,12 @@ pub(super) fn expire(state: &State, now: Timestamp, ended: &BTreeSet<AllocationI
 
 /// Refuses to grant anything on a line that is down.
 pub(super) fn check_up(state: &State, session: &Session, now: Timestamp) -> Result<(), Refusal> {
-    let Some(down) = state.network.down_since(session, now) else { return Ok(()) };
-    let message = format!("line {}: is down since {down}, ask again when it is up", session.name);
-    Err(Refusal::new(RefusalCode::SessionDown, "selectors", &session.name, message))
+    state.network.down_since(session, now).map_or(Ok(()), |down| Err(is_down(&session.name, down)))
+}
+
+pub(super) fn is_down(line: &Name, since: Timestamp) -> Refusal {
+    let message = format!("line {line}: is down since {since}, ask again when it is up");
+    Refusal::new(RefusalCode::SessionDown, "selectors", line, message)
 }
 
 fn find<'a>(state: &'a State, name: &Name) -> Result<&'a Session, Refusal> {
@@ -186,7 +211,7 @@ fn give_up(state: &State, session: &Session, now: Timestamp, reason: &str) -> Ve
     ended.chain([Change::DeleteSession(session.name.clone())]).collect()
 }
 
-fn check_values(new: &NewSession) -> Result<(), Refusal> {
+pub(super) fn check_values(new: &NewSession) -> Result<(), Refusal> {
     for direction in Direction::BOTH {
         let (field, rate) = (format!("rate.{}", direction_field(direction)), *new.rate.get(direction));
         check_rate(&field, rate)?;
@@ -212,13 +237,10 @@ fn check_values(new: &NewSession) -> Result<(), Refusal> {
 /// whichever came before. An operator's line keeps its addresses while it is up.
 fn displaced<'a>(state: &'a State, session: &Session) -> Result<Vec<&'a Session>, Refusal> {
     check_prefixes("addresses", &session.addresses)?;
+    check_distinct(&session.addresses)?;
     let mut others = BTreeMap::new();
     for (index, address) in session.addresses.iter().enumerate() {
         let field = format!("addresses[{index}]");
-        let twice = |other: &&IpNet| other.contains(address) || address.contains(*other);
-        if let Some(other) = session.addresses.iter().take(index).find(twice) {
-            return Err(Refusal::invalid(field, address, &format!("overlaps {other} of the same session")));
-        }
         for name in state.index.sessions_within(address).filter(|name| **name != session.name) {
             let Some(other) = state.sessions.get(name) else { continue };
             let both_reported = other.source.is_some() && session.source.is_some();
@@ -230,6 +252,18 @@ fn displaced<'a>(state: &'a State, session: &Session) -> Result<Vec<&'a Session>
         }
     }
     Ok(others.into_values().collect())
+}
+
+/// Refuses addresses of one line that overlap.
+pub(super) fn check_distinct(addresses: &[IpNet]) -> Result<(), Refusal> {
+    for (index, address) in addresses.iter().enumerate() {
+        let twice = |other: &&IpNet| other.contains(address) || address.contains(*other);
+        if let Some(other) = addresses.iter().take(index).find(twice) {
+            let field = format!("addresses[{index}]");
+            return Err(Refusal::invalid(field, address, &format!("overlaps {other} of the same session")));
+        }
+    }
+    Ok(())
 }
 
 /// Looks for room among the prefixes of all lines, without those that go.

@@ -20,6 +20,7 @@ use crate::domain::{
 
 pub(crate) fn network() -> Network {
     Network {
+        line_rate: Directed::default(),
         link: Directed { up: rate("1gbit"), down: rate("1gbit") },
         line_side: LineSide::Lan,
         soft_share: 0.95,

@@ -5,11 +5,16 @@
 
 use std::path::PathBuf;
 
-use crate::domain::Allocation;
+use ipnet::IpNet;
+use jiff::Timestamp;
+
+use crate::domain::{Allocation, Name, Subscriber};
 use crate::manager::record::{Record, RecordQuery};
+use crate::manager::subscriber::SubscriberQuery;
 use crate::manager::{Change, Network, State};
 
 pub mod sqlite;
+mod subscribers;
 #[cfg(test)]
 mod tests;
 
@@ -23,11 +28,11 @@ pub trait Store: Send {
     /// Where the store can't be read, or holds what no decision can have written.
     fn load(&mut self, network: Network) -> Result<State, StoreError>;
 
-    /// Writes `changes` and the records of what led to them, all or none. When it returns they survive a loss
-    /// of power.
+    /// Writes `changes` and the records of what led to them, with what [`Store::put_subscriber`] was given before,
+    /// all or none. When it returns they survive a loss of power.
     ///
     /// # Errors
-    /// Where they can't be written; the store is then as it was.
+    /// Where they can't be written; the store is then as it was before all of them.
     fn commit(&mut self, changes: &[Change], records: &[Record]) -> Result<(), StoreError>;
 
     /// The last `limit` allocations that ended, the last one first.
@@ -41,6 +46,46 @@ pub trait Store: Send {
     /// # Errors
     /// As [`Store::load`].
     fn records(&mut self, query: &RecordQuery) -> Result<Vec<Record>, StoreError>;
+
+    /// Keeps a line as it is now, and is how it is read from then on; the next [`Store::commit`] makes it last,
+    /// [`Store::roll_back`] takes it back. A line that has any of its addresses is put before it, without them.
+    ///
+    /// # Errors
+    /// Where it can't be written; everything since the last commit is then taken back.
+    fn put_subscriber(&mut self, subscriber: &Subscriber) -> Result<(), StoreError>;
+
+    /// Takes back everything since the last [`Store::commit`].
+    fn roll_back(&mut self);
+
+    /// What is known of a line.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    fn subscriber(&mut self, line: &Name) -> Result<Option<Subscriber>, StoreError>;
+
+    /// Lines that have any address of a prefix.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    fn subscribers_within(&mut self, prefix: &IpNet) -> Result<Vec<Subscriber>, StoreError>;
+
+    /// Lines that are up at a BRAS, as a source tells.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    fn subscribers_at(&mut self, bras: &str, source: Option<&Name>) -> Result<Vec<Subscriber>, StoreError>;
+
+    /// Lines that are looked for, in the order of their last changes.
+    ///
+    /// # Errors
+    /// As [`Store::load`].
+    fn subscribers(&mut self, query: &SubscriberQuery) -> Result<Vec<Subscriber>, StoreError>;
+
+    /// Forgets lines that have been down since before a moment, `most` of them at a time, and says how many.
+    ///
+    /// # Errors
+    /// As [`Store::commit`].
+    fn forget_subscribers(&mut self, before: Timestamp, most: u32) -> Result<usize, StoreError>;
 }
 
 /// Why the store does not do what was asked. Every variant names the file.

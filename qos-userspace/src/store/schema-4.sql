@@ -60,3 +60,36 @@ CREATE TABLE decisions (
 CREATE INDEX decisions_by_provider ON decisions (provider) WHERE provider IS NOT NULL;
 CREATE INDEX decisions_by_session ON decisions (session) WHERE session IS NOT NULL;
 CREATE INDEX decisions_by_allocation ON decisions (allocation) WHERE allocation IS NOT NULL;
+-- A line that came into service with a grant.
+ALTER TABLE sessions ADD COLUMN on_demand INTEGER NOT NULL DEFAULT 0;
+-- Every line that a source tells of; times RFC 3339.
+CREATE TABLE subscribers (
+    id         INTEGER PRIMARY KEY,
+    line       TEXT NOT NULL UNIQUE,
+    source     TEXT,
+    key        TEXT,
+    addresses  TEXT NOT NULL, -- JSON list of prefixes
+    rate_up    INTEGER,
+    rate_down  INTEGER,
+    link_layer TEXT NOT NULL,
+    overhead   INTEGER,
+    delay_us   INTEGER NOT NULL,
+    loss_ppm   INTEGER NOT NULL,
+    segments   TEXT NOT NULL, -- JSON list of names
+    bras       TEXT,
+    started_at TEXT NOT NULL,
+    seen_at    TEXT NOT NULL,
+    down_since TEXT,
+    reason     TEXT,
+    sequence   INTEGER NOT NULL -- the last change's
+) STRICT;
+CREATE INDEX subscribers_by_change ON subscribers (sequence);
+CREATE INDEX subscribers_by_bras ON subscribers (bras) WHERE bras IS NOT NULL AND down_since IS NULL;
+CREATE INDEX subscribers_down ON subscribers (sequence) WHERE down_since IS NOT NULL;
+-- Their prefixes: the family's number and the address, first and last. No two overlap.
+CREATE TABLE subscriber_addresses (
+    first      BLOB PRIMARY KEY,
+    last       BLOB NOT NULL,
+    subscriber INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX subscriber_addresses_by_line ON subscriber_addresses (subscriber);

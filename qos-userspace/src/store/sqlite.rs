@@ -14,21 +14,22 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use jiff::Timestamp;
 use rusqlite::types::{FromSql, Value};
-use rusqlite::{
-    Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, Transaction, TransactionBehavior,
-};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, Row, TransactionBehavior};
 
+use super::subscribers::{self, Search};
 use super::{Store, StoreError};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::session::link_layer;
 use crate::domain::{
     Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, DelayBound, Directed,
-    DurationRange, Enforcement, Level, Profile, ProfileStatus, Provider, ProviderKind, Segment, Selector,
-    Session, Status, dscp,
+    DurationRange, Enforcement, Level, Name, Profile, ProfileStatus, Provider, ProviderKind, Segment,
+    Selector, Session, Status, Subscriber, dscp,
 };
 use crate::manager::record::{Record, RecordQuery, Verdict};
+use crate::manager::subscriber::SubscriberQuery;
 use crate::manager::{Change, Network, RefusalCode, SlotKind, State};
 
 /// Ended allocations that are kept; the oldest go first.
@@ -55,6 +56,8 @@ pub struct SqliteStore {
     path: PathBuf,
     history_limit: u32,
     records_limit: u32,
+    /// The last place of a change of a line.
+    sequence: u64,
     /// Held for as long as the store is open. Field order: the database is closed before.
     _lock: File,
 }
@@ -83,6 +86,7 @@ impl SqliteStore {
             path: path.clone(),
             history_limit: HISTORY_LIMIT,
             records_limit: RECORDS_LIMIT,
+            sequence: 0,
             _lock: lock,
         };
         store.check()?;
@@ -90,6 +94,11 @@ impl SqliteStore {
         store.connection.pragma_update(None, "synchronous", "full").map_err(at("choosing synchronous"))?;
         store.connection.pragma_update(None, "foreign_keys", true).map_err(at("turning on foreign keys"))?;
         store.migrate()?;
+        let last: i64 = store
+            .connection
+            .query_row("SELECT coalesce(max(sequence), 0) FROM subscribers", [], |row| row.get(0))
+            .map_err(at("reading the lines"))?;
+        store.sequence = last as u64;
         Ok(store)
     }
 
@@ -160,6 +169,20 @@ impl SqliteStore {
         Ok(())
     }
 
+    /// Begins a transaction, unless one has begun.
+    fn begin(&self) -> rusqlite::Result<()> {
+        if self.connection.is_autocommit() {
+            self.connection.execute_batch("BEGIN IMMEDIATE")
+        } else {
+            Ok(())
+        }
+    }
+
+    fn search(&self, search: &Search) -> Result<Vec<Subscriber>, StoreError> {
+        let statement = search.statement();
+        self.rows_with("subscribers", &statement, search.values(), &["line"], subscribers::read)
+    }
+
     fn rows<T>(
         &self,
         table: &'static str,
@@ -179,7 +202,7 @@ impl SqliteStore {
         mut read: impl FnMut(&Reader<'_, '_>) -> Result<T, String>,
     ) -> Result<Vec<T>, StoreError> {
         let at = |source| explain(&self.path, "reading a table", source);
-        let mut statement = self.connection.prepare(query).map_err(at)?;
+        let mut statement = self.connection.prepare_cached(query).map_err(at)?;
         let names = statement.column_names().into_iter().map(str::to_owned);
         let columns: HashMap<String, usize> = names.zip(0..).collect();
         let mut rows = statement.query(rusqlite::params_from_iter(values)).map_err(at)?;
@@ -280,16 +303,19 @@ impl Store for SqliteStore {
     }
 
     fn commit(&mut self, changes: &[Change], records: &[Record]) -> Result<(), StoreError> {
-        let (history_limit, records_limit) = (self.history_limit, self.records_limit);
-        let write = |connection: &mut Connection| -> rusqlite::Result<()> {
-            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        if changes.is_empty() && records.is_empty() && self.connection.is_autocommit() {
+            return Ok(());
+        }
+        let write = || -> rusqlite::Result<()> {
+            self.begin()?;
             for change in changes {
-                write(&transaction, change, history_limit)?;
+                write(&self.connection, change, self.history_limit)?;
             }
-            write_records(&transaction, records, records_limit)?;
-            transaction.commit()
+            write_records(&self.connection, records, self.records_limit)?;
+            self.connection.execute_batch("COMMIT")
         };
-        write(&mut self.connection).map_err(|source| explain(&self.path, "writing a decision", source))
+        let written = write().map_err(|source| explain(&self.path, "writing a decision", source));
+        written.inspect_err(|_| self.roll_back())
     }
 
     fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, StoreError> {
@@ -317,6 +343,48 @@ impl Store for SqliteStore {
         }
         sql.push_str(&format!(" ORDER BY sequence DESC LIMIT {limit}"));
         self.rows_with("decisions", &sql, &values, &["sequence"], read_record)
+    }
+
+    fn put_subscriber(&mut self, subscriber: &Subscriber) -> Result<(), StoreError> {
+        let sequence = self.sequence + 1;
+        let written = self.begin().and_then(|()| subscribers::put(&self.connection, subscriber, sequence));
+        self.sequence = sequence;
+        let written = written.map_err(|source| explain(&self.path, "writing a line", source));
+        written.inspect_err(|_| self.roll_back())
+    }
+
+    fn roll_back(&mut self) {
+        if !self.connection.is_autocommit() {
+            // It fails only where SQLite has done it already.
+            let _ = self.connection.execute_batch("ROLLBACK");
+        }
+    }
+
+    fn subscriber(&mut self, line: &Name) -> Result<Option<Subscriber>, StoreError> {
+        Ok(self.search(&Search::of_line(line))?.pop())
+    }
+
+    fn subscribers_within(&mut self, prefix: &IpNet) -> Result<Vec<Subscriber>, StoreError> {
+        self.search(&Search::within(prefix))
+    }
+
+    fn subscribers_at(&mut self, bras: &str, source: Option<&Name>) -> Result<Vec<Subscriber>, StoreError> {
+        self.search(&Search::at_bras(bras, source))
+    }
+
+    fn subscribers(&mut self, query: &SubscriberQuery) -> Result<Vec<Subscriber>, StoreError> {
+        self.search(&Search::of_query(query))
+    }
+
+    fn forget_subscribers(&mut self, before: Timestamp, most: u32) -> Result<usize, StoreError> {
+        let forget = || -> rusqlite::Result<usize> {
+            self.begin()?;
+            let forgotten = subscribers::forget(&self.connection, before, most)?;
+            self.connection.execute_batch("COMMIT")?;
+            Ok(forgotten)
+        };
+        let forgotten = forget().map_err(|source| explain(&self.path, "forgetting lines", source));
+        forgotten.inspect_err(|_| self.roll_back())
     }
 }
 
@@ -379,9 +447,9 @@ fn explain(path: &Path, action: &'static str, source: rusqlite::Error) -> StoreE
 // Writing.
 
 /// A column and what goes into it.
-type Column = (&'static str, Value);
+pub(super) type Column = (&'static str, Value);
 
-fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> rusqlite::Result<()> {
+fn write(transaction: &Connection, change: &Change, history_limit: u32) -> rusqlite::Result<()> {
     match change {
         Change::PutProvider(provider) => {
             take_slot(
@@ -473,7 +541,7 @@ fn write(transaction: &Transaction<'_>, change: &Change, history_limit: u32) -> 
 }
 
 /// Adds records, and forgets those that are too many.
-fn write_records(transaction: &Transaction<'_>, records: &[Record], limit: u32) -> rusqlite::Result<()> {
+fn write_records(transaction: &Connection, records: &[Record], limit: u32) -> rusqlite::Result<()> {
     if records.is_empty() {
         return Ok(());
     }
@@ -520,7 +588,7 @@ fn column(kind: SlotKind) -> &'static str {
 /// Takes `slot` from the free ones for the row that is about to be written, and frees what the row
 /// had before.
 fn take_slot(
-    transaction: &Transaction<'_>,
+    transaction: &Connection,
     kind: SlotKind,
     condition: &str,
     key: &[&dyn rusqlite::ToSql],
@@ -535,7 +603,7 @@ fn take_slot(
 
 /// Removes a row and puts its slot behind the free ones.
 fn delete(
-    transaction: &Transaction<'_>,
+    transaction: &Connection,
     kind: SlotKind,
     condition: &str,
     key: &[&dyn rusqlite::ToSql],
@@ -547,7 +615,7 @@ fn delete(
 }
 
 fn free_slot(
-    transaction: &Transaction<'_>,
+    transaction: &Connection,
     kind: SlotKind,
     condition: &str,
     key: &[&dyn rusqlite::ToSql],
@@ -565,12 +633,7 @@ fn free_slot(
     Ok(())
 }
 
-fn upsert(
-    transaction: &Transaction<'_>,
-    table: &str,
-    key: &[&str],
-    columns: Vec<Column>,
-) -> rusqlite::Result<()> {
+fn upsert(transaction: &Connection, table: &str, key: &[&str], columns: Vec<Column>) -> rusqlite::Result<()> {
     let (names, values): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
     let marks = vec!["?"; names.len()].join(", ");
     let updates: Vec<_> = names
@@ -643,6 +706,7 @@ fn session_columns(session: &Session) -> Vec<Column> {
         ("source", option(session.source.as_ref(), text)),
         ("seen_at", option(session.seen_at, text)),
         ("down_since", option(session.down_since, text)),
+        ("on_demand", Value::Integer(session.on_demand.into())),
         ("slot", integer(session.slot.into())),
     ]
 }
@@ -705,62 +769,62 @@ fn allocation_columns(allocation: &Allocation) -> Vec<Column> {
     columns
 }
 
-fn text(value: impl Display) -> Value {
+pub(super) fn text(value: impl Display) -> Value {
     Value::Text(value.to_string())
 }
 
 /// SQLite's integers are signed. Values of the domain are below 2^63: rates are at most 400 Gbit/s,
 /// bursts what a clock can express, and numbers count up from one.
-fn integer(value: u64) -> Value {
+pub(super) fn integer(value: u64) -> Value {
     Value::Integer(i64::try_from(value).unwrap_or(i64::MAX))
 }
 
-fn option<T>(value: Option<T>, write: impl FnOnce(T) -> Value) -> Value {
+pub(super) fn option<T>(value: Option<T>, write: impl FnOnce(T) -> Value) -> Value {
     value.map_or(Value::Null, write)
 }
 
-fn json<T: serde::Serialize>(values: &[T]) -> Value {
+pub(super) fn json<T: serde::Serialize>(values: &[T]) -> Value {
     Value::Text(serde_json::to_string(values).expect("lists of texts have a JSON form"))
 }
 
 // Reading.
 
 /// A row that is being read. What is wrong with a column is said with its name.
-struct Reader<'a, 'b> {
+pub(super) struct Reader<'a, 'b> {
     row: &'a Row<'b>,
     /// Where each column is. SQLite would look through all their names.
     columns: &'a HashMap<String, usize>,
 }
 
 impl Reader<'_, '_> {
-    fn get<T: FromSql>(&self, column: &str) -> Result<T, String> {
+    pub(super) fn get<T: FromSql>(&self, column: &str) -> Result<T, String> {
         let at = *self.columns.get(column).ok_or_else(|| format!("column {column}: it is missing"))?;
         self.row.get(at).map_err(|error| format!("column {column}: {error}"))
     }
 
-    fn parse<T: FromStr<Err: Display>>(&self, column: &str) -> Result<T, String> {
+    pub(super) fn parse<T: FromStr<Err: Display>>(&self, column: &str) -> Result<T, String> {
         let text: String = self.get(column)?;
         text.parse().map_err(|error| format!("column {column}: {error}"))
     }
 
-    fn parse_option<T: FromStr<Err: Display>>(&self, column: &str) -> Result<Option<T>, String> {
+    pub(super) fn parse_option<T: FromStr<Err: Display>>(&self, column: &str) -> Result<Option<T>, String> {
         let text: Option<String> = self.get(column)?;
         text.map(|text| text.parse().map_err(|error| format!("column {column}: {error}"))).transpose()
     }
 
-    fn number<T: TryFrom<i64>>(&self, column: &str) -> Result<T, String> {
+    pub(super) fn number<T: TryFrom<i64>>(&self, column: &str) -> Result<T, String> {
         let number: i64 = self.get(column)?;
         T::try_from(number).map_err(|_| format!("column {column}: {number} is out of range"))
     }
 
-    fn number_option<T: TryFrom<i64>>(&self, column: &str) -> Result<Option<T>, String> {
+    pub(super) fn number_option<T: TryFrom<i64>>(&self, column: &str) -> Result<Option<T>, String> {
         let number: Option<i64> = self.get(column)?;
         let convert =
             |number| T::try_from(number).map_err(|_| format!("column {column}: {number} is out of range"));
         number.map(convert).transpose()
     }
 
-    fn json<T: serde::de::DeserializeOwned>(&self, column: &str) -> Result<T, String> {
+    pub(super) fn json<T: serde::de::DeserializeOwned>(&self, column: &str) -> Result<T, String> {
         let text: String = self.get(column)?;
         serde_json::from_str(&text).map_err(|error| format!("column {column}: {error}"))
     }
@@ -784,7 +848,7 @@ impl Reader<'_, '_> {
         }
     }
 
-    fn rates(&self, up: &str, down: &str) -> Result<Directed<Option<BitsPerSecond>>, String> {
+    pub(super) fn rates(&self, up: &str, down: &str) -> Result<Directed<Option<BitsPerSecond>>, String> {
         Ok(Directed {
             up: self.number_option(up)?.map(BitsPerSecond),
             down: self.number_option(down)?.map(BitsPerSecond),
@@ -881,6 +945,7 @@ fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
         source: row.parse_option("source")?,
         seen_at: row.parse_option("seen_at")?,
         down_since: row.parse_option("down_since")?,
+        on_demand: row.get("on_demand")?,
         slot: row.slot("slot", SlotKind::Session)?,
     })
 }

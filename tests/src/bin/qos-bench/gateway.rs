@@ -40,6 +40,7 @@ pub(crate) fn config(bpffs_dir: PathBuf, observe: bool, max_rules: u32) -> Gatew
 /// A network in which nothing is registered and no request needs a session.
 pub(crate) fn state(max_rules: u32) -> State {
     State::new(Network {
+        line_rate: Directed::default(),
         link: Directed { up: CAPACITY, down: CAPACITY },
         line_side: LineSide::Lan,
         soft_share: 0.95,
