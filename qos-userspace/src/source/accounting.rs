@@ -207,7 +207,7 @@ fn addresses(packet: &Packet<'_>) -> Vec<IpNet> {
 }
 
 /// Prefixes without those that lie in another, in their order and 16 at most.
-pub(crate) fn without_parts(prefixes: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
+pub(super) fn without_parts(prefixes: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
     let mut kept = Vec::<IpNet>::new();
     for prefix in prefixes.map(|prefix| prefix.trunc()) {
         if prefix.prefix_len() > 0 && !prefix.addr().is_unspecified() && !kept.iter().any(|other| other.contains(&prefix)) {
@@ -220,7 +220,7 @@ pub(crate) fn without_parts(prefixes: impl Iterator<Item = IpNet>) -> Vec<IpNet>
 }
 
 /// The two that are none stand for "as the subscriber likes" and "as the BRAS likes" (RFC 2865, section 5.8).
-fn is_assigned(address: &Ipv4Addr) -> bool {
+pub(super) fn is_assigned(address: &Ipv4Addr) -> bool {
     !address.is_broadcast() && *address != Ipv4Addr::new(255, 255, 255, 254)
 }
 

@@ -20,9 +20,10 @@ use tracing::{debug, info, warn};
 
 use super::accounting::{LineAttribute, Told, read};
 use super::radius::{ACCOUNTING_REQUEST, LONGEST_PACKET, Packet, STATUS_SERVER};
-use super::{Secret, Sink, SourceError, Taken, Throttle};
+use super::{Secret, Sink, SourceError, Throttle};
 use crate::domain::Name;
 use crate::domain::subscriber::Report;
+use crate::manager::subscriber::Taken;
 
 /// The port that RADIUS accounting has (RFC 2866, section 3).
 pub const PORT: u16 = 1_813;
