@@ -170,3 +170,87 @@ fn first_line(path: &Path) -> Reading<String> {
     let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read the file: {error}"))?;
     Ok(text.lines().next().unwrap_or_default().trim_end().to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::Config;
+    use super::*;
+
+    const INTERFACES: &str = "[[interface]]\nname='a'\nrole='lan'\ncapacity='1G'\n\
+                              [[interface]]\nname='b'\nrole='wan'\ncapacity='1G'\n";
+
+    fn parse(text: &str) -> Result<Config, String> {
+        let text = format!("{text}\n{INTERFACES}");
+        Config::parse(&text, Path::new("qos.toml")).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn without_the_tables_there_are_no_sources() {
+        let config = parse("").expect("valid");
+        assert_eq!((config.radius, config.radacct), (None, None));
+    }
+
+    /// What is commented out in the example, as it is.
+    #[test]
+    fn the_tables_of_the_example_can_be_used() {
+        let example = include_str!("../../../docs/qos.example.toml");
+        let (_, sources) = example.split_once("\n# Sources of subscriber sessions").expect("a part of its own");
+        let lines = sources.lines().filter_map(|line| line.strip_prefix("# "));
+        let lines: Vec<_> = lines.filter(|line| line.starts_with('[') || line.contains(" = ")).collect();
+        let config = parse(&lines.join("\n")).expect("valid");
+        let radius = config.radius.expect("there");
+        assert_eq!(radius.listen, [SocketAddr::from(([192, 0, 2, 1], 1_813))]);
+        assert_eq!((radius.line, radius.clients.len()), (vec![LineAttribute::UserName], 1));
+        let mut shown = config.radacct.expect("there");
+        assert_eq!(shown.poll, Duration::from_secs(10));
+        // All but these are the defaults.
+        (shown.columns.rate_up, shown.columns.rate_down) = (None, None);
+        let least = format!("[radacct]\nurl = '{}'", "postgresql://qos:…@db.example/radius");
+        assert_eq!(parse(&least).expect("valid").radacct, Some(shown));
+    }
+
+    #[test]
+    fn secrets_may_stand_in_files() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("secret");
+        std::fs::write(&path, "testing123\n").expect("written");
+        let text = format!(
+            "[radius]\nlisten = ['::1', '[2001:db8::1]:1646']\n[[radius.client]]\naddress = '::1'\nsecret_file = {path:?}"
+        );
+        let radius = parse(&text).expect("valid").radius.expect("there");
+        assert_eq!(radius.clients[0].secret, Secret::from("testing123".to_owned()));
+        assert_eq!(radius.listen[1].port(), 1_646);
+        std::fs::write(&path, "sqlite:///radius.sqlite\n").expect("written");
+        parse(&format!("[radacct]\nurl_file = {path:?}")).expect("valid").radacct.expect("there");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_source_is_said() {
+        let client = "[[radius.client]]\naddress = '192.0.2.0/24'\nsecret = 's'";
+        let radius = |lines: &str| format!("[radius]\nlisten = '127.0.0.1'\n{lines}");
+        for (name, text, expected) in [
+            ("no address", format!("[radius]\n{client}"), "`listen` is missing in [radius]"),
+            ("no list", format!("[radius]\nlisten = []\n{client}"), "listen = []: expected at least one"),
+            ("a host", format!("[radius]\nlisten = 'here'\n{client}"), "`here` is no address"),
+            ("no client", radius(""), "`client` is missing in [radius]"),
+            ("a strange line", radius(&format!("line = 'user'\n{client}")), "line = 'user': "),
+            ("no secret", radius("[[radius.client]]\naddress = '::1'"), "`secret` is missing"),
+            ("an empty secret", radius("[[radius.client]]\naddress = '::1'\nsecret = ''"), "at least one character"),
+            ("no file", radius("[[radius.client]]\naddress = '::1'\nsecret_file = '/nowhere'"), "cannot read the file"),
+            ("bits behind", radius("[[radius.client]]\naddress = '10.0.0.1/8'\nsecret = 's'"), "did you mean `10.0.0.0/8`?"),
+            ("twice", radius(&format!("{client}\n{client}")), "this address is there twice"),
+            ("no URL", "[radacct]".to_owned(), "`url_file` is missing in [radacct]: or `url`"),
+            ("a strange URL", "[radacct]\nurl = 'oracle://x'".to_owned(), "expected the URL of a database"),
+            ("SQL", "[radacct]\nurl = 'sqlite:///r'\ntable = 'a; b'".to_owned(), "expected a name of 1 to 63"),
+            ("no key", "[radacct]\nurl = 'sqlite:///r'\nkey_column = ''".to_owned(), "expected a name of 1 to 63"),
+            ("a unit", "[radacct]\nurl = 'sqlite:///r'\nrate_unit = 'mbit'".to_owned(), "rate_unit = 'mbit': "),
+            ("mistyped", "[radacct]\nurl = 'sqlite:///r'\npol = '1s'".to_owned(), "did you mean `poll`?"),
+            ("no table", "radius = 3".to_owned(), "expected a table [radius]"),
+        ] {
+            let error = parse(&text).expect_err(name);
+            assert!(error.contains(expected), "{name}: {error}");
+        }
+    }
+}

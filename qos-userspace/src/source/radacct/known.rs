@@ -169,9 +169,10 @@ impl Known {
             let Some(claimants) = self.claims.get_mut(&claim) else { continue };
             claimants.remove(&(session.start, session.id));
             match claimants.last() {
-                Some((_, next)) => {
+                Some((start, next)) if (*start, *next) < (session.start, session.id) => {
                     self.changed.insert(*next);
                 }
+                Some(_) => {}
                 None => {
                     self.claims.remove(&claim);
                 }

@@ -192,7 +192,7 @@ async fn what_is_not_from_a_client_or_no_packet_is_dropped_by_reason() {
     let other = Secret::from("another".to_owned());
     let start = start_of(1, "dsl-1");
     running.send(&start[..start.len() - 1]).await;
-    running.send(&vec![4; LONGEST_PACKET + 100]).await;
+    running.send(&vec![0xff; LONGEST_PACKET + 100]).await;
     running.send(&request(2, &[(40, vec![0, 0, 0, 1])], &other)).await;
     running.send(&packet(1, 3, &[(1, b"dsl-1".to_vec())], &secret())).await;
     running.send(&packet(STATUS_SERVER, 4, &[], &secret())).await;
