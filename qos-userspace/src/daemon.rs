@@ -17,9 +17,9 @@ use tracing::{error, info, warn};
 
 use crate::api::reload::reload;
 use crate::api::service::{Service, ServiceError};
+use crate::api::sink::ServiceSink;
 use crate::api::socket::{self, SocketError};
 use crate::api::worker::{Handle, Worker};
-use crate::api::sink::ServiceSink;
 use crate::api::{self, Api, doctor};
 use crate::config::Config;
 use crate::gateway::GatewayConfig;

@@ -155,7 +155,12 @@ impl FreeRadius {
             Kind::Sqlite => return Ok(()),
             Kind::Postgres => {
                 let mut command = self.kind.server_command(self.kind.user(), "postgres")?;
-                command.arg("-D").arg(&data).arg("-k").arg(&data).args(["-h", "127.0.0.1", "-c", "fsync=off"]);
+                command.arg("-D").arg(&data).arg("-k").arg(&data).args([
+                    "-h",
+                    "127.0.0.1",
+                    "-c",
+                    "fsync=off",
+                ]);
                 command.args(["-p", &DATABASE.to_string()]);
                 command
             }
@@ -233,7 +238,10 @@ impl FreeRadius {
             Kind::MariaDb => {
                 let mut command = self.kind.command("mariadb")?;
                 let socket = self.folder.path().join("data/socket");
-                command.arg("--no-defaults").arg(format!("--socket={}", socket.display())).args(["-u", "root"]);
+                command
+                    .arg("--no-defaults")
+                    .arg(format!("--socket={}", socket.display()))
+                    .args(["-u", "root"]);
                 command.args(database);
                 command
             }
@@ -276,7 +284,9 @@ impl FreeRadius {
         command.args(["-f", "-l", "stdout", "-n", "radiusd", "-d"]).arg(self.folder.path());
         self.log(&mut command, "freeradius.log")?;
         self.server = Some(self.namespace.spawn(command)?);
-        self.until("freeradius.log", |radius| Ok(radius.read("freeradius.log").contains("Ready to process requests")))
+        self.until("freeradius.log", |radius| {
+            Ok(radius.read("freeradius.log").contains("Ready to process requests"))
+        })
     }
 
     fn until(&self, log: &str, reached: impl Fn(&Self) -> Result<bool>) -> Result<()> {

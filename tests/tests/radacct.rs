@@ -100,7 +100,8 @@ fn sessions_are_followed(radius: &mut FreeRadius, daemon: &mut Daemon) {
 
 #[test]
 fn sessions_in_sqlite_are_followed() {
-    let Some((_net, mut radius, mut daemon)) = started("sessions_in_sqlite_are_followed", Kind::Sqlite) else {
+    let Some((_net, mut radius, mut daemon)) = started("sessions_in_sqlite_are_followed", Kind::Sqlite)
+    else {
         return;
     };
     sessions_are_followed(&mut radius, &mut daemon);
@@ -117,7 +118,8 @@ fn sessions_in_postgresql_are_followed() {
 
 #[test]
 fn sessions_in_mariadb_are_followed() {
-    let Some((_net, mut radius, mut daemon)) = started("sessions_in_mariadb_are_followed", Kind::MariaDb) else {
+    let Some((_net, mut radius, mut daemon)) = started("sessions_in_mariadb_are_followed", Kind::MariaDb)
+    else {
         return;
     };
     sessions_are_followed(&mut radius, &mut daemon);

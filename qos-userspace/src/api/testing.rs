@@ -402,7 +402,13 @@ fn run(
         })
         .expect("the service starts");
         let (listener, _socket) = socket::bind(&socket, &access).expect("a socket");
-        let api = Api { handle: worker.handle(), access, config_path, sources: Monitor::default(), stop: Arc::new(Notify::new()) };
+        let api = Api {
+            handle: worker.handle(),
+            access,
+            config_path,
+            sources: Monitor::default(),
+            stop: Arc::new(Notify::new()),
+        };
         let (closing, closed) = oneshot::channel::<()>();
         let server = tokio::spawn(serve(listener, api, async {
             let _ = closed.await;

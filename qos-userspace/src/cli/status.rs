@@ -109,8 +109,11 @@ fn radius(statistics: RadiusStatistics) -> String {
         ("too many", dropped.overload),
         ("not written", dropped.unwritten),
     ];
-    let reasons: Vec<_> =
-        reasons.iter().filter(|(_, count)| *count > 0).map(|(reason, count)| format!("{reason} {count}")).collect();
+    let reasons: Vec<_> = reasons
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| format!("{reason} {count}"))
+        .collect();
     let dropped = if reasons.is_empty() { "none".to_owned() } else { reasons.join(", ") };
     format!(
         "{received} packets, {acknowledged} acknowledged ({repeated} repeated, {refused} of no use), dropped: {dropped}"

@@ -17,9 +17,10 @@ const DEFAULT_POLL: std::time::Duration = std::time::Duration::from_secs(10);
 /// Reads `[radius]`, if it is there.
 pub(super) fn radius(top: &mut Section<'_>) -> Result<Option<RadiusConfig>, ConfigError> {
     let Some(mut section) = top.table("radius", "[radius]")? else { return Ok(None) };
-    let listen = section.required("listen", "addresses of this machine, such as [\"192.0.2.1\"]", |value| {
-        some(value, listen)
-    })?;
+    let listen =
+        section.required("listen", "addresses of this machine, such as [\"192.0.2.1\"]", |value| {
+            some(value, listen)
+        })?;
     let line = section.optional("line", |value| some(value, line_attribute))?;
     let source = section.optional("source", name)?;
     let mut clients = Vec::<RadiusClient>::new();
@@ -161,8 +162,8 @@ fn secret(
     if let Some(secret) = section.optional(key, |value| filled(text(value)?))? {
         return Ok(secret);
     }
-    let read =
-        section.optional(file_key, |value| first_line(&absolute_path(value)?).and_then(|line| filled(&line)))?;
+    let read = section
+        .optional(file_key, |value| first_line(&absolute_path(value)?).and_then(|line| filled(&line)))?;
     read.ok_or_else(|| section.missing(key, expected))
 }
 
@@ -196,7 +197,8 @@ mod tests {
     #[test]
     fn the_tables_of_the_example_can_be_used() {
         let example = include_str!("../../../docs/qos.example.toml");
-        let (_, sources) = example.split_once("\n# Sources of subscriber sessions").expect("a part of its own");
+        let (_, sources) =
+            example.split_once("\n# Sources of subscriber sessions").expect("a part of its own");
         let lines = sources.lines().filter_map(|line| line.strip_prefix("# "));
         let lines: Vec<_> = lines.filter(|line| line.starts_with('[') || line.contains(" = ")).collect();
         let config = parse(&lines.join("\n")).expect("valid");
@@ -237,15 +239,39 @@ mod tests {
             ("no client", radius(""), "`client` is missing in [radius]"),
             ("a strange line", radius(&format!("line = 'user'\n{client}")), "line = 'user': "),
             ("no secret", radius("[[radius.client]]\naddress = '::1'"), "`secret` is missing"),
-            ("an empty secret", radius("[[radius.client]]\naddress = '::1'\nsecret = ''"), "at least one character"),
-            ("no file", radius("[[radius.client]]\naddress = '::1'\nsecret_file = '/nowhere'"), "cannot read the file"),
-            ("bits behind", radius("[[radius.client]]\naddress = '10.0.0.1/8'\nsecret = 's'"), "did you mean `10.0.0.0/8`?"),
+            (
+                "an empty secret",
+                radius("[[radius.client]]\naddress = '::1'\nsecret = ''"),
+                "at least one character",
+            ),
+            (
+                "no file",
+                radius("[[radius.client]]\naddress = '::1'\nsecret_file = '/nowhere'"),
+                "cannot read the file",
+            ),
+            (
+                "bits behind",
+                radius("[[radius.client]]\naddress = '10.0.0.1/8'\nsecret = 's'"),
+                "did you mean `10.0.0.0/8`?",
+            ),
             ("twice", radius(&format!("{client}\n{client}")), "this address is there twice"),
             ("no URL", "[radacct]".to_owned(), "`url_file` is missing in [radacct]: or `url`"),
             ("a strange URL", "[radacct]\nurl = 'oracle://x'".to_owned(), "expected the URL of a database"),
-            ("SQL", "[radacct]\nurl = 'sqlite:///r'\ntable = 'a; b'".to_owned(), "expected a name of 1 to 63"),
-            ("no key", "[radacct]\nurl = 'sqlite:///r'\nkey_column = ''".to_owned(), "expected a name of 1 to 63"),
-            ("a unit", "[radacct]\nurl = 'sqlite:///r'\nrate_unit = 'mbit'".to_owned(), "rate_unit = 'mbit': "),
+            (
+                "SQL",
+                "[radacct]\nurl = 'sqlite:///r'\ntable = 'a; b'".to_owned(),
+                "expected a name of 1 to 63",
+            ),
+            (
+                "no key",
+                "[radacct]\nurl = 'sqlite:///r'\nkey_column = ''".to_owned(),
+                "expected a name of 1 to 63",
+            ),
+            (
+                "a unit",
+                "[radacct]\nurl = 'sqlite:///r'\nrate_unit = 'mbit'".to_owned(),
+                "rate_unit = 'mbit': ",
+            ),
             ("mistyped", "[radacct]\nurl = 'sqlite:///r'\npol = '1s'".to_owned(), "did you mean `poll`?"),
             ("no table", "radius = 3".to_owned(), "expected a table [radius]"),
         ] {

@@ -210,7 +210,10 @@ fn addresses(packet: &Packet<'_>) -> Vec<IpNet> {
 pub(super) fn without_parts(prefixes: impl Iterator<Item = IpNet>) -> Vec<IpNet> {
     let mut kept = Vec::<IpNet>::new();
     for prefix in prefixes.map(|prefix| prefix.trunc()) {
-        if prefix.prefix_len() > 0 && !prefix.addr().is_unspecified() && !kept.iter().any(|other| other.contains(&prefix)) {
+        if prefix.prefix_len() > 0
+            && !prefix.addr().is_unspecified()
+            && !kept.iter().any(|other| other.contains(&prefix))
+        {
             kept.retain(|other| !prefix.contains(other));
             kept.push(prefix);
         }

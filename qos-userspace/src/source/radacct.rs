@@ -116,9 +116,11 @@ impl Url {
             Some("postgres" | "postgresql") => Kind::Postgres,
             Some("mysql" | "mariadb") => Kind::MySql,
             _ => {
-                return Err("expected the URL of a database: sqlite:///PATH, postgresql://USER:PASSWORD@HOST/NAME, \
+                return Err(
+                    "expected the URL of a database: sqlite:///PATH, postgresql://USER:PASSWORD@HOST/NAME, \
                             mysql://… or mariadb://…"
-                    .to_owned());
+                        .to_owned(),
+                );
             }
         };
         let url = Self { kind, text: Secret::from(text.to_owned()) };
@@ -162,7 +164,8 @@ pub(crate) async fn follow(
     status: Arc<Mutex<RadacctStatus>>,
 ) {
     let poll = config.poll;
-    let mut follower = Follower { config, ttl, sink, status, database: None, known: None, refused: Throttle::default() };
+    let mut follower =
+        Follower { config, ttl, sink, status, database: None, known: None, refused: Throttle::default() };
     let (mut failures, trouble) = (0_u32, Throttle::default());
     loop {
         let result = follower.round().await;
@@ -311,9 +314,10 @@ impl<S: Sink> Follower<S> {
     async fn tell(&mut self, reports: Reports) -> Result<(), RoundError> {
         let source = &self.config.source;
         let report = |at, event| Report { source: Some(source.clone()), at, event };
-        let downs = reports.downs.into_iter().map(|down| {
-            report(down.at, Event::Down { line: down.line, key: Some(down.key) })
-        });
+        let downs = reports
+            .downs
+            .into_iter()
+            .map(|down| report(down.at, Event::Down { line: down.line, key: Some(down.key) }));
         // First when it began, so that this is known, and then that it is alive.
         let ups = reports.ups.into_iter().flat_map(|(session, is_new)| {
             let moments = if is_new { vec![session.start, session.seen] } else { vec![session.seen] };
@@ -329,7 +333,9 @@ impl<S: Sink> Follower<S> {
             status.told += part.len() as u64;
             for (report, taken) in part.iter().zip(taken) {
                 match taken {
-                    Taken::Changed(warnings) => warnings.iter().for_each(|warning| warn!("radacct: {warning}")),
+                    Taken::Changed(warnings) => {
+                        warnings.iter().for_each(|warning| warn!("radacct: {warning}"))
+                    }
                     Taken::Unchanged => {}
                     Taken::Refused(reason) => {
                         status.refused += 1;

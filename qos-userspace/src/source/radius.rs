@@ -303,7 +303,8 @@ mod tests {
 
     #[test]
     fn an_answer_has_the_proxies_states_in_their_order() {
-        let states = [(33, b"outer".to_vec()), (1, b"nemo".to_vec()), (33, Vec::new()), (33, b"inner".to_vec())];
+        let states =
+            [(33, b"outer".to_vec()), (1, b"nemo".to_vec()), (33, Vec::new()), (33, b"inner".to_vec())];
         let bytes = request(9, &states, &secret());
         let answer = Packet::parse(&bytes).expect("a packet").answer(&secret());
         assert!(is_answer(&answer, &bytes, &secret()));

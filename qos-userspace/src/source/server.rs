@@ -222,8 +222,7 @@ pub(crate) async fn start(
         sockets.push((socket.local_addr().map_err(failed)?, Arc::new(socket)));
     }
     let (queue, waiting) = mpsc::channel(QUEUE);
-    let shared =
-        Arc::new(Shared { config: config.clone(), counters, recent: Mutex::default(), queue });
+    let shared = Arc::new(Shared { config: config.clone(), counters, recent: Mutex::default(), queue });
     let mut addresses = Vec::new();
     for (address, socket) in sockets {
         info!(%address, clients = config.clients.len(), "listening to RADIUS accounting");

@@ -76,7 +76,11 @@ fn a_stop_ends_the_session_that_it_names() {
 fn a_bras_that_starts_or_stops_takes_its_lines_with_it() {
     for (what, attributes, bras) in [
         ("its name", vec![status(7), (NAS_IDENTIFIER, b"bras1".to_vec()), (4, vec![10, 0, 0, 1])], "bras1"),
-        ("its address", vec![status(8), (NAS_IDENTIFIER, b" \0".to_vec()), (4, vec![10, 0, 0, 1])], "10.0.0.1"),
+        (
+            "its address",
+            vec![status(8), (NAS_IDENTIFIER, b" \0".to_vec()), (4, vec![10, 0, 0, 1])],
+            "10.0.0.1",
+        ),
         ("its IPv6 address", vec![status(7), (95, Ipv6Addr::LOCALHOST.octets().to_vec())], "::1"),
         ("an address of 5 bytes", vec![status(7), (4, vec![10, 0, 0, 1, 1])], "198.51.100.1"),
         ("where it came from", vec![status(8)], "198.51.100.1"),

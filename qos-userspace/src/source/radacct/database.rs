@@ -95,14 +95,20 @@ impl Database {
                     Ok(Self::Sqlite(Arc::new(Mutex::new(connection))))
                 }
                 Kind::Postgres => {
-                    let mut connection =
-                        postgres(url).map_err(DatabaseError::Connect)?.connect().await.map_err(DatabaseError::Connect)?;
+                    let mut connection = postgres(url)
+                        .map_err(DatabaseError::Connect)?
+                        .connect()
+                        .await
+                        .map_err(DatabaseError::Connect)?;
                     connection.execute("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY").await?;
                     Ok(Self::Postgres(Box::new(connection)))
                 }
                 Kind::MySql => {
-                    let mut connection =
-                        mysql(url).map_err(DatabaseError::Connect)?.connect().await.map_err(DatabaseError::Connect)?;
+                    let mut connection = mysql(url)
+                        .map_err(DatabaseError::Connect)?
+                        .connect()
+                        .await
+                        .map_err(DatabaseError::Connect)?;
                     connection.execute("SET SESSION TRANSACTION READ ONLY").await?;
                     Ok(Self::MySql(Box::new(connection)))
                 }

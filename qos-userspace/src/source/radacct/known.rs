@@ -199,7 +199,12 @@ impl Known {
                         more,
                         "two sessions are open on one address or line, and the newer counts: {} of line {} since {}, \
                          {} of line {} since {}",
-                        older.key, older.line, older.start, newer.key, newer.line, newer.start
+                        older.key,
+                        older.line,
+                        older.start,
+                        newer.key,
+                        newer.line,
+                        newer.start
                     );
                 }
                 continue;

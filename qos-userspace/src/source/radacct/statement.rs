@@ -103,7 +103,8 @@ pub(super) fn updated(config: &RadacctConfig, after: i64, since: Timestamp) -> S
 
 fn sessions(config: &RadacctConfig, after: i64, which: &str) -> String {
     let (kind, columns) = (config.url.kind, &config.columns);
-    let text = |column: &Option<_>| column.as_ref().map_or_else(|| "NULL".to_owned(), |column| kind.text(column));
+    let text =
+        |column: &Option<_>| column.as_ref().map_or_else(|| "NULL".to_owned(), |column| kind.text(column));
     let (id, stop) = (kind.quoted(&columns.id), kind.quoted(&columns.stop));
     // In the order in which a row is read.
     let selected = [

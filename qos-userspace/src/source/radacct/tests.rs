@@ -169,7 +169,8 @@ async fn what_a_row_has_is_told_whole() {
     world.update("k1", "framedipv6address = '2001:db8:1::7', delegatedipv6prefix = '2001:db8:2:300::/56'");
     world.execute("INSERT INTO rates VALUES ('ann@isp.example', 2000, 50000)");
     world.follower.round().await.expect("a round");
-    let Event::Up { line, facts, .. } = world.recorder.reports.lock().expect("no panic")[0].event.clone() else {
+    let Event::Up { line, facts, .. } = world.recorder.reports.lock().expect("no panic")[0].event.clone()
+    else {
         panic!("not up")
     };
     assert!(line.as_str().starts_with("ann-isp.example-"), "{line}");
@@ -315,8 +316,14 @@ fn names_are_quoted_and_nothing_else_is_one() {
     config.table = Identifier::read_path("acct.radacct").expect("a table");
     config.columns.delegated_prefix = None;
     for (url, expected) in [
-        ("sqlite:///radius.sqlite", "NULL, CAST(\"up\" AS TEXT), CAST(\"down\" AS TEXT) FROM \"acct\".\"radacct\""),
-        ("postgresql://a@b/c", "NULL, CAST(\"up\" AS TEXT), CAST(\"down\" AS TEXT) FROM \"acct\".\"radacct\""),
+        (
+            "sqlite:///radius.sqlite",
+            "NULL, CAST(\"up\" AS TEXT), CAST(\"down\" AS TEXT) FROM \"acct\".\"radacct\"",
+        ),
+        (
+            "postgresql://a@b/c",
+            "NULL, CAST(\"up\" AS TEXT), CAST(\"down\" AS TEXT) FROM \"acct\".\"radacct\"",
+        ),
         ("mariadb://a@b/c", "NULL, CAST(`up` AS CHAR), CAST(`down` AS CHAR) FROM `acct`.`radacct`"),
     ] {
         config.url = Url::read(url).expect("a URL");

@@ -231,12 +231,8 @@ async fn what_can_never_be_used_is_acknowledged_and_counted() {
 #[tokio::test]
 async fn what_finds_the_queue_full_is_dropped_and_taken_later() {
     let (queue, mut waiting) = mpsc::channel(1);
-    let shared = Shared {
-        config: config("127.0.0.1"),
-        counters: Arc::default(),
-        recent: Mutex::default(),
-        queue,
-    };
+    let shared =
+        Shared { config: config("127.0.0.1"), counters: Arc::default(), recent: Mutex::default(), queue };
     let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a socket"));
     let peer = SocketAddr::from(([127, 0, 0, 1], 5_000));
     for id in [1, 2] {
