@@ -153,7 +153,8 @@ fn what_is_not_signed_with_the_secret_is_neither_answered_nor_believed() {
     let socket = net.gateway.run(|| UdpSocket::bind("127.0.0.1:0")).unwrap();
     let server = SocketAddr::from(([127, 0, 0, 1], 1_813));
     let mut random = fastrand::Rng::with_seed(7);
-    for length in (0..2_000).map(|_| random.usize(0..300)) {
+    for _ in 0..2_000 {
+        let length = random.usize(0..300);
         let bytes: Vec<u8> = (0..length).map(|_| random.u8(..)).collect();
         socket.send_to(&bytes, server).unwrap();
     }
