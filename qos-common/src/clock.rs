@@ -4,7 +4,9 @@
 //! A clock is one `u64` that says until when the traffic charged so far has used up the rate. Time
 //! is counted in ticks of 2⁻²⁰ ns, so that a byte at 400 Gbit/s is 20,971.52 ticks and rounding
 //! costs 0.003 % at most; the counter wraps every 4.9 hours, and every comparison wraps with it.
-//! Zero is no time but a clock that was never used: it would else lie ahead shortly before each wrap.
+//! Zero is no time but a clock that is not in use: a real time would lie ahead for a while before each wrap.
+//! A clock that was used and then left alone comes to look so too, after some 3.7 hours; whoever keeps clocks
+//! sets those that are [`is_long_idle`] to zero before that.
 
 /// Ticks of a clock in one nanosecond, as a power of two.
 pub const TICK_BITS: u32 = 20;
@@ -21,14 +23,32 @@ pub const MAX_CHARGE: u64 = 65_536;
 /// Longest time a clock may run ahead, in ticks: a quarter of its range, some 73 minutes.
 const MAX_WINDOW: u64 = 1 << 62;
 
-/// A clock that was never used.
+/// A clock that is not in use: it was never used, or not for long. It is idle at any time.
 pub const UNUSED: u64 = 0;
+
+/// How far a clock is behind now that is long idle, in ticks: an hour. Such clocks are looked for at least
+/// every other hour.
+const LONG_IDLE: u64 = ticks(3_600_000_000_000);
+
+// A clock is found before it comes to look as if it were ahead.
+const _: () = assert!(LONG_IDLE + ticks(2 * 3_600_000_000_000) < MAX_WINDOW.wrapping_neg());
 
 /// Nanoseconds since boot, in ticks.
 #[inline(always)]
 #[must_use]
 pub const fn ticks(now_ns: u64) -> u64 {
     now_ns << TICK_BITS
+}
+
+/// Tells whether a clock has not been in use for an hour or longer before `now` ticks, so that it can be set to
+/// [`UNUSED`] without a packet passing or dropped that would not be else.
+///
+/// One that has not been in use for 3.7 hours can't be told from one that is ahead, and counts as that.
+#[must_use]
+pub const fn is_long_idle(clock: u64, now: u64) -> bool {
+    clock != UNUSED
+        && now.wrapping_sub(clock) >= LONG_IDLE
+        && now.wrapping_sub(clock) < MAX_WINDOW.wrapping_neg()
 }
 
 /// Of two states of a clock the one that is further ahead of `now`, all in ticks. One that seems further
@@ -244,6 +264,29 @@ mod tests {
     }
 
     #[test]
+    fn only_a_clock_that_is_behind_for_long_is_long_idle() {
+        let second = 1_000_000_000;
+        for now in [ticks(5 * second), u64::MAX - 10, 1 << 62, 3 << 62, ticks(9_000 * second)] {
+            let behind = |seconds: u64| now.wrapping_sub(ticks(seconds * second));
+            for (clock, expected) in [
+                (UNUSED, false),
+                (behind(0), false),
+                (behind(3_599), false),
+                (behind(3_601), true),
+                (behind(3 * 3_600), true),
+                (now.wrapping_add(1), false),
+                (now.wrapping_add(MAX_WINDOW), false),
+            ] {
+                assert_eq!(is_long_idle(clock, now), expected, "{clock} at {now}");
+            }
+        }
+        // What it is good for: nearly a wrap later it looks to be ahead.
+        let (meter, now) = (Meter::new(1_000_000, 1_500), ticks(1 << 50));
+        let clock = now.wrapping_add(meter.window());
+        assert_eq!(meter.arrive(clock, now, 64), Arrival::Over);
+    }
+
+    #[test]
     fn charging_by_force_never_looks_stale() {
         let meter = Meter::new(1_000_000, 1_500);
         let now = ticks(7_000_000_000);
@@ -289,6 +332,50 @@ mod tests {
             let due = u128::from(rate) * u128::from(now - begin) / 8_000_000_000;
             let bound = due + due / 10_000 + u128::from(burst) + 65_536 + 1;
             prop_assert!(passed <= bound, "{} bytes passed, at most {} may", passed, bound);
+        }
+
+        #[test]
+        fn a_clock_that_is_looked_after_does_what_one_without_a_wrap_does(
+            // The lower the rate, the longer a clock that wrapped looks to be ahead.
+            rate in prop_oneof![MIN_RATE..=10_000, MIN_RATE..=MAX_RATE],
+            burst in 0u64..1_000_000,
+            start in 0u64..1 << 60,
+            interval in 60_000_000_000u64..=7_200_000_000_000,
+            arrivals in prop::collection::vec(
+                (prop_oneof![0u64..5_000_000, 0u64..80_000_000_000_000], 1u64..=65_536, 1usize..20, any::<bool>()),
+                1..20,
+            ),
+        ) {
+            let meter = Meter::new(rate, burst);
+            let (mut clock, mut endless) = (UNUSED, 0u128);
+            let (mut now, mut look_at) = (start, start + interval / 2);
+            for (gap, bytes, packets, forced) in arrivals {
+                now += gap;
+                while look_at <= now {
+                    if is_long_idle(clock, ticks(look_at)) {
+                        clock = UNUSED;
+                    }
+                    look_at += interval;
+                }
+                let endless_now = u128::from(now) << TICK_BITS;
+                let cost = u128::from(meter.cost(bytes));
+                for _ in 0..packets {
+                    if forced {
+                        clock = meter.charge(clock, ticks(now), bytes);
+                        endless = (endless.max(endless_now) + cost).min(endless_now + u128::from(meter.window()));
+                        continue;
+                    }
+                    let conforms = endless.saturating_sub(endless_now) <= u128::from(meter.tolerance);
+                    match meter.arrive(clock, ticks(now), bytes) {
+                        Arrival::Conforms { clock: next } => {
+                            prop_assert!(conforms, "a packet passes that is over the limit");
+                            clock = next;
+                            endless = endless.max(endless_now) + cost;
+                        }
+                        Arrival::Over => prop_assert!(!conforms, "a packet that conforms is dropped"),
+                    }
+                }
+            }
         }
 
         #[test]

@@ -509,6 +509,7 @@ fn within(value: &DeValue<'_>, range: &RangeInclusive<u32>, what: &str) -> Readi
     Err(format!("expected a number of {what} from {} to {}", range.start(), range.end()))
 }
 
+/// At most every other hour is often enough for idle clocks ([`qos_common::clock::is_long_idle`]).
 fn interval(value: &DeValue<'_>) -> Reading<Duration> {
     let range = Duration::from_millis(100)..=Duration::from_secs(3_600);
     time(value, &range).ok_or_else(|| "expected a time from 100ms to 1h, such as \"5s\"".to_owned())

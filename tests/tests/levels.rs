@@ -12,7 +12,7 @@ use qos_tests::capture::Capture;
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::programs;
 use qos_tests::topology::{HOST_LINK, Host, Topology, WAN};
-use qos_tests::traffic::{Flow, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, sum_to};
+use qos_tests::traffic::{Flow, Measured, RunningUdp, TcpFlow, UdpFlow, are_within, charged_length};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{AllocationId, Direction};
 
@@ -242,8 +242,7 @@ fn eight_providers_and_sixteen_addresses_at_once_each_at_its_own_level() {
         let achieved = BitsPerSecond(measured.iter().map(|measured| measured.achieved.0).sum());
         let text = format!("{what}: {achieved} of {} to {}", kbit(low), kbit(high));
         println!("{text}");
-        let is_enough = low == 0 || sum_to(measured, kbit(low)) >= 1.0 - TOLERANCE;
-        if !is_enough || achieved.0 as f64 > kbit(high).0 as f64 * (1.0 + TOLERANCE) {
+        if !are_within(measured, (kbit(low), kbit(high)), TOLERANCE) {
             wrong.push(text);
         }
     };

@@ -28,6 +28,7 @@ use qos_tests::traffic::{
 };
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{Allocation, AllocationId, Status};
+use qos_userspace::manager::report::Counts;
 use serde_json::{Value, json};
 
 const WARM_UP: Duration = Duration::from_millis(1_000);
@@ -131,13 +132,15 @@ fn an_expired_allocation_is_neither_held_nor_preferred_though_the_daemon_is_dead
     // Over the end.
     flood.set_rate(BitsPerSecond(0));
     let expires = limit.expires_at.unwrap();
-    held.begin();
-    let began = SystemTime::now();
-    eventually(Duration::from_secs(10), "the end of the allocation", || {
-        SystemTime::now() > SystemTime::from(expires) + Duration::from_millis(500)
-    });
-    held.end();
-    let over = held.collect().unwrap();
+    let mut began = SystemTime::now();
+    let over = watched(&[&held], || {
+        began = SystemTime::now();
+        eventually(Duration::from_secs(10), "the end of the allocation", || {
+            SystemTime::now() > SystemTime::from(expires) + Duration::from_millis(500)
+        });
+    })
+    .unwrap()
+    .remove(0);
     let bin = Duration::from_millis(20);
     let series = over.series(bin);
     let free = series.iter().rposition(|rate| *rate < BitsPerSecond(2_000_000)).map_or(0, |at| at + 1);
@@ -478,29 +481,27 @@ fn a_revoked_class_drains_and_others_lose_nothing() {
         classes.iter().any(|found| found.handle == class)
     };
     assert!(has_class());
-    // Several times, for the backlog is there for a moment only.
-    other_flow.begin();
-    slow_flow.begin();
-    thread::sleep(Duration::from_millis(500));
-    slow_flow.set_rate(BitsPerSecond(0));
-    thread::sleep(Duration::from_millis(60));
-    // Granted afresh right before, so that packets wait when it goes.
-    let counts = daemon.counts(slow.id).unwrap().down;
-    slow_flow.set_rate(mbit(3));
-    thread::sleep(Duration::from_millis(100));
-    daemon.revoke(slow.id).unwrap();
-    let gone = eventually(Duration::from_secs(3), "the class is gone", || !has_class());
-    println!("the class was gone {gone:?} after `qos revoke`");
-    assert!(gone > Duration::ZERO);
-    thread::sleep(Duration::from_millis(200));
-    slow_flow.set_rate(BitsPerSecond(0));
-    thread::sleep(Duration::from_millis(200));
-    slow_flow.end();
-    other_flow.end();
-    let (slow_measured, other_measured) = (slow_flow.collect().unwrap(), other_flow.collect().unwrap());
-    println!("slow {:?}; other {:?}", Brief(&slow_measured), Brief(&other_measured));
+    let mut counts = Counts::default();
+    let measured = watched(&[&other_flow, &slow_flow], || {
+        thread::sleep(Duration::from_millis(500));
+        slow_flow.set_rate(BitsPerSecond(0));
+        thread::sleep(Duration::from_millis(60));
+        counts = daemon.counts(slow.id).unwrap().down;
+        // Offered again right before, so that packets wait when it goes.
+        slow_flow.set_rate(mbit(3));
+        thread::sleep(Duration::from_millis(100));
+        daemon.revoke(slow.id).unwrap();
+        let gone = eventually(Duration::from_secs(3), "the class is gone", || !has_class());
+        println!("the class was gone {gone:?} after `qos revoke`");
+        assert!(gone > Duration::ZERO);
+        thread::sleep(Duration::from_millis(200));
+        slow_flow.set_rate(BitsPerSecond(0));
+        thread::sleep(Duration::from_millis(200));
+    })
+    .unwrap();
+    println!("other and slow: {:?}", measured.iter().map(Brief).collect::<Vec<_>>());
     assert!(counts.queue_dropped_packets + counts.dropped.packets > 0, "it never queued: {counts:?}");
-    assert_eq!(other_measured.lost, 0);
+    assert_eq!(measured[0].lost, 0);
     assert_eq!(daemon.counts(other.id).unwrap().down.queue_dropped_packets, 0);
     // Free of its limit it runs at what is offered.
     slow_flow.set_rate(mbit(3));
@@ -519,16 +520,18 @@ fn what_waits_in_a_revoked_class_arrives() {
                 "--provider video --flow 'down udp from 203.0.113.0/24 to 192.0.2.10:5000' --max-down 2mbit",
             )
             .unwrap();
-        flow.begin();
-        flow.set_rate(mbit(4));
-        thread::sleep(Duration::from_millis(300));
-        flow.set_rate(BitsPerSecond(0));
-        // At once: what is queued now is a few tens of milliseconds.
-        let counts = daemon.counts(slow.id).unwrap().down;
-        daemon.revoke(slow.id).unwrap();
-        thread::sleep(Duration::from_millis(700));
-        flow.end();
-        let measured = flow.collect().unwrap();
+        let mut counts = Counts::default();
+        let measured = watched(&[&flow], || {
+            flow.set_rate(mbit(4));
+            thread::sleep(Duration::from_millis(300));
+            flow.set_rate(BitsPerSecond(0));
+            // At once: what is queued now is a few tens of milliseconds.
+            counts = daemon.counts(slow.id).unwrap().down;
+            daemon.revoke(slow.id).unwrap();
+            thread::sleep(Duration::from_millis(700));
+        })
+        .unwrap()
+        .remove(0);
         let dropped = counts.dropped.packets + counts.queue_dropped_packets;
         println!("round {round}: {:?}, {dropped} dropped before the revoke", Brief(&measured));
         // A burst may still have been on its way between the count and the end.

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "a test and what it calls fail by panicking")]
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::slice;
 use std::time::{Duration, Instant};
 
 use qos_common::length::{LinkLayer, charged};
@@ -13,7 +14,9 @@ use qos_tests::daemon::{Config, Daemon};
 use qos_tests::frames::FrameSpec;
 use qos_tests::netlink::Netlink;
 use qos_tests::topology::{HOST_LINK, Host, LAN, Topology, UPLINK, WAN};
-use qos_tests::traffic::{Flow, Latency, Measured, RunningUdp, TcpFlow, UdpFlow, charged_length, sum_to};
+use qos_tests::traffic::{
+    Flow, Latency, Measured, RunningUdp, TcpFlow, UdpFlow, are_within, charged_length, sum_to,
+};
 use qos_userspace::domain::units::BitsPerSecond;
 use qos_userspace::domain::{AllocationId, Direction};
 use serde_json::json;
@@ -98,11 +101,10 @@ fn overload(net: &Topology, daemon: &Daemon, up: bool, senders: &[Sender]) -> Ve
         println!("{text}");
         // A packet a second is the least that shows.
         let slack = 0.02;
-        let is_enough = low == 0.0 || measured.ratio_to(mbit(low)) >= 1.0 - TOLERANCE - slack / low;
         // What others could not send while the machine stopped is anybody's.
         let left = (due - low) * measured.stopped;
-        let is_too_much = measured.achieved.0 as f64 / 1e6 > high * (1.0 + TOLERANCE) + slack + left;
-        if !is_enough || is_too_much {
+        let bounds = (mbit(low - slack), mbit(high + slack + left));
+        if !are_within(slice::from_ref(measured), bounds, TOLERANCE) {
             wrong.push(text);
         }
     }

@@ -11,7 +11,7 @@ use qos_tests::ask::{Brief, undisturbed};
 use qos_tests::daemon::{Config, Daemon};
 use qos_tests::kernel::Kernel;
 use qos_tests::topology::Topology;
-use qos_tests::traffic::{Flow as _, RunningUdp, UdpFlow};
+use qos_tests::traffic::{Flow, RunningUdp, UdpFlow, watched};
 use qos_userspace::domain::units::BitsPerSecond;
 use serde_json::{Value, json};
 
@@ -140,24 +140,25 @@ fn sixty_five_thousand_allocations_are_held_and_survive_a_restart() {
 
     let before = Kernel::read(&daemon, &net.gateway).unwrap();
     for how in ["SIGTERM", "kill -9"] {
-        flows.iter().for_each(|(flow, _)| flow.begin());
-        if how == "SIGTERM" {
-            daemon.terminate().unwrap();
-        } else {
-            daemon.kill().unwrap();
-        }
-        timed(&format!("restart behind {how}, until all is enforced and verified"), || {
-            daemon
-                .restart_with(|command| {
-                    command.args(["--log", "info,qos_userspace::api::service=debug"]);
-                })
-                .unwrap();
-        });
-        thread::sleep(WARM_UP);
-        flows.iter().for_each(|(flow, _)| flow.end());
-        for (flow, limit) in &flows {
-            let measured = flow.collect().unwrap();
-            println!("meanwhile: {:?} of {limit} Mbit/s", Brief(&measured));
+        let all: Vec<_> = flows.iter().map(|(flow, _)| flow as &dyn Flow).collect();
+        let measured = watched(&all, || {
+            if how == "SIGTERM" {
+                daemon.terminate().unwrap();
+            } else {
+                daemon.kill().unwrap();
+            }
+            timed(&format!("restart behind {how}, until all is enforced and verified"), || {
+                daemon
+                    .restart_with(|command| {
+                        command.args(["--log", "info,qos_userspace::api::service=debug"]);
+                    })
+                    .unwrap();
+            });
+            thread::sleep(WARM_UP);
+        })
+        .unwrap();
+        for (measured, (_, limit)) in measured.iter().zip(&flows) {
+            println!("meanwhile: {:?} of {limit} Mbit/s", Brief(measured));
             // A clock or a queue begun anew would let more through at once.
             let window = Duration::from_millis(250);
             let (most, series) = (measured.peak(window, mbit(*limit)), measured.series(window));

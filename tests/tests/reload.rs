@@ -11,7 +11,7 @@ use qos_tests::kernel::{Kernel, programs};
 use qos_tests::netlink::Netlink;
 use qos_tests::netns::Namespace;
 use qos_tests::topology::{LAN, Topology, WAN};
-use qos_tests::traffic::{Flow as _, RunningUdp};
+use qos_tests::traffic::{RunningUdp, watched};
 use qos_userspace::domain::BitsPerSecond;
 use serde_json::Value;
 
@@ -63,28 +63,28 @@ fn flows_that_are_not_concerned_lose_nothing() {
     let flows = [net.stream(5_000, mbit(4)).unwrap(), net.stream(5_001, mbit(4)).unwrap()];
     achieves(&flows[0], mbit(4), "before");
     let before = daemon.counts(policed).unwrap().down;
-    flows.iter().for_each(qos_tests::traffic::Flow::begin);
-    for round in 0..10 {
-        let mut changed = config();
-        if round % 2 == 0 {
-            changed.lan_capacity = mbit(900);
-            changed.soft_share = 0.9;
-            changed.more.push_str("\nlink_rest = \"1mbit\"\nline_rest = \"64kbit\"");
-            changed.interfaces.push(("later0", "wan"));
+    let measured = watched(&[&flows[0], &flows[1]], || {
+        for round in 0..10 {
+            let mut changed = config();
+            if round % 2 == 0 {
+                changed.lan_capacity = mbit(900);
+                changed.soft_share = 0.9;
+                changed.more.push_str("\nlink_rest = \"1mbit\"\nline_rest = \"64kbit\"");
+                changed.interfaces.push(("later0", "wan"));
+            }
+            write(&daemon, &changed);
+            let expected = ["soft_share", "line_rest", "link_rest", "interface lan0", "interface later0"];
+            let said = reload(&daemon);
+            for (key, said) in expected.iter().zip(&said) {
+                assert!(said.starts_with(key), "{said} in the place of {key}");
+            }
+            assert_eq!(said.len(), expected.len(), "{said:?}");
         }
-        write(&daemon, &changed);
-        let expected = ["soft_share", "line_rest", "link_rest", "interface lan0", "interface later0"];
-        let said = reload(&daemon);
-        for (key, said) in expected.iter().zip(&said) {
-            assert!(said.starts_with(key), "{said} in the place of {key}");
-        }
-        assert_eq!(said.len(), expected.len(), "{said:?}");
-    }
-    assert_eq!(reload(&daemon), [""; 0], "the same again changes nothing");
-    for flow in &flows {
-        flow.end();
-        let measured = flow.collect().unwrap();
-        assert_eq!((measured.lost, measured.reordered), (0, 0), "{:?}", Brief(&measured));
+        assert_eq!(reload(&daemon), [""; 0], "the same again changes nothing");
+    })
+    .unwrap();
+    for measured in &measured {
+        assert_eq!((measured.lost, measured.reordered), (0, 0), "{:?}", Brief(measured));
     }
     let after = daemon.counts(policed).unwrap().down;
     assert!(after.passed.packets > before.passed.packets, "counters go on");

@@ -180,3 +180,35 @@ fn what_the_kernel_refuses_of_a_line_that_moves_leaves_all_as_it_was() {
     achieves(&traffic, mbit(8), "after");
     agrees(&daemon);
 }
+
+#[test]
+fn a_line_that_is_known_from_a_file_is_served_when_something_is_granted_on_it() {
+    let net = Topology::builder()
+        .subscriber("home", &["192.0.2.10", "192.0.2.77"])
+        .provider("video", &["203.0.113.10"])
+        .build()
+        .unwrap();
+    let daemon = Daemon::start(&net.gateway, &Config::default()).unwrap();
+    daemon.qos_line("provider add video --kind application --network 203.0.113.0/24").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("lines.csv");
+    std::fs::write(&file, "line,addresses,down,up,key\nhome,192.0.2.10,50mbit,50mbit,1\n").unwrap();
+    daemon.qos_line(&format!("session import {}", file.display())).unwrap();
+    let sessions = daemon.qos_line("session list").unwrap();
+    assert_eq!(sessions["items"], Value::Array(Vec::new()));
+
+    let policed = grant(&daemon, 5_000, "--max-down 4mbit --enforcement police");
+    grant(&daemon, 5_001, "--guaranteed-down 6mbit --max-down 8mbit");
+    agrees(&daemon);
+    let flows =
+        [flow(&net, 0, 5_000, mbit(10)), flow(&net, 0, 5_001, mbit(10)), flow(&net, 1, 5_000, mbit(10))];
+    achieves(&flows[0], mbit(4), "policed");
+    achieves(&flows[1], mbit(8), "shaped");
+
+    std::fs::write(&file, "line,addresses,down,up,key\nhome,192.0.2.77,50mbit,50mbit,2\n").unwrap();
+    daemon.qos_line(&format!("session import {}", file.display())).unwrap();
+    achieves(&flows[2], mbit(4), "policed at the new address");
+    agrees(&daemon);
+    daemon.qos_line(&format!("revoke {policed}")).unwrap();
+    achieves(&flows[2], mbit(10), "revoked");
+}

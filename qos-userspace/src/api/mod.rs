@@ -25,6 +25,8 @@ pub mod service;
 pub mod sink;
 pub mod socket;
 #[cfg(test)]
+mod subscriber_tests;
+#[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

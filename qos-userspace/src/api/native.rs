@@ -26,7 +26,7 @@ use crate::gateway::PACKET_LENGTHS;
 use crate::manager::record::{Record, RecordQuery};
 use crate::manager::report::Statistics;
 use crate::manager::subscriber::{SubscriberQuery, Taken};
-use crate::manager::{Change, Command, GrantRequest, NewProvider, NewSession, State};
+use crate::manager::{Change, Command, Decision, GrantRequest, NewProvider, NewSession, State};
 
 /// Most reports of one request.
 const MOST_REPORTS: usize = 10_000;
@@ -344,15 +344,24 @@ async fn stop_session(
 
 /// Answers with the session also where nothing had to be changed.
 async fn change_session(api: &Api, name: Name, command: Command, caller: Caller) -> Answer<Outcome<Session>> {
-    let decision = api.handle.execute(caller.asked(command)).await??;
-    let written = decision.changes.iter().find_map(|change| match change {
-        Change::PutSession(session) => Some(session.clone()),
-        _ => None,
-    });
-    let session = match written {
-        Some(session) => Some(session),
-        None => api.handle.run(move |service| service.state().sessions.get(&name).cloned()).await?,
+    let asked = caller.asked(command);
+    let written = |decision: &Decision| {
+        decision.changes.iter().find_map(|change| match change {
+            Change::PutSession(session) => Some(session.clone()),
+            _ => None,
+        })
     };
+    let decision = api.handle.execute(asked.clone()).await??;
+    if let Some(session) = written(&decision) {
+        return outcome(Some(session), decision.warnings, &caller);
+    }
+    // It may have been removed since. What changes nothing can be asked again, with nobody in between.
+    let again = move |service: &mut dyn Operations| {
+        let decision = service.execute(asked)?;
+        let session = written(&decision).or_else(|| service.state().sessions.get(&name).cloned());
+        Ok::<_, ServiceError>((session, decision))
+    };
+    let (session, decision) = api.handle.run(again).await??;
     outcome(session, decision.warnings, &caller)
 }
 

@@ -17,7 +17,7 @@ use tracing::{debug, error, info, warn};
 use super::types::{Counted, Status};
 use crate::config::Config;
 use crate::domain::subscriber::{Event, Report};
-use crate::domain::{Allocation, Direction, Subscriber};
+use crate::domain::{Allocation, Direction, Name, Subscriber};
 use crate::gateway::GatewayConfig;
 use crate::manager::record::{Actor, Record, RecordQuery, Verdict, records};
 use crate::manager::report::{Explanation, Statistics};
@@ -474,6 +474,15 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         Ok(manager::decide(&self.state, command, now)?)
     }
 
+    /// The line that has to leave service before what is asked brings another there; none: there is room.
+    fn to_make_room_for(&self, asked: &Asked) -> Option<Name> {
+        let Command::Grant(request) = &asked.command else { return None };
+        if asked.dry_run || subscriber::unserved(&self.state, &request.selectors).is_none() {
+            return None;
+        }
+        subscriber::idle_line(&self.state).cloned()
+    }
+
     fn try_carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<CarriedOut, ServiceError> {
         let decision = self.decide(&asked.command, now)?;
         let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
@@ -579,18 +588,30 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
 
     fn execute_all(&mut self, asked: &[Asked]) -> Vec<Result<Decision, ServiceError>> {
         let now = Timestamp::now();
-        let carried_out: Vec<_> = asked.iter().map(|asked| self.carry_out(asked, now)).collect();
+        let (mut carried_out, mut is_asked) = (Vec::new(), Vec::new());
+        for asked in asked {
+            if let Some(idle) = self.to_make_room_for(asked) {
+                carried_out.push(self.carry_out(&Command::RemoveSession { name: idle }.into(), now));
+                is_asked.push(false);
+            }
+            carried_out.push(self.carry_out(asked, now));
+            is_asked.push(true);
+        }
+        let answered = |all: Vec<Result<CarriedOut, ServiceError>>| {
+            let asked = all.into_iter().zip(is_asked).filter(|(_, is_asked)| *is_asked);
+            asked.map(|(answer, _)| answer.map(|done| done.decision)).collect()
+        };
         let done = || carried_out.iter().flatten().filter_map(|done| Some((done, done.inverse.as_ref()?)));
         let changes: Vec<Change> = done().flat_map(|(done, _)| &done.decision.changes).cloned().collect();
         if changes.is_empty() {
-            return carried_out.into_iter().map(|answer| answer.map(|done| done.decision)).collect();
+            return answered(carried_out);
         }
         let waiting = self.records.len();
         self.records.extend(done().flat_map(|(done, _)| &done.records).cloned());
         let Err(error) = self.store.commit(&changes, &self.records) else {
             self.records.clear();
             changes.iter().for_each(log);
-            return carried_out.into_iter().map(|answer| answer.map(|done| done.decision)).collect();
+            return answered(carried_out);
         };
         for (done, inverse) in done().collect::<Vec<_>>().into_iter().rev() {
             self.take_back(&done.decision.changes, inverse);
@@ -601,9 +622,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         let error = Arc::new(error);
         let answers = carried_out.into_iter().map(|answer| match answer {
             Ok(done) if done.inverse.is_some() => Err(ServiceError::Unwritten(Arc::clone(&error))),
-            answer => answer.map(|done| done.decision),
+            answer => answer,
         });
-        answers.collect()
+        answered(answers.collect())
     }
 
     fn take_reports(&mut self, reports: &[Report], actor: &Actor) -> Result<Vec<Taken>, ServiceError> {

@@ -125,8 +125,7 @@ impl Gateway for Recorder {
             return Err(Refused::new());
         }
         let drift = std::mem::take(&mut record.drift);
-        let reports =
-            drift.iter().map(|what| RepairReport { at: jiff::Timestamp::now(), what: what.clone() });
+        let reports = drift.iter().map(|what| RepairReport { at: Timestamp::now(), what: what.clone() });
         record.repaired.extend(reports);
         Ok(drift)
     }

@@ -146,6 +146,34 @@ fn lines_come_change_go_and_come_back() {
 }
 
 #[test]
+fn a_session_that_is_removed_while_it_is_asked_for_is_not_found() {
+    let daemon = TestDaemon::start_with("reconcile_interval = '1h'");
+    daemon.furnish();
+    daemon.must("POST", "/v1/sessions/dsl-1/stop", "");
+    // The service is held up until all three wait for it in this order.
+    let held_up = daemon.recorder.record();
+    let answers: Vec<(u16, Value)> = thread::scope(|scope| {
+        let asked = [
+            ("POST", "/v1/reconcile"),
+            // It is down already: nothing is changed.
+            ("POST", "/v1/sessions/dsl-1/stop"),
+            ("DELETE", "/v1/sessions/dsl-1"),
+        ]
+        .map(|(method, path)| {
+            let daemon = &daemon;
+            let asked = scope.spawn(move || daemon.ask(method, path, ""));
+            thread::sleep(Duration::from_millis(200));
+            asked
+        });
+        drop(held_up);
+        asked.into_iter().map(|asked| asked.join().expect("an answer")).collect()
+    });
+    let [reconciled, stopped, removed] = &answers[..] else { panic!("{answers:?}") };
+    assert_eq!((reconciled.0, removed.0), (200, 200), "{answers:?}");
+    assert_eq!((stopped.0, &stopped.1["error"]["code"]), (404, &json!("not_found")), "{answers:?}");
+}
+
+#[test]
 fn contracts_segments_and_ends_are_changed() {
     let daemon = TestDaemon::start();
     daemon.furnish();

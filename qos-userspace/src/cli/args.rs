@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use ipnet::IpNet;
 
 use crate::domain::selector::grammar::parse_protocol;
@@ -33,6 +34,8 @@ pub(super) enum ArgumentError {
     Endpoint(String),
     #[error("`{0}` is not a protocol: write tcp, udp, sctp, icmp, icmp6 or a number from 0 to 255")]
     Protocol(String),
+    #[error("`{0}` is not a name")]
+    Name(String),
     #[error("`{0}` is not a share: write 0.001 or 0.1%, from 0 to 1 or 100%")]
     Share(String),
     #[error("`{0}` is out of range: from 0 to 4294 s")]
@@ -52,6 +55,18 @@ pub(super) fn code_point(text: &str) -> Result<u8, dscp::DscpError> {
 
 pub(super) fn protocol(text: &str) -> Result<u8, ArgumentError> {
     parse_protocol(text).ok_or_else(|| ArgumentError::Protocol(text.to_owned()))
+}
+
+/// One of several that have names; `means` says what each is.
+pub(super) fn one_of<T: Copy + Send + Sync + 'static, const N: usize>(
+    named: [(T, &'static str); N],
+    means: [&'static str; N],
+) -> impl TypedValueParser<Value = T> {
+    let described = |((_, name), means): (&(T, &'static str), _)| PossibleValue::new(*name).help(means);
+    let names = PossibleValuesParser::new(named.iter().zip(means).map(described));
+    names.try_map(move |text| {
+        named.iter().find(|(_, name)| *name == text).map(|(one, _)| *one).ok_or(ArgumentError::Name(text))
+    })
 }
 
 /// A share from 0 to 1, or in percent.

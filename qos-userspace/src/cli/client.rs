@@ -59,6 +59,11 @@ impl Client {
         self.ask(Method::PUT, path, Some(to_json(body)?))
     }
 
+    /// Asks what would come of putting `body`.
+    pub(super) fn try_put(&self, path: &str, body: &impl Serialize) -> Result<Answer, CliError> {
+        self.ask(Method::PUT, &format!("{path}?dry_run=true"), Some(to_json(body)?))
+    }
+
     /// Deletes what is at `path`.
     pub(super) fn delete(&self, path: &str) -> Result<Answer, CliError> {
         self.ask(Method::DELETE, path, None)
@@ -84,7 +89,8 @@ impl Client {
     }
 
     fn ask(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Answer, CliError> {
-        let tried = (self.dry_run && method != Method::GET).then(|| format!("{path}?dry_run=true"));
+        let tried = (self.dry_run && method != Method::GET && !path.contains("dry_run"))
+            .then(|| format!("{path}?dry_run=true"));
         let path = tried.as_deref().unwrap_or(path);
         self.runtime.block_on(async {
             let asked = async {

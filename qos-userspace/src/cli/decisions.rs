@@ -1,15 +1,17 @@
 //! `qos decisions`: who asked for what, and what came of it.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::TypedValueParser;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::Value;
 
 use super::CliError;
+use super::args::one_of;
 use super::client::Client;
 use super::output::{Output, joined, moment};
 use crate::api::types::Listing;
 use crate::domain::{Name, duration};
-use crate::manager::record::{Record, RecordQuery};
+use crate::manager::record::{Record, RecordQuery, Verdict};
 
 /// Shows who asked for what, and what came of it
 ///
@@ -35,8 +37,8 @@ pub(super) struct Decisions {
     #[arg(long, value_name = "ID")]
     allocation: Option<u64>,
     /// Only those with this outcome
-    #[arg(long, value_enum)]
-    verdict: Option<Wanted>,
+    #[arg(long, value_parser = verdict())]
+    verdict: Option<Verdict>,
     /// Only those of the last time, as 90s, 15m or 2 days
     #[arg(long, value_name = "DURATION", value_parser = duration::parse)]
     since: Option<SignedDuration>,
@@ -49,14 +51,8 @@ pub(super) struct Decisions {
     limit: u32,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Wanted {
-    /// Carried out
-    Done,
-    /// Refused
-    Refused,
-    /// Not carried out: the kernel or the disk failed
-    Failed,
+fn verdict() -> impl TypedValueParser<Value = Verdict> {
+    one_of(Verdict::NAMES, ["Carried out", "Refused", "Not carried out: the kernel or the disk failed"])
 }
 
 pub(super) fn run(decisions: &Decisions, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
@@ -68,17 +64,12 @@ pub(super) fn run(decisions: &Decisions, client: &mut Client, output: &mut Outpu
                 .map_err(|_| CliError::Usage("--since: that is before all time".to_owned()))?,
         ),
     };
-    let verdict = decisions.verdict.map(|wanted| match wanted {
-        Wanted::Done => "done",
-        Wanted::Refused => "refused",
-        Wanted::Failed => "failed",
-    });
     let options = [
         decisions.provider.as_ref().map(|name| format!("provider={name}")),
         decisions.app.as_ref().map(|name| format!("application={name}")),
         decisions.session.as_ref().map(|name| format!("session={name}")),
         decisions.allocation.map(|id| format!("allocation={id}")),
-        verdict.map(|verdict| format!("verdict={verdict}")),
+        decisions.verdict.map(|verdict| format!("verdict={}", verdict.name())),
         since.map(|since| format!("since={since}")),
         decisions.before.map(|before| format!("before={before}")),
         Some(format!("limit={}", decisions.limit)),

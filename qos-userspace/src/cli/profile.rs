@@ -1,9 +1,13 @@
 //! `qos profile`: named levels.
 
-use clap::{Subcommand, ValueEnum};
+use std::path::{Path, PathBuf};
+
+use clap::Subcommand;
+use clap::builder::TypedValueParser;
 use jiff::SignedDuration;
 
 use super::CliError;
+use super::args::one_of;
 use super::client::Client;
 use super::level::{self, LevelArgs};
 use super::output::{Output, or_dash};
@@ -29,8 +33,21 @@ Example:
         #[arg(long, value_name = "DURATION", value_parser = duration::parse, help_heading = "Profile")]
         longest: Option<SignedDuration>,
         /// Whether new requests may name it
-        #[arg(long, value_enum, default_value_t, help_heading = "Profile")]
-        status: StatusName,
+        #[arg(long, value_parser = status(), default_value = ProfileStatus::default().name(), help_heading = "Profile")]
+        status: ProfileStatus,
+    },
+    /// Names the levels of a file
+    ///
+    /// JSON as `qos profile list -o json` prints it. Either all of them are written, or, where one can't be, none.
+    /// The file starter-profiles.json among the examples has levels for voice, interactive video, gaming,
+    /// streaming, bulk and background traffic.
+    #[command(after_long_help = "\
+Examples:
+  qos profile import /usr/share/doc/qos/examples/starter-profiles.json
+  qos --socket /run/qos/other.sock profile list -o json | qos profile import -")]
+    Import {
+        /// The file; `-` for standard input
+        file: PathBuf,
     },
     /// Shows all named levels
     List,
@@ -46,38 +63,21 @@ Example:
     },
 }
 
-/// Whether a profile may be asked for.
-#[derive(Clone, Copy, Debug, Default, ValueEnum)]
-pub(super) enum StatusName {
-    /// It may
-    #[default]
-    Active,
-    /// Not now
-    Inactive,
-    /// Not any more
-    Deprecated,
-}
-
-impl From<StatusName> for ProfileStatus {
-    fn from(name: StatusName) -> Self {
-        match name {
-            StatusName::Active => Self::Active,
-            StatusName::Inactive => Self::Inactive,
-            StatusName::Deprecated => Self::Deprecated,
-        }
-    }
+fn status() -> impl TypedValueParser<Value = ProfileStatus> {
+    one_of(ProfileStatus::NAMES, ["It may", "Not now", "Not any more"])
 }
 
 pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
     match verb {
         Verb::Add { name, level, shortest, longest, status } => {
             let duration = DurationRange { shortest, longest };
-            let profile = NewProfile { level: level.level(), status: status.into(), duration };
+            let profile = NewProfile { level: level.level(), status, duration };
             let answer = client.put(&format!("/v1/profiles/{name}"), &profile)?;
             output.outcome(&answer, |output, profile: Profile| {
                 output.line(format_args!("profile {} written", profile.name))
             })
         }
+        Verb::Import { file } => import(&file, client, output),
         Verb::List => output.show(&client.get("/v1/profiles")?, |output, profiles: Listing<Profile>| {
             let header = [
                 "NAME",
@@ -126,4 +126,32 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
             })
         }
     }
+}
+
+fn import(file: &Path, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
+    let name = file.display();
+    let read = if file == Path::new("-") {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(file)
+    };
+    let text = read.map_err(|source| CliError::System { what: format!("read {name}"), source })?;
+    let profiles: Listing<Profile> =
+        serde_json::from_str(&text).map_err(|error| CliError::Usage(format!("{name}: {error}")))?;
+    let path = |profile: &Profile| format!("/v1/profiles/{}", profile.name);
+    let new = |profile: Profile| NewProfile {
+        level: profile.level,
+        status: profile.status,
+        duration: profile.duration,
+    };
+    for profile in &profiles.items {
+        client.try_put(&path(profile), &new(profile.clone()))?;
+    }
+    for profile in profiles.items {
+        let answer = client.put(&path(&profile), &new(profile))?;
+        output.outcome(&answer, |output, profile: Profile| {
+            output.line(format_args!("profile {} written", profile.name))
+        })?;
+    }
+    Ok(())
 }

@@ -1,9 +1,10 @@
 //! `qos session`: subscribers' lines that are up.
 
-use clap::{Args, Subcommand, ValueEnum};
+use clap::builder::TypedValueParser;
+use clap::{Args, Subcommand};
 use ipnet::IpNet;
 
-use super::args::{delay, prefix, share};
+use super::args::{delay, one_of, prefix, share};
 use super::client::Client;
 use super::output::{Output, joined, microseconds};
 use super::{CliError, subscribers};
@@ -73,8 +74,8 @@ pub(super) struct Add {
     #[arg(long, value_name = "RATE")]
     up: BitsPerSecond,
     /// How the line frames packets
-    #[arg(long, value_enum, default_value_t = Framing::Ethernet)]
-    link_layer: Framing,
+    #[arg(long, value_parser = framing(), default_value = link_layer::name(LinkLayer::default()))]
+    link_layer: LinkLayer,
     /// Bytes that a packet takes on the line above its IP length [default: 14]
     #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
     overhead: Option<i16>,
@@ -92,14 +93,10 @@ pub(super) struct Add {
     bras: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Framing {
-    /// Whole packets
-    Ethernet,
-    /// Cells of 53 bytes with 48 of payload (ADSL)
-    Atm,
-    /// 65 bytes for each 64 (VDSL2)
-    Ptm,
+fn framing() -> impl TypedValueParser<Value = LinkLayer> {
+    let means =
+        ["Whole packets", "Cells of 53 bytes with 48 of payload (ADSL)", "65 bytes for each 64 (VDSL2)"];
+    one_of(link_layer::NAMES, means)
 }
 
 pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Result<(), CliError> {
@@ -132,7 +129,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                     if session.down_since.is_some() { "down" } else { "up" }.to_owned(),
                     session.rate.down.to_string(),
                     session.rate.up.to_string(),
-                    framing(session.link_layer).to_owned(),
+                    link_layer::name(session.link_layer).to_owned(),
                     joined(&session.addresses, ", "),
                 ]);
             }
@@ -145,7 +142,7 @@ pub(super) fn run(verb: Verb, client: &mut Client, output: &mut Output) -> Resul
                     ("addresses", Some(joined(&session.addresses, "\n"))),
                     ("down", Some(session.rate.down.to_string())),
                     ("up", Some(session.rate.up.to_string())),
-                    ("link layer", Some(framing(session.link_layer).to_owned())),
+                    ("link layer", Some(link_layer::name(session.link_layer).to_owned())),
                     ("overhead", Some(format!("{} bytes", session.overhead))),
                     ("delay", Some(microseconds(session.delay_us))),
                     ("loss", Some(format!("{} %", f64::from(session.loss_ppm) / 10_000.0))),
@@ -174,11 +171,7 @@ fn request(add: Add) -> NewSession {
         name: add.name,
         addresses: add.addresses,
         rate: Directed { up: add.up, down: add.down },
-        link_layer: match add.link_layer {
-            Framing::Ethernet => LinkLayer::Ethernet,
-            Framing::Atm => LinkLayer::Atm,
-            Framing::Ptm => LinkLayer::Ptm,
-        },
+        link_layer: add.link_layer,
         overhead: add.overhead,
         delay_us: add.delay.unwrap_or(0),
         loss_ppm: add.loss.map_or(0, |share| (share * 1e6).round() as u32),
@@ -186,8 +179,4 @@ fn request(add: Add) -> NewSession {
         bras: add.bras,
         source: None,
     }
-}
-
-pub(super) fn framing(layer: LinkLayer) -> &'static str {
-    link_layer::NAMES.iter().find(|(known, _)| *known == layer).map_or("?", |(_, name)| name)
 }

@@ -10,14 +10,13 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 use jiff::Timestamp;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::CliError;
 use super::args::{delay, prefix, share};
-use super::client::Client;
+use super::client::{Answer, Client};
 use super::output::{Output, joined, moment, or_dash};
-use super::session::framing;
-use crate::api::types::{Listing, Reports};
+use crate::api::types::{ErrorBody, Listing, Reports};
 use crate::domain::session::link_layer;
 use crate::domain::subscriber::{Event, Facts, Report};
 use crate::domain::{BitsPerSecond, Directed, LinkLayer, Name, Subscriber};
@@ -162,10 +161,7 @@ impl Row<Vec<String>> {
         let told = |text: Option<String>| text.filter(|text| !text.is_empty());
         let layer = match told(self.link_layer) {
             None => LinkLayer::default(),
-            Some(text) => link_layer::NAMES
-                .iter()
-                .find(|(_, name)| *name == text)
-                .map(|(layer, _)| *layer)
+            Some(text) => link_layer::named(&text)
                 .ok_or_else(|| format!("link_layer: `{text}` is none of ethernet, atm, ptm"))?,
         };
         let in_field = |field: &str, error: &dyn std::fmt::Display| format!("{field}: {error}");
@@ -266,7 +262,10 @@ pub(super) fn import(import: &Import, client: &mut Client, output: &mut Output) 
         Ok(())
     })?;
     if client.is_dry_run() {
-        return output.line(format_args!("{count} lines could be read; none was told"));
+        let none = Counts { unchanged: count, ..Counts::default() };
+        return output.show(&Answer::of(&none)?, |output, _: Counts| {
+            output.line(format_args!("{count} lines could be read; none was told"))
+        });
     }
     file.seek(SeekFrom::Start(0))?;
     let mut sending = Sending { source: import.source.clone(), at: Timestamp::now(), ..Sending::default() };
@@ -283,14 +282,21 @@ pub(super) fn import(import: &Import, client: &mut Client, output: &mut Output) 
         }
     }
     sending.send(client, output)?;
-    let Sending { changed, unchanged, refused, .. } = sending;
-    output.line(format_args!("{changed} changed, {unchanged} as they were, {refused} refused"))?;
-    match refused {
-        0 => Ok(()),
-        _ => {
-            Err(CliError::Usage(format!("{refused} of {} lines were refused", changed + unchanged + refused)))
-        }
+    let Sending { counts, .. } = sending;
+    let Counts { changed, unchanged, refused } = counts;
+    output.show(&Answer::of(&counts)?, |output, _: Counts| {
+        output.line(format_args!("{changed} changed, {unchanged} as they were, {refused} refused"))
+    })?;
+    if refused == 0 {
+        return Ok(());
     }
+    Err(CliError::Refused(ErrorBody {
+        code: "invalid".to_owned(),
+        message: format!("{refused} of {} lines; the others were taken", changed + unchanged + refused),
+        field: None,
+        value: None,
+        counter_offer: None,
+    }))
 }
 
 fn by_ending(file: &Path) -> Format {
@@ -330,8 +336,17 @@ struct Sending {
     source: Option<Name>,
     at: Timestamp,
     waiting: Vec<(String, Report)>,
+    counts: Counts,
+}
+
+/// What became of the lines of a file.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+struct Counts {
+    /// Lines that are other now than they were.
     changed: usize,
+    /// Lines of which nothing new was told.
     unchanged: usize,
+    /// Lines that can't be so.
     refused: usize,
 }
 
@@ -356,13 +371,13 @@ impl Sending {
         for (what, taken) in whats.into_iter().zip(taken.items) {
             match taken {
                 Taken::Changed(warnings) => {
-                    self.changed += 1;
+                    self.counts.changed += 1;
                     let told: Vec<_> = warnings.iter().map(|warning| format!("{what}: {warning}")).collect();
                     output.warnings(&told);
                 }
-                Taken::Unchanged => self.unchanged += 1,
+                Taken::Unchanged => self.counts.unchanged += 1,
                 Taken::Refused(why) => {
-                    self.refused += 1;
+                    self.counts.refused += 1;
                     output.warnings(&[format!("{what} is refused: {why}")]);
                 }
             }
@@ -392,7 +407,7 @@ pub(super) fn find(find: &Find, client: &Client, output: &mut Output) -> Result<
                 moment(known.down_since.unwrap_or(known.started_at)),
                 or_dash(facts.rate.down),
                 or_dash(facts.rate.up),
-                framing(facts.link_layer).to_owned(),
+                link_layer::name(facts.link_layer).to_owned(),
                 or_dash(facts.bras.as_ref()),
                 or_dash(known.source.as_ref()),
                 joined(&facts.addresses, ", "),
@@ -419,7 +434,7 @@ pub(super) fn changes(changes: &Changes, client: &Client, output: &mut Output) -
         for known in &found.items {
             after = known.sequence;
             if output.is_json() {
-                output.json_line(&super::client::Answer::of(known)?)?;
+                output.json_line(&Answer::of(known)?)?;
                 continue;
             }
             let state = match (known.down_since, &known.reason) {

@@ -582,3 +582,97 @@ fn manual_pages_are_made_for_every_verb() {
         assert!(text.contains(part), "{part} in {page}:\n{text}");
     }
 }
+
+#[test]
+fn lines_are_made_known_from_a_file_or_not_at_all() {
+    let daemon = furnished();
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let write = |name: &str, text: &str| {
+        let path = directory.path().join(name);
+        std::fs::write(&path, text).expect("written");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    let csv = write(
+        "lines.csv",
+        "line,addresses,down,up,plan_down,link_layer,overhead,delay,loss,bras\n\
+         dsl-7,192.0.2.70 2001:db8:7::/56,20mbit,2mbit,16mbit,atm,32,8ms,0.1%,bras1\n\
+         fibre-8,192.0.2.80,,,,,,,,\n",
+    );
+    let tried = must(&daemon, &["session", "import", &csv, "--dry-run"]);
+    assert_eq!(tried, "2 lines could be read; none was told\n");
+    assert_eq!(must(&daemon, &["session", "import", &csv]), "2 changed, 0 as they were, 0 refused\n");
+    assert_eq!(must(&daemon, &["session", "import", &csv]), "0 changed, 2 as they were, 0 refused\n");
+    let found = must(&daemon, &["session", "find", "2001:db8:7:1::9", "-o", "json"]);
+    let found: serde_json::Value = serde_json::from_str(&found).expect("JSON");
+    let found = &found["items"][0];
+    assert_eq!((&found["line"], &found["link_layer"]), (&"dsl-7".into(), &"atm".into()), "{found}");
+    assert_eq!((&found["rate"]["down"], &found["loss_ppm"]), (&16_000_000.into(), &1_000.into()), "{found}");
+
+    for (text, told) in [
+        ("line,addresses\nok,192.0.2.1\nno name,192.0.2.2\n", "line 3: line: `no name` is not a name"),
+        ("line,addresses,down\na,192.0.2.1,fast\n", "line 2: "),
+        ("line,addresses\na,192.0.2.300\n", "line 2: addresses: `192.0.2.300` is not an address or prefix"),
+        ("line,addresses,speed\na,192.0.2.1,1\n", "unknown field `speed`"),
+        ("line,addresses\na\n", "found record with 1 fields"),
+        ("line,addresses,link_layer\na,192.0.2.1,sdsl\n", "`sdsl` is none of ethernet, atm, ptm"),
+    ] {
+        let done = qos(&daemon.socket(), &["session", "import", &write("bad.csv", text)]);
+        assert_eq!(done.status, 2, "{text}: {done:?}");
+        assert!(done.err.contains(told), "{text}: {}", done.err);
+    }
+    let found = must(&daemon, &["session", "changes"]);
+    assert_eq!(found.lines().count(), 2, "{found}");
+
+    let json = write(
+        "lines.jsonl",
+        "{\"line\":\"a\",\"addresses\":[\"192.0.2.90\"],\"down\":\"10mbit\",\"up\":1000000}\n\
+         \n{\"line\":\"b\",\"addresses\":[\"192.0.2.91\",\"192.0.2.92\"]}\n",
+    );
+    let line = ["session", "import", &json, "--source", "crm", "--complete"];
+    assert_eq!(must(&daemon, &line), "2 changed, 0 as they were, 0 refused\n");
+    let json = write("lines.json", "[{\"line\":\"b\",\"addresses\":[\"192.0.2.91\"]}]");
+    let line = ["session", "import", &json, "--source", "crm", "--complete"];
+    assert_eq!(must(&daemon, &line), "2 changed, 0 as they were, 0 refused\n");
+    let down = must(&daemon, &["session", "find", "--down"]);
+    assert!(down.lines().count() == 2 && down.contains("\na "), "{down}");
+
+    // What can be read, but can't be so, is told by its place, and the rest is taken.
+    let csv = write(
+        "twice.csv",
+        "line,addresses,down\nx,192.0.2.5 192.0.2.0/24,\ny,192.0.2.6,1kbit\nz,192.0.2.7,\n",
+    );
+    let done = qos(&daemon.socket(), &["session", "import", &csv]);
+    assert_eq!((done.status, done.out.as_str()), (1, "1 changed, 0 as they were, 2 refused\n"), "{done:?}");
+    assert!(done.err.contains("line 2 is refused: ") && done.err.contains("line 3 is refused: "), "{done:?}");
+}
+
+/// On lines of both kinds, each by itself and all together.
+#[test]
+fn the_starter_profiles_can_be_had_on_dsl_and_fibre() {
+    let daemon = furnished();
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/starter-profiles.json");
+    let written = must(&daemon, &["profile", "import", file]);
+    assert_eq!(written.lines().count(), 6, "{written}");
+    for (address, port) in [("192.0.2.10", 6_000), ("192.0.2.20", 7_000)] {
+        for profile in ["voice", "interactive-video", "gaming", "streaming", "bulk", "background"] {
+            let flow = format!("between 203.0.113.0/24:{} and {address}", port + profile.len());
+            let flow = if profile == "streaming" {
+                format!("down tcp from 203.0.113.0/24:443 to {address}")
+            } else {
+                flow
+            };
+            must(
+                &daemon,
+                &["grant", "--provider", "acme", "--profile", profile, "--flow", &flow, "--for", "1h"],
+            );
+        }
+    }
+    // One that can't be keeps all others of its file from being written.
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join("profiles.json");
+    let text = r#"{"items":[{"name":"one","level":{"priority":1}},{"name":"two","level":{"priority":9}}]}"#;
+    std::fs::write(&path, text).expect("written");
+    let done = qos(&daemon.socket(), &["profile", "import", path.to_str().expect("UTF-8")]);
+    assert_eq!(done.status, 1, "{done:?}");
+    assert!(!must(&daemon, &["profile", "list"]).contains("one"));
+}

@@ -40,14 +40,16 @@ impl ProfileStatus {
     pub const NAMES: [(Self, &str); 3] =
         [(Self::Active, "active"), (Self::Inactive, "inactive"), (Self::Deprecated, "deprecated")];
 
-    /// Its name.
+    /// Its name, as it stands in JSON.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Active => "active",
-            Self::Inactive => "inactive",
-            Self::Deprecated => "deprecated",
-        }
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(status, _)| *status == self).map_or("", |(_, name)| name)
+    }
+
+    /// The status of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(_, known)| *known == name).map(|(status, _)| *status)
     }
 }
 

@@ -72,13 +72,24 @@ pub mod link_layer {
     pub const NAMES: [(LinkLayer, &str); 3] =
         [(LinkLayer::Ethernet, "ethernet"), (LinkLayer::Atm, "atm"), (LinkLayer::Ptm, "ptm")];
 
+    /// The name of a link layer.
+    #[must_use]
+    pub fn name(layer: LinkLayer) -> &'static str {
+        NAMES.iter().find(|(known, _)| *known == layer).map_or("", |(_, name)| name)
+    }
+
+    /// The link layer of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<LinkLayer> {
+        NAMES.iter().find(|(_, known)| *known == name).map(|(layer, _)| *layer)
+    }
+
     /// Writes the name.
     ///
     /// # Errors
     /// Those of the serializer.
     pub fn serialize<S: Serializer>(layer: &LinkLayer, serializer: S) -> Result<S::Ok, S::Error> {
-        let name = NAMES.iter().find(|(known, _)| known == layer).map_or("ethernet", |(_, name)| name);
-        serializer.serialize_str(name)
+        serializer.serialize_str(name(*layer))
     }
 
     /// Reads a name.
@@ -87,10 +98,6 @@ pub mod link_layer {
     /// Where the name is not known.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<LinkLayer, D::Error> {
         let text = String::deserialize(deserializer)?;
-        NAMES
-            .iter()
-            .find(|(_, name)| *name == text)
-            .map(|(layer, _)| *layer)
-            .ok_or_else(|| serde::de::Error::unknown_variant(&text, &["ethernet", "atm", "ptm"]))
+        named(&text).ok_or_else(|| serde::de::Error::unknown_variant(&text, &["ethernet", "atm", "ptm"]))
     }
 }

@@ -372,6 +372,8 @@ impl Kernel {
     /// # Errors
     /// Where something could not be repaired; the rest is.
     pub fn reconcile(&mut self, state: &State) -> Result<Vec<String>, GatewayError> {
+        // Before all that may fail.
+        self.maps.lift_idle_clocks(monotonic_ns());
         let mut wrong = Vec::new();
         let mut failed = None;
         for number in 0..self.interfaces.len() {

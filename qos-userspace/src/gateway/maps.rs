@@ -2,6 +2,8 @@
 //! how it gets there so that no packet meets a half-written record.
 
 use std::collections::BTreeMap;
+use std::mem::offset_of;
+use std::sync::atomic::Ordering;
 
 use aya::maps::{Array, HashMap, MapData, MapError};
 use qos_common::abi::{
@@ -9,6 +11,7 @@ use qos_common::abi::{
     LineKey, Outcomes, PROVIDER_SLOTS, Provider, Question, Settings, directed,
 };
 use qos_common::classify::Direction;
+use qos_common::clock::{UNUSED, is_long_idle, ticks};
 
 use super::memory::SharedArray;
 use super::object::{Object, ObjectError};
@@ -257,6 +260,14 @@ impl Maps {
         sums
     }
 
+    /// Sets clocks that have not been in use for an hour to [`UNUSED`], at `now_ns` of CLOCK_MONOTONIC: they
+    /// would come to look as if they were ahead. To be called at least every other hour.
+    pub(super) fn lift_idle_clocks(&self, now_ns: u64) {
+        for clocks in [&self.clocks, &self.provider_clocks] {
+            (0..clocks.length()).for_each(|record| lift_if_idle(clocks, record, now_ns));
+        }
+    }
+
     /// Sets the question that the explaining program answers when it is run.
     pub(super) fn ask(&self, question: Question) {
         self.question.write(0, question);
@@ -265,6 +276,17 @@ impl Maps {
     /// The answer of its last run.
     pub(super) fn answer(&self) -> Answer {
         self.answer.read(0)
+    }
+}
+
+/// A packet that moves a clock meanwhile is first: what it was charged stays.
+fn lift_if_idle(clocks: &SharedArray<Clocks>, record: u32, now_ns: u64) {
+    for offset in [offset_of!(Clocks, guaranteed), offset_of!(Clocks, maximum)] {
+        let clock = clocks.word(record, offset);
+        let found = clock.load(Ordering::Relaxed);
+        if is_long_idle(found, ticks(now_ns)) {
+            let _ = clock.compare_exchange(found, UNUSED, Ordering::Relaxed, Ordering::Relaxed);
+        }
     }
 }
 
@@ -283,5 +305,159 @@ fn sum_counters(counters: &SharedArray<Counters>, index: u32, stride: u32) -> Co
 fn clear_counters(counters: &SharedArray<Counters>, index: u32, stride: u32) {
     for index in (index..counters.length()).step_by(stride as usize) {
         counters.write(index, Counters::default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    use qos_common::abi::{IN_USE, MAX_RULES, POLICE};
+    use qos_common::classify::{Address, Rule, rank};
+    use qos_common::clock::Meter;
+
+    use super::*;
+    use crate::gateway::classifier::Classifier;
+    use crate::gateway::kernel::monotonic_ns;
+    use crate::gateway::object::remove_pins;
+
+    const HOUR_NS: u64 = 3_600_000_000_000;
+
+    /// The object over maps of its own, which go with it.
+    struct Loaded {
+        object: Option<Object>,
+        pins: PathBuf,
+    }
+
+    impl Loaded {
+        fn new(name: &str) -> Self {
+            let pins = PathBuf::from(format!("/sys/fs/bpf/qos-test-{}-{name}", std::process::id()));
+            let object = Object::load(&pins, MAX_RULES).expect("the object loads");
+            Self { object: Some(object), pins }
+        }
+
+        fn object(&mut self) -> &mut Object {
+            self.object.as_mut().expect("loaded until dropped")
+        }
+    }
+
+    impl Drop for Loaded {
+        fn drop(&mut self) {
+            self.object.take();
+            remove_pins(&self.pins).expect("the pins are removed");
+        }
+    }
+
+    /// A clock that is behind by so much.
+    fn behind(now_ns: u64, by_ns: u64) -> u64 {
+        ticks(now_ns).wrapping_sub(ticks(by_ns))
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn clocks_that_are_long_idle_are_lifted_and_others_stand() {
+        let mut loaded = Loaded::new("lift");
+        let maps = Maps::new(loaded.object()).expect("maps");
+        let now_ns = monotonic_ns();
+        let idle = behind(now_ns, HOUR_NS + 1);
+        let all = [&maps.clocks, &maps.provider_clocks];
+        for clocks in all {
+            for record in 0..clocks.length() {
+                let clock = match record % 3 {
+                    0 => idle,
+                    1 => behind(now_ns, HOUR_NS - 1),
+                    _ => behind(now_ns, 0).wrapping_add(ticks(1_000_000)),
+                };
+                let times = Clocks { guaranteed: clock, maximum: clock, ..Clocks::default() };
+                clocks.write(record, Clocks { answers_due: 1, too_big_dropped: 1, ..times });
+            }
+        }
+        let began = Instant::now();
+        maps.lift_idle_clocks(now_ns);
+        let lifted = began.elapsed();
+        for clocks in all {
+            for record in 0..clocks.length() {
+                let found = clocks.read(record);
+                let expected = match record % 3 {
+                    0 => UNUSED,
+                    1 => behind(now_ns, HOUR_NS - 1),
+                    _ => behind(now_ns, 0).wrapping_add(ticks(1_000_000)),
+                };
+                assert_eq!((found.guaranteed, found.maximum), (expected, expected), "record {record}");
+                assert_eq!((found.answers_due, found.too_big_dropped), (1, 1), "record {record}");
+            }
+        }
+        let began = Instant::now();
+        maps.lift_idle_clocks(now_ns);
+        println!("a third of all clocks lifted in {lifted:?}, none in {:?}", began.elapsed());
+    }
+
+    /// 1,000 bytes of UDP to 198.51.100.1.
+    fn datagram() -> Vec<u8> {
+        let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 8, 0, 0x45, 0, 3, 232];
+        frame.extend([0, 7, 0, 0, 64, 17, 0, 0, 192, 0, 2, 1, 198, 51, 100, 1]);
+        frame.extend([0; 980]);
+        frame
+    }
+
+    #[test]
+    #[ignore = "needs root"]
+    fn a_clock_that_packets_move_while_it_is_lifted_loses_nothing() {
+        let mut loaded = Loaded::new("race");
+        let maps = Maps::new(loaded.object()).expect("maps");
+        let mut classifier =
+            Classifier::new(loaded.object().rule_maps().expect("rules")).expect("membarrier");
+        let rule = Rule {
+            destination: Address::v4([198, 51, 100, 1]),
+            destination_length: 32,
+            rank: rank(0, 1, 0),
+            slot: 1,
+            source_ports: [0, u16::MAX],
+            destination_ports: [0, u16::MAX],
+            lengths: [0, u16::MAX],
+            ..Rule::default()
+        };
+        classifier.insert(&[rule]).expect("fits");
+        let record = directed(1, Direction::Upstream);
+        // Ten packets at once, and then one in eight seconds.
+        let maximum = Meter::new(1_000, 10 * 1_000);
+        let flags = IN_USE | POLICE;
+        maps.allocations.write(
+            record,
+            Allocation { id: 1, expires_ns: u64::MAX, maximum, flags, ..Allocation::default() },
+        );
+        let counted = || maps.allocation_counters(1, Direction::Upstream);
+        let (frame, stop) = (datagram(), AtomicBool::new(false));
+        let (rounds, last) = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    lift_if_idle(&maps.clocks, record, monotonic_ns());
+                }
+            });
+            // The burst, and the packet that uses up its last byte.
+            let (began, mut rounds, mut last) = (Instant::now(), 0, (11, 9));
+            while began.elapsed() < Duration::from_secs(2) && last == (11, 9) {
+                let before = counted();
+                let clock = maps.clocks.word(record, offset_of!(Clocks, maximum));
+                clock.store(behind(monotonic_ns(), 2 * HOUR_NS), Ordering::Relaxed);
+                for _ in 0..20 {
+                    // One at a time: for more, the kernel waits for a grace period.
+                    loaded.object().run("qos_xdp_lan", &frame, 1).expect("runs");
+                }
+                let after = counted();
+                last = (
+                    after.excess_packets - before.excess_packets,
+                    after.dropped_packets - before.dropped_packets,
+                );
+                rounds += 1;
+            }
+            stop.store(true, Ordering::Relaxed);
+            (rounds, last)
+        });
+        println!("{rounds} rounds");
+        assert_eq!(last, (11, 9), "passed and dropped in round {rounds}");
     }
 }

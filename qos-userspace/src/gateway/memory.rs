@@ -101,6 +101,15 @@ impl<T: Pod> SharedArray<T> {
         }
     }
 
+    /// The 64-bit word at a place of the element `index`, which others change too.
+    ///
+    /// # Panics
+    /// Where there is no such element, or no word at that place.
+    #[must_use]
+    pub fn word(&self, index: u32, offset: usize) -> &AtomicU64 {
+        self.memory.word(index, offset)
+    }
+
     /// Every element is aligned to 8 bytes.
     fn at(&self, index: u32) -> *mut T {
         self.memory.at(index, 0, size_of::<T>()).cast()

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Change, Command, Decision, RefusalCode, State};
+use super::{Change, Command, Decision, GrantRequest, RefusalCode, State};
 use crate::domain::{Allocation, AllocationId, Direction, Name, Session};
 
 /// Who asks.
@@ -48,14 +48,16 @@ impl Verdict {
     pub const NAMES: [(Self, &'static str); 3] =
         [(Self::Done, "done"), (Self::Refused, "refused"), (Self::Failed, "failed")];
 
-    /// The name.
+    /// The name, as it stands in JSON.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Done => "done",
-            Self::Refused => "refused",
-            Self::Failed => "failed",
-        }
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|(verdict, _)| *verdict == self).map_or("", |(_, name)| name)
+    }
+
+    /// The verdict of that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(_, known)| *known == name).map(|(verdict, _)| *verdict)
     }
 }
 
@@ -167,10 +169,9 @@ impl Record {
     /// A record of a command that is not decided yet, on the state as it finds it.
     #[must_use]
     pub fn of_command(state: &State, command: &Command, actor: &Actor, at: Timestamp) -> Self {
-        let mut asked = serde_json::to_value(command).unwrap_or_default();
+        let mut asked = asked(command);
         let action = asked.as_object_mut().and_then(|asked| asked.remove("command"));
         let action = action.and_then(|action| action.as_str().map(str::to_owned)).unwrap_or_default();
-        shorten(&mut asked);
         remove_nulls(&mut asked);
         let record = Self { asked: Some(asked), ..Self::new(at, actor, &action) };
         match command {
@@ -293,14 +294,27 @@ pub fn records(
 /// Selectors of a request that are kept; how many more there were is kept in the place of the others.
 const MOST_SELECTORS: usize = 16;
 
-/// A history is bounded in bytes as well: a request may have thousands of selectors.
-fn shorten(asked: &mut Value) {
-    let Some(selectors) = asked.get_mut("selectors").and_then(Value::as_array_mut) else { return };
+/// A command in JSON. A history is bounded in bytes as well: a request may have thousands of selectors.
+fn asked(command: &Command) -> Value {
+    let json = |command: &Command| serde_json::to_value(command).unwrap_or_default();
+    let Command::Grant(request) = command else { return json(command) };
+    let GrantRequest { provider, application, selectors, profile, level, precedence, duration } =
+        request.as_ref();
     let more = selectors.len().saturating_sub(MOST_SELECTORS);
-    selectors.truncate(MOST_SELECTORS);
-    if more > 0 {
-        asked["selectors_left_out"] = more.into();
+    if more == 0 {
+        return json(command);
     }
+    let mut asked = json(&Command::Grant(Box::new(GrantRequest {
+        provider: provider.clone(),
+        application: application.clone(),
+        selectors: selectors.iter().take(MOST_SELECTORS).cloned().collect(),
+        profile: profile.clone(),
+        level: level.clone(),
+        precedence: *precedence,
+        duration: *duration,
+    })));
+    asked["selectors_left_out"] = more.into();
+    asked
 }
 
 /// What was left open is left out.

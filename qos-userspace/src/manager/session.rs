@@ -233,8 +233,8 @@ pub(super) fn check_values(new: &NewSession) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Other lines that lose their addresses to this one: those that are down, and, where sources report both,
-/// whichever came before. An operator's line keeps its addresses while it is up.
+/// Other lines that lose their addresses to this one: those that are down, those that came into service with a
+/// grant, and, where sources report both, whichever came before. An operator's line keeps its addresses while it is up.
 fn displaced<'a>(state: &'a State, session: &Session) -> Result<Vec<&'a Session>, Refusal> {
     check_prefixes("addresses", &session.addresses)?;
     check_distinct(&session.addresses)?;
@@ -243,8 +243,8 @@ fn displaced<'a>(state: &'a State, session: &Session) -> Result<Vec<&'a Session>
         let field = format!("addresses[{index}]");
         for name in state.index.sessions_within(address).filter(|name| **name != session.name) {
             let Some(other) = state.sessions.get(name) else { continue };
-            let both_reported = other.source.is_some() && session.source.is_some();
-            if other.down_since.is_none() && !both_reported {
+            let gives_way = other.on_demand || (other.source.is_some() && session.source.is_some());
+            if other.down_since.is_none() && !gives_way {
                 let message = format!("{field}: {address} overlaps the addresses of session {name}");
                 return Err(Refusal::new(RefusalCode::Conflict, field, address, message));
             }

@@ -2,7 +2,7 @@
 //!
 //! The session data store keeps every line that is told; millions of them, of which few carry anything. A line
 //! comes into service, that is, it becomes a [`Session`](crate::domain::Session) with a place in the kernel,
-//! with the first grant on it (docs/adr/0024).
+//! with the first grant on it (docs/adr/0025).
 
 use std::net::IpAddr;
 
@@ -344,7 +344,8 @@ pub fn follow(state: &State, written: &[Subscriber]) -> Followed {
     let (mut warnings, mut commands) = (Vec::new(), Vec::new());
     let mut is_taken_over = false;
     for (place, known) in written.iter().enumerate() {
-        if let Some(reason) = known.reason.as_ref().filter(|_| place > 0) {
+        let lost = known.reason.as_ref().filter(|_| place > 0 && written[0].down_since.is_none());
+        if let Some(reason) = lost {
             warnings.push(format!("line {} is down: {reason}", known.line));
         }
         let session = state.sessions.get(&known.line);

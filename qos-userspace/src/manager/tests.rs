@@ -438,12 +438,20 @@ fn records_tell_what_followed_for_others() {
         (1..=40).map(|port| format!("down udp from 198.51.100.0/24 to 192.0.2.2:{port}")).collect();
     let mut long = request("acme", &flows[0]);
     long.selectors = flows.iter().map(|flow| flow.parse().unwrap()).collect();
-    let kept = Record::of_command(&state, &Command::Grant(Box::new(long)), &Actor::User(None), at(306));
-    let asked = kept.asked.unwrap();
+    let kept = |request: GrantRequest| {
+        let command = Command::Grant(Box::new(request));
+        Record::of_command(&state, &command, &Actor::User(None), at(306)).asked.unwrap()
+    };
+    let asked = kept(long.clone());
     assert_eq!(
         (asked["selectors"].as_array().unwrap().len(), &asked["selectors_left_out"]),
         (16, &24.into())
     );
+    long.selectors.truncate(16);
+    let mut whole = kept(long);
+    assert_eq!(whole.get("selectors_left_out"), None);
+    whole["selectors_left_out"] = 24.into();
+    assert_eq!(asked, whole, "all else is the same");
 
     // A line that reports itself: only what it changes is kept.
     let reported = |line: &str| {

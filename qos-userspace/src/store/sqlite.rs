@@ -203,12 +203,15 @@ impl SqliteStore {
     ) -> Result<Vec<T>, StoreError> {
         let at = |source| explain(&self.path, "reading a table", source);
         let mut statement = self.connection.prepare_cached(query).map_err(at)?;
-        let names = statement.column_names().into_iter().map(str::to_owned);
-        let columns: HashMap<String, usize> = names.zip(0..).collect();
+        let columns = |row: &Row<'_>| -> HashMap<String, usize> {
+            row.as_ref().column_names().into_iter().map(str::to_owned).zip(0..).collect()
+        };
+        let mut known = None;
         let mut rows = statement.query(rusqlite::params_from_iter(values)).map_err(at)?;
         let mut found = Vec::new();
         while let Some(row) = rows.next().map_err(at)? {
-            let item = read(&Reader { row, columns: &columns }).map_err(|reason| StoreError::BadRow {
+            let columns = known.get_or_insert_with(|| columns(row));
+            let item = read(&Reader { row, columns }).map_err(|reason| StoreError::BadRow {
                 path: self.path.clone(),
                 table,
                 key: key.iter().map(|column| text_of(row, column)).collect::<Vec<_>>().join(" "),
@@ -264,12 +267,10 @@ impl Store for SqliteStore {
         }
         for profile in self.rows("profiles", "SELECT * FROM profiles", &["name"], |row| {
             let status: String = row.get("status")?;
-            let known = ProfileStatus::NAMES.iter().find(|(_, name)| *name == status);
             Ok(Profile {
                 name: row.parse("name")?,
                 level: read_level(row)?,
-                status: known
-                    .map(|(status, _)| *status)
+                status: ProfileStatus::named(&status)
                     .ok_or(format!("column status: `{status}` is not known"))?,
                 duration: DurationRange {
                     shortest: row.parse_option("shortest")?,
@@ -691,13 +692,12 @@ fn application_columns(application: &Application) -> Vec<Column> {
 }
 
 fn session_columns(session: &Session) -> Vec<Column> {
-    let layer = link_layer::NAMES.iter().find(|(layer, _)| *layer == session.link_layer);
     vec![
         ("name", text(&session.name)),
         ("addresses", json(&session.addresses)),
         ("rate_up", integer(session.rate.up.0)),
         ("rate_down", integer(session.rate.down.0)),
-        ("link_layer", option(layer, |(_, name)| text(name))),
+        ("link_layer", text(link_layer::name(session.link_layer))),
         ("overhead", Value::Integer(session.overhead.into())),
         ("delay_us", integer(session.delay_us.into())),
         ("loss_ppm", integer(session.loss_ppm.into())),
@@ -881,15 +881,12 @@ fn read_provider(row: &Reader<'_, '_>) -> Result<Provider, String> {
 
 fn read_record(row: &Reader<'_, '_>) -> Result<Record, String> {
     let verdict: String = row.get("verdict")?;
-    let known = Verdict::NAMES.iter().find(|(_, name)| *name == verdict);
     Ok(Record {
         sequence: row.number("sequence")?,
         at: row.parse("at")?,
         actor: row.get("actor")?,
         action: row.get("action")?,
-        verdict: known
-            .map(|(verdict, _)| *verdict)
-            .ok_or(format!("column verdict: `{verdict}` is not known"))?,
+        verdict: Verdict::named(&verdict).ok_or(format!("column verdict: `{verdict}` is not known"))?,
         provider: row.parse_option("provider")?,
         application: row.parse_option("application")?,
         session: row.parse_option("session")?,
@@ -928,7 +925,6 @@ fn read_contract(row: &Reader<'_, '_>) -> Result<Contract, String> {
 
 fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
     let layer: String = row.get("link_layer")?;
-    let known = link_layer::NAMES.iter().find(|(_, name)| *name == layer);
     Ok(Session {
         name: row.parse("name")?,
         addresses: row.json("addresses")?,
@@ -936,7 +932,7 @@ fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
             up: BitsPerSecond(row.number("rate_up")?),
             down: BitsPerSecond(row.number("rate_down")?),
         },
-        link_layer: known.map(|(layer, _)| *layer).ok_or("column link_layer: not known")?,
+        link_layer: link_layer::named(&layer).ok_or("column link_layer: not known")?,
         overhead: row.number("overhead")?,
         delay_us: row.number("delay_us")?,
         loss_ppm: row.number("loss_ppm")?,

@@ -157,7 +157,6 @@ pub(super) fn forget(connection: &Connection, before: Timestamp, most: u32) -> r
 fn columns(subscriber: &Subscriber, sequence: u64) -> Vec<Column> {
     let Subscriber { line, source, key, facts, started_at, seen_at, down_since, reason, sequence: _ } =
         subscriber;
-    let layer = link_layer::NAMES.iter().find(|(layer, _)| *layer == facts.link_layer);
     vec![
         ("line", text(line)),
         ("source", option(source.as_ref(), text)),
@@ -165,7 +164,7 @@ fn columns(subscriber: &Subscriber, sequence: u64) -> Vec<Column> {
         ("addresses", json(&facts.addresses)),
         ("rate_up", option(facts.rate.up, |rate| integer(rate.0))),
         ("rate_down", option(facts.rate.down, |rate| integer(rate.0))),
-        ("link_layer", option(layer, |(_, name)| text(name))),
+        ("link_layer", text(link_layer::name(facts.link_layer))),
         ("overhead", option(facts.overhead, |overhead| Value::Integer(overhead.into()))),
         ("delay_us", integer(facts.delay_us.into())),
         ("loss_ppm", integer(facts.loss_ppm.into())),
@@ -181,7 +180,6 @@ fn columns(subscriber: &Subscriber, sequence: u64) -> Vec<Column> {
 
 pub(super) fn read(row: &Reader<'_, '_>) -> Result<Subscriber, String> {
     let layer: String = row.get("link_layer")?;
-    let known = link_layer::NAMES.iter().find(|(_, name)| *name == layer);
     let Directed { up, down }: Directed<Option<BitsPerSecond>> = row.rates("rate_up", "rate_down")?;
     Ok(Subscriber {
         line: row.parse("line")?,
@@ -190,7 +188,7 @@ pub(super) fn read(row: &Reader<'_, '_>) -> Result<Subscriber, String> {
         facts: Facts {
             addresses: row.json("addresses")?,
             rate: Directed { up, down },
-            link_layer: known.map(|(layer, _)| *layer).ok_or("column link_layer: not known")?,
+            link_layer: link_layer::named(&layer).ok_or("column link_layer: not known")?,
             overhead: row.number_option("overhead")?,
             delay_us: row.number("delay_us")?,
             loss_ppm: row.number("loss_ppm")?,

@@ -122,8 +122,23 @@ pub fn sum_to(measured: &[Measured], expected: BitsPerSecond) -> f64 {
     made_good(achieved as f64 / expected.0 as f64, stopped)
 }
 
-/// What a share of a rate would be without the time for which the machine stopped: at most 1, or as it is.
-fn made_good(share: f64, stopped: f64) -> f64 {
+/// Whether all together got `least` to `most`, but for `tolerance`, a share of either. Time for which the machine
+/// stopped is not counted against `least`.
+#[must_use]
+pub fn are_within(
+    measured: &[Measured],
+    (least, most): (BitsPerSecond, BitsPerSecond),
+    tolerance: f64,
+) -> bool {
+    let achieved: u64 = measured.iter().map(|measured| measured.achieved.0).sum();
+    let is_enough = least.0 == 0 || sum_to(measured, least) >= 1.0 - tolerance;
+    is_enough && achieved as f64 <= most.0 as f64 * (1.0 + tolerance)
+}
+
+/// What a share of a rate would be without the share of the time for which the machine stopped: at most 1, or as
+/// it is.
+#[must_use]
+pub fn made_good(share: f64, stopped: f64) -> f64 {
     if share < 1.0 { (share / (1.0 - stopped)).min(1.0) } else { share }
 }
 
@@ -191,18 +206,24 @@ pub fn measure(flows: &[&dyn Flow], warm_up: Duration, window: Duration) -> Resu
 /// # Errors
 /// When a flow's sockets failed.
 pub fn watched(flows: &[&dyn Flow], what: impl FnOnce()) -> Result<Vec<Measured>> {
-    let (watch, began) = (Watch::start()?, Instant::now());
-    for flow in flows {
-        flow.begin();
-    }
-    what();
-    for flow in flows {
-        flow.end();
-    }
-    let ended = Instant::now();
-    let stopped = watch.stopped()?.share_of(&(began..ended)).min(MOST_STOPPED);
+    let (stopped, ()) = stopped_while(|| {
+        flows.iter().for_each(|flow| flow.begin());
+        what();
+        flows.iter().for_each(|flow| flow.end());
+    })?;
     let collected = flows.iter().map(|flow| flow.collect().map(|measured| Measured { stopped, ..measured }));
     collected.collect()
+}
+
+/// The share of the time that something takes for which the machine stopped, a half at most, and what comes of it.
+///
+/// # Errors
+/// When the processors can't be watched.
+pub fn stopped_while<T>(what: impl FnOnce() -> T) -> Result<(f64, T)> {
+    let (watch, began) = (Watch::start()?, Instant::now());
+    let result = what();
+    let ended = Instant::now();
+    Ok((watch.stopped()?.share_of(&(began..ended)).min(MOST_STOPPED), result))
 }
 
 /// What an IP packet of `ip_length` bytes is charged, in bytes.
