@@ -24,6 +24,10 @@ use crate::domain::{BitsPerSecond, Directed};
 use crate::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
 use crate::manager::capacity::{SLOWEST_LINE, SMALLEST_REST};
 use crate::manager::{LineSide, Network, Preempt};
+use crate::source::RadiusConfig;
+use crate::source::radacct::RadacctConfig;
+
+mod sources;
 
 /// Where the daemon looks for its configuration unless it is told.
 pub const DEFAULT_PATH: &str = "/etc/qos/qos.toml";
@@ -84,6 +88,10 @@ pub struct Config {
     pub line_rest: BitsPerSecond,
     /// What traffic on no known line is sure of, on each interface.
     pub link_rest: BitsPerSecond,
+    /// The server that RADIUS accounting is sent to; none: there is none.
+    pub radius: Option<RadiusConfig>,
+    /// The database that FreeRADIUS writes accounting into; none: there is none.
+    pub radacct: Option<RadacctConfig>,
     /// What the gateway is made of.
     pub gateway: GatewayConfig,
 }
@@ -233,6 +241,8 @@ impl Config {
             soft_share: top.optional("soft_share", share)?.unwrap_or(DEFAULT_SOFT_SHARE),
             line_rest: top.optional("line_rest", rest)?.unwrap_or(SMALLEST_REST),
             link_rest: top.optional("link_rest", rest)?.unwrap_or(SMALLEST_REST),
+            radius: sources::radius(&mut top)?,
+            radacct: sources::radacct(&mut top)?,
             gateway: GatewayConfig {
                 interfaces,
                 bpffs_dir: top
@@ -334,6 +344,8 @@ impl Config {
                 ("bpffs_dir", mine.bpffs_dir != theirs.bpffs_dir),
                 ("mark_mask", mine.mark_mask != theirs.mark_mask),
                 ("max_rules", mine.max_rules != theirs.max_rules),
+                ("[radius]", self.radius != other.radius),
+                ("[radacct]", self.radacct != other.radacct),
             ]),
         }
     }
@@ -657,6 +669,22 @@ impl<'t> Section<'t> {
                 }
             })
             .collect()
+    }
+
+    /// A table of its own; none where the key is absent.
+    fn table(&mut self, key: &'static str, title: &'static str) -> Result<Option<Self>, ConfigError> {
+        self.known.push(key);
+        let Some(value) = self.table.remove(key) else { return Ok(None) };
+        let span = value.span();
+        match value.into_inner() {
+            DeValue::Table(table) => Ok(Some(Self::new(self.file, title, Spanned::new(span, table)))),
+            _ => Err(ConfigError::InvalidValue {
+                place: self.file.place(span.clone()),
+                key,
+                value: self.file.written(span),
+                message: format!("expected a table {title}"),
+            }),
+        }
     }
 
     /// The error for a key that isn't there: a mistyped one in its place is the likelier news.

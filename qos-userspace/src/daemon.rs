@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 
 use crate::api::reload::reload;
 use crate::api::service::{Service, ServiceError};
+use crate::api::sink::ServiceSink;
 use crate::api::socket::{self, SocketError};
 use crate::api::worker::{Handle, Worker};
 use crate::api::{self, Api, doctor};
@@ -27,6 +28,7 @@ use crate::gateway::netlink::LinkEvents;
 use crate::manager::record::Actor;
 use crate::manager::{Gateway, State};
 use crate::notify;
+use crate::source::{SourceError, Sources};
 use crate::store::sqlite::SqliteStore;
 
 /// How long answers that are under way may take at the end.
@@ -75,6 +77,9 @@ pub enum DaemonError {
     /// The state can't be loaded, or the kernel does not take it.
     #[error("cannot start: {0}")]
     Service(#[from] ServiceError),
+    /// A source of sessions can't begin.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The system lacks something.
     #[error("cannot {what}: {source}")]
     System {
@@ -136,6 +141,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
         let gateway = own.gateway.clone();
         Service::start(own, mtu, store, |state| start_gateway(&gateway, state))
     })?;
+    let sources = Sources::start(&config, ServiceSink(worker.handle())).await?;
     // Last, so that whoever can connect meets a gateway that enforces.
     let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
@@ -149,6 +155,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
         handle: worker.handle(),
         access: config.access.clone(),
         config_path: config.path.clone(),
+        sources: sources.monitor(),
         stop: Arc::clone(&stop),
     };
     let server = tokio::spawn(api::serve(listener, api, async {
@@ -175,6 +182,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
         break;
     }
     notify::stopping();
+    drop(sources);
     let _ = closing.send(());
     let finish = async {
         // What was asked before is done; listeners to debugging are let go, or the server would wait.

@@ -13,4 +13,5 @@ pub mod hex;
 pub mod manager;
 mod notify;
 mod plural;
+pub mod source;
 pub mod store;

@@ -42,6 +42,7 @@ pub mod classbench;
 pub mod daemon;
 pub mod foreign;
 pub mod frames;
+pub mod freeradius;
 pub mod kernel;
 pub mod layer3;
 pub mod machine;

@@ -22,6 +22,7 @@ mod extract;
 mod native;
 pub mod reload;
 pub mod service;
+pub mod sink;
 pub mod socket;
 #[cfg(test)]
 mod subscriber_tests;
@@ -38,6 +39,7 @@ use socket::Peer;
 use worker::Handle;
 
 use crate::config::Access;
+use crate::source::Monitor;
 
 /// What the routes work with.
 #[derive(Clone, Debug)]
@@ -48,6 +50,8 @@ pub struct Api {
     pub access: Access,
     /// The daemon's configuration file.
     pub config_path: PathBuf,
+    /// Says how the sources are.
+    pub sources: Monitor,
     /// Told when the daemon has to stop, everything having been removed from the kernel.
     pub stop: Arc<Notify>,
 }

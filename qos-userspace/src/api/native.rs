@@ -94,7 +94,8 @@ async fn unknown_method(method: Method, uri: Uri) -> ApiError {
 }
 
 async fn status(Shared(api): Shared<Api>) -> Answer<Status> {
-    answer(api.handle.run(|service| service.status()).await?)
+    let status = api.handle.run(|service| service.status()).await?;
+    answer(status.map(|status| Status { sources: api.sources.status(), ..status }))
 }
 
 async fn examine(Shared(api): Shared<Api>) -> Answer<Listing<Check>> {

@@ -23,6 +23,7 @@ use crate::manager::record::{Actor, Record, RecordQuery, Verdict, records};
 use crate::manager::report::{Explanation, Statistics};
 use crate::manager::subscriber::{self, Effect, Followed, SubscriberQuery, Taken, Told};
 use crate::manager::{self, Change, Command, Decision, Gateway, Refusal, State};
+use crate::source::SourcesStatus;
 use crate::store::{Store, StoreError};
 
 /// Ended allocations among which one that is asked for by number is looked for.
@@ -176,7 +177,7 @@ pub trait Operations {
     /// Where the store can't be read.
     fn history(&mut self, limit: usize) -> Result<Vec<Allocation>, ServiceError>;
 
-    /// The daemon and its gateway as they are.
+    /// The daemon and its gateway as they are. Of sources it knows nothing.
     ///
     /// # Errors
     /// After [`Operations::detach`].
@@ -694,6 +695,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
             reconciled_at: self.reconciled_at,
             reconcile_error: self.reconcile_error.clone(),
             gateway,
+            sources: SourcesStatus::default(),
         })
     }
 

@@ -28,6 +28,7 @@ use crate::manager::report::{
 };
 use crate::manager::subscriber::SubscriberQuery;
 use crate::manager::{Change, Gateway, State};
+use crate::source::Monitor;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 
@@ -400,7 +401,13 @@ fn run(
         })
         .expect("the service starts");
         let (listener, _socket) = socket::bind(&socket, &access).expect("a socket");
-        let api = Api { handle: worker.handle(), access, config_path, stop: Arc::new(Notify::new()) };
+        let api = Api {
+            handle: worker.handle(),
+            access,
+            config_path,
+            sources: Monitor::default(),
+            stop: Arc::new(Notify::new()),
+        };
         let (closing, closed) = oneshot::channel::<()>();
         let server = tokio::spawn(serve(listener, api, async {
             let _ = closed.await;

@@ -11,6 +11,7 @@ use crate::domain::{
 };
 use crate::manager::report::{Explanation, GatewayStatus};
 use crate::manager::{LevelRequest, LineSide};
+use crate::source::SourcesStatus;
 
 /// Several objects.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -177,6 +178,9 @@ pub struct Status {
     pub reconcile_error: Option<String>,
     /// The gateway.
     pub gateway: GatewayStatus,
+    /// What tells of lines.
+    #[serde(default)]
+    pub sources: SourcesStatus,
 }
 
 /// How many there are.

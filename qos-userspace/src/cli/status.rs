@@ -7,6 +7,8 @@ use super::client::Client;
 use super::output::{Output, moment};
 use crate::api::types;
 use crate::manager::LineSide;
+use crate::source::RadiusStatistics;
+use crate::source::radacct::RadacctStatus;
 
 /// Shows the daemon and its gateway
 #[derive(Debug, Args)]
@@ -17,7 +19,7 @@ pub(super) fn run(client: &mut Client, output: &mut Output) -> Result<(), CliErr
 }
 
 fn print(output: &mut Output, status: types::Status) -> Result<(), CliError> {
-    let types::Status { counted, gateway, .. } = status;
+    let types::Status { counted, gateway, sources, .. } = status;
     let reconciled = match (status.reconciled_at, status.reconcile_error) {
         (_, Some(error)) => format!("no: {error}"),
         (Some(at), None) => format!("yes, {}", moment(at)),
@@ -64,6 +66,8 @@ fn print(output: &mut Output, status: types::Status) -> Result<(), CliError> {
         ("kernel equals state", Some(reconciled)),
         ("state", Some(status.state_dir.display().to_string())),
         ("pinned at", Some(status.bpffs_dir.display().to_string())),
+        ("RADIUS", sources.radius.map(radius)),
+        ("radacct", sources.radacct.map(radacct)),
     ])?;
 
     output.line("")?;
@@ -92,4 +96,40 @@ fn print(output: &mut Output, status: types::Status) -> Result<(), CliError> {
         table.add_row([moment(repair.at), repair.what]);
     }
     output.print(&table)
+}
+
+fn radius(statistics: RadiusStatistics) -> String {
+    let RadiusStatistics { received, acknowledged, repeated, refused, dropped } = statistics;
+    let reasons = [
+        ("unknown client", dropped.unknown_client),
+        ("wrong secret", dropped.wrong_secret),
+        ("malformed", dropped.malformed),
+        ("no accounting", dropped.other_code),
+        ("in progress", dropped.in_progress),
+        ("too many", dropped.overload),
+        ("not written", dropped.unwritten),
+    ];
+    let reasons: Vec<_> = reasons
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| format!("{reason} {count}"))
+        .collect();
+    let dropped = if reasons.is_empty() { "none".to_owned() } else { reasons.join(", ") };
+    format!(
+        "{received} packets, {acknowledged} acknowledged ({repeated} repeated, {refused} of no use), dropped: {dropped}"
+    )
+}
+
+fn radacct(status: RadacctStatus) -> String {
+    let RadacctStatus { read_at, error, open, contested, told, refused, unusable } = status;
+    let read = match (read_at, error) {
+        (Some(at), None) => format!("read {}", moment(at)),
+        (Some(at), Some(error)) => format!("not read since {}: {error}", moment(at)),
+        (None, Some(error)) => format!("not read: {error}"),
+        (None, None) => "not read yet".to_owned(),
+    };
+    format!(
+        "{read}; {open} open, {contested} of them with an address or line that another has; told {told} times, \
+         {refused} refused; {unusable} rows of no use"
+    )
 }
