@@ -60,3 +60,14 @@ CREATE TABLE decisions (
 CREATE INDEX decisions_by_provider ON decisions (provider) WHERE provider IS NOT NULL;
 CREATE INDEX decisions_by_session ON decisions (session) WHERE session IS NOT NULL;
 CREATE INDEX decisions_by_allocation ON decisions (allocation) WHERE allocation IS NOT NULL;
+-- API keys. A key's secret is known to who holds it only.
+CREATE TABLE keys (
+    id          TEXT PRIMARY KEY, -- 12 hexadecimal digits
+    provider    TEXT NOT NULL REFERENCES providers (name),
+    application TEXT,
+    hash        TEXT NOT NULL, -- SHA-256 of the secret, hexadecimal
+    read_only   INTEGER NOT NULL,
+    created_at  TEXT NOT NULL,
+    expires_at  TEXT,
+    FOREIGN KEY (provider, application) REFERENCES applications (provider, name)
+) STRICT, WITHOUT ROWID;
