@@ -25,6 +25,10 @@ use crate::gateway::{GatewayConfig, InterfaceConfig, Role, TcHooks, XdpChoice};
 use crate::manager::capacity::SMALLEST_REST;
 use crate::manager::{LineSide, Network, Preempt};
 
+pub mod northbound;
+
+pub use northbound::Northbound;
+
 /// Where the daemon looks for its configuration unless it is told.
 pub const DEFAULT_PATH: &str = "/etc/qos/qos.toml";
 
@@ -82,6 +86,8 @@ pub struct Config {
     pub line_rest: BitsPerSecond,
     /// What traffic on no known line is sure of, on each interface.
     pub link_rest: BitsPerSecond,
+    /// The API for providers; none: there is none.
+    pub northbound: Option<Northbound>,
     /// What the gateway is made of.
     pub gateway: GatewayConfig,
 }
@@ -227,6 +233,7 @@ impl Config {
             soft_share: top.optional("soft_share", share)?.unwrap_or(DEFAULT_SOFT_SHARE),
             line_rest: top.optional("line_rest", rest)?.unwrap_or(SMALLEST_REST),
             link_rest: top.optional("link_rest", rest)?.unwrap_or(SMALLEST_REST),
+            northbound: northbound::read(&mut top)?,
             gateway: GatewayConfig {
                 interfaces,
                 bpffs_dir: top
@@ -315,9 +322,19 @@ impl Config {
                 _ => None,
             });
         }
+        let listens = |config: &Self| config.northbound.as_ref().map(|northbound| northbound.listen.clone());
+        if let (Some(mine), Some(theirs)) = (&self.northbound, &other.northbound) {
+            live.extend(mine.differences(theirs));
+        }
         Differences {
             live,
             restart: named(&[
+                ("northbound", self.northbound.is_some() != other.northbound.is_some()),
+                (
+                    "northbound listen",
+                    self.northbound.is_some() == other.northbound.is_some()
+                        && listens(self) != listens(other),
+                ),
                 ("state_dir", self.state_dir != other.state_dir),
                 ("socket", self.socket != other.socket),
                 ("allow_users", self.access.users != other.access.users),
@@ -643,6 +660,22 @@ impl<'t> Section<'t> {
                 }
             })
             .collect()
+    }
+
+    /// A table; none where the key is absent.
+    fn table(&mut self, key: &'static str, title: &'static str) -> Result<Option<Self>, ConfigError> {
+        self.known.push(key);
+        let Some(value) = self.table.remove(key) else { return Ok(None) };
+        let span = value.span();
+        let DeValue::Table(table) = value.into_inner() else {
+            return Err(ConfigError::InvalidValue {
+                place: self.file.place(span.clone()),
+                key,
+                value: self.file.written(span),
+                message: format!("expected a {title} table"),
+            });
+        };
+        Ok(Some(Self::new(self.file, title, Spanned::new(span, table))))
     }
 
     /// The error for a key that isn't there: a mistyped one in its place is the likelier news.
