@@ -29,6 +29,10 @@ use crate::source::radacct::RadacctConfig;
 
 mod sources;
 
+pub mod northbound;
+
+pub use northbound::Northbound;
+
 /// Where the daemon looks for its configuration unless it is told.
 pub const DEFAULT_PATH: &str = "/etc/qos/qos.toml";
 
@@ -92,6 +96,8 @@ pub struct Config {
     pub radius: Option<RadiusConfig>,
     /// The database that FreeRADIUS writes accounting into; none: there is none.
     pub radacct: Option<RadacctConfig>,
+    /// The API for providers; none: there is none.
+    pub northbound: Option<Northbound>,
     /// What the gateway is made of.
     pub gateway: GatewayConfig,
 }
@@ -243,6 +249,7 @@ impl Config {
             link_rest: top.optional("link_rest", rest)?.unwrap_or(SMALLEST_REST),
             radius: sources::radius(&mut top)?,
             radacct: sources::radacct(&mut top)?,
+            northbound: northbound::read(&mut top)?,
             gateway: GatewayConfig {
                 interfaces,
                 bpffs_dir: top
@@ -334,9 +341,19 @@ impl Config {
                 _ => None,
             });
         }
+        let listens = |config: &Self| config.northbound.as_ref().map(|northbound| northbound.listen.clone());
+        if let (Some(mine), Some(theirs)) = (&self.northbound, &other.northbound) {
+            live.extend(mine.differences(theirs));
+        }
         Differences {
             live,
             restart: named(&[
+                ("northbound", self.northbound.is_some() != other.northbound.is_some()),
+                (
+                    "northbound listen",
+                    self.northbound.is_some() == other.northbound.is_some()
+                        && listens(self) != listens(other),
+                ),
                 ("state_dir", self.state_dir != other.state_dir),
                 ("socket", self.socket != other.socket),
                 ("allow_users", self.access.users != other.access.users),

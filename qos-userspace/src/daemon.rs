@@ -15,6 +15,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Notify, oneshot};
 use tracing::{error, info, warn};
 
+use crate::api::auth::Keys;
+use crate::api::northbound::{Northbound, NorthboundError};
 use crate::api::reload::reload;
 use crate::api::service::{Service, ServiceError};
 use crate::api::sink::ServiceSink;
@@ -74,6 +76,9 @@ pub enum DaemonError {
     /// There is no socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Providers can't be served.
+    #[error(transparent)]
+    Northbound(#[from] NorthboundError),
     /// The state can't be loaded, or the kernel does not take it.
     #[error("cannot start: {0}")]
     Service(#[from] ServiceError),
@@ -133,6 +138,13 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
     // Who is second must find out before it touches the kernel.
     socket::refuse_live(&config.socket)?;
 
+    let keys = Arc::new(Keys::default());
+    let northbound = Northbound::open(&config, &keys)?;
+    let listeners = match &northbound {
+        Some(northbound) => northbound.listen()?,
+        None => Vec::new(),
+    };
+
     let mut hang_up = signal(SignalKind::hangup()).map_err(handled)?;
 
     let own = config.clone();
@@ -142,6 +154,9 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
         Service::start(own, mtu, store, |state| start_gateway(&gateway, state))
     })?;
     let sources = Sources::start(&config, ServiceSink(worker.handle())).await?;
+    let known = Arc::clone(&keys);
+    // Ends with the service alone, which is waited for below.
+    let _ = worker.handle().run(move |service| known.replace(&service.state().keys)).await;
     // Last, so that whoever can connect meets a gateway that enforces.
     let (listener, _socket) = socket::bind(&config.socket, &config.access)?;
     info!(socket = %config.socket.display(), version = env!("CARGO_PKG_VERSION"), "qosd is ready");
@@ -156,8 +171,17 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
         access: config.access.clone(),
         config_path: config.path.clone(),
         sources: sources.monitor(),
+        keys,
+        northbound: northbound.clone(),
         stop: Arc::clone(&stop),
     };
+    let (providers_closing, providers_closed) = oneshot::channel::<()>();
+    let providers = northbound.clone().map(|northbound| {
+        let until = async {
+            let _ = providers_closed.await;
+        };
+        tokio::spawn(northbound.serve(listeners, api.clone(), until))
+    });
     let server = tokio::spawn(api::serve(listener, api, async {
         let _ = closed.await;
     }));
@@ -169,7 +193,7 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
             _ = terminate.recv() => info!("SIGTERM: stopping; the programs in the kernel go on enforcing"),
             _ = interrupt.recv() => info!("SIGINT: stopping; the programs in the kernel go on enforcing"),
             _ = hang_up.recv() => {
-                match reload(&handle, &config.path, Actor::Daemon).await {
+                match reload(&handle, &config.path, northbound.as_deref(), Actor::Daemon).await {
                     Ok(changed) if changed.is_empty() => info!("SIGHUP: the configuration is as it was"),
                     Ok(changed) => info!("SIGHUP: changed {}", changed.join(", ")),
                     Err(error) => error!("SIGHUP: going on with the configuration as it was: {error}"),
@@ -184,10 +208,17 @@ async fn live<G: Gateway<Config = GatewayConfig> + 'static>(
     notify::stopping();
     drop(sources);
     let _ = closing.send(());
+    let _ = providers_closing.send(());
     let finish = async {
         // What was asked before is done; listeners to debugging are let go, or the server would wait.
         let ended = tokio::task::spawn_blocking(|| worker.stop()).await;
-        if tokio::time::timeout(LAST_ANSWERS, server).await.is_err() {
+        let servers = async {
+            let _ = server.await;
+            if let Some(providers) = providers {
+                let _ = providers.await;
+            }
+        };
+        if tokio::time::timeout(LAST_ANSWERS, servers).await.is_err() {
             warn!("some connections did not end in time and are cut");
         }
         ended

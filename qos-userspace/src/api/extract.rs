@@ -12,6 +12,7 @@ use serde_json::Value;
 use serde_json::error::Category;
 use serde_path_to_error::Segment;
 
+use super::auth::Client;
 use super::error::ApiError;
 use super::service::Asked;
 use super::socket::Peer;
@@ -81,8 +82,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let uid = parts.extensions.get::<ConnectInfo<Peer>>().and_then(|ConnectInfo(peer)| peer.uid);
+        let actor = parts.extensions.get::<Client>().map_or(Actor::User(uid), Client::actor);
         let Options(ChangeOptions { dry_run }) = Options::from_request_parts(parts, state).await?;
-        Ok(Self { actor: Actor::User(uid), dry_run })
+        Ok(Self { actor, dry_run })
     }
 }
 

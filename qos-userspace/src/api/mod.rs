@@ -1,5 +1,7 @@
 //! The daemon's API: HTTP with JSON bodies, under `/v1/`, on a Unix socket.
 //!
+//! Providers have theirs by HTTPS: [`northbound`].
+//!
 //! [`service`] does the work, [`worker`] gives it a thread, `native` has the routes, [`socket`]
 //! says who may connect. Decisions are made by the manager; nothing here judges a request.
 
@@ -16,10 +18,12 @@ use tokio::net::UnixListener;
 use tokio::sync::Notify;
 use tracing::{debug, info, warn};
 
+pub mod auth;
 pub mod doctor;
 mod error;
 mod extract;
 mod native;
+pub mod northbound;
 pub mod reload;
 pub mod service;
 pub mod sink;
@@ -34,7 +38,9 @@ mod trace_body;
 pub mod types;
 pub mod worker;
 
+use auth::Keys;
 use error::ApiError;
+use northbound::Northbound;
 use socket::Peer;
 use worker::Handle;
 
@@ -52,6 +58,10 @@ pub struct Api {
     pub config_path: PathBuf,
     /// Says how the sources are.
     pub sources: Monitor,
+    /// The API keys there are.
+    pub keys: Arc<Keys>,
+    /// The API for providers; none: the configuration has none.
+    pub northbound: Option<Arc<Northbound>>,
     /// Told when the daemon has to stop, everything having been removed from the kernel.
     pub stop: Arc<Notify>,
 }

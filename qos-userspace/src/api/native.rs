@@ -13,7 +13,8 @@ use super::doctor::{self, Check};
 use super::error::ApiError;
 use super::extract::{Body, Caller, LARGEST_BODY, Named, Options};
 use super::reload::ReloadError;
-use super::service::{HISTORY_SEARCHED, Operations, ServiceError};
+pub(super) use super::service::HISTORY_SEARCHED;
+use super::service::{Operations, ServiceError};
 use super::trace_body::TraceBody;
 use super::types::{
     ContractChange, ExplainRequest, Explained, Extension, Listing, NewApplication, NewProfile, NewSegment,
@@ -31,7 +32,7 @@ use crate::manager::{Change, Command, Decision, GrantRequest, NewProvider, NewSe
 /// Most reports of one request.
 const MOST_REPORTS: usize = 10_000;
 
-type Answer<T> = Result<axum::Json<T>, ApiError>;
+pub(super) type Answer<T> = Result<axum::Json<T>, ApiError>;
 
 /// The routes, for whatever carries them. Who may connect is checked by the carrier.
 pub(super) fn router(api: Api) -> Router {
@@ -66,6 +67,7 @@ pub(super) fn router(api: Api) -> Router {
         .route("/v1/allocations/{id}", get(allocation).delete(revoke))
         .route("/v1/allocations/{id}/extend", post(extend))
         .route("/v1/decisions", get(decisions))
+        .merge(super::auth::routes::router())
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
         .layer(DefaultBodyLimit::max(LARGEST_BODY))
@@ -88,7 +90,7 @@ async fn unknown_route(uri: Uri) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, "unknown_route", message)
 }
 
-async fn unknown_method(method: Method, uri: Uri) -> ApiError {
+pub(super) async fn unknown_method(method: Method, uri: Uri) -> ApiError {
     let message = format!("{} does not take {method}", uri.path());
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "unknown_method", message)
 }
@@ -153,9 +155,13 @@ async fn reconcile(Shared(api): Shared<Api>, caller: Caller) -> Answer<Listing<S
 }
 
 async fn reload(Shared(api): Shared<Api>, caller: Caller) -> Answer<Listing<String>> {
-    let reloaded = super::reload::reload(&api.handle, &api.config_path, caller.actor);
+    let reloaded =
+        super::reload::reload(&api.handle, &api.config_path, api.northbound.as_deref(), caller.actor);
     let items = reloaded.await.map_err(|error| match error {
         ReloadError::Service(error) => ApiError::from(error),
+        ReloadError::Northbound(error) => {
+            ApiError::new(StatusCode::BAD_REQUEST, "configuration", error.to_string())
+        }
         ReloadError::Stopped(error) => ApiError::from(error),
     })?;
     Ok(axum::Json(Listing { items }))
@@ -477,17 +483,20 @@ async fn allocations(
 }
 
 async fn allocation(Shared(api): Shared<Api>, Named(id): Named<AllocationId>) -> Answer<Allocation> {
-    let found = api
-        .handle
-        .run(move |service| {
-            if let Some(live) = service.state().allocations.get(&id) {
-                return Ok(Some(live.clone()));
-            }
-            let ended = service.history(HISTORY_SEARCHED)?;
-            Ok::<_, ServiceError>(ended.into_iter().find(|allocation| allocation.id == id))
-        })
-        .await??;
+    let found = api.handle.run(move |service| allocation_by_id(service, id)).await??;
     found.map(axum::Json).ok_or_else(|| not_found("allocation", &id))
+}
+
+/// One that is live, or is among those that ended last.
+pub(super) fn allocation_by_id(
+    service: &mut dyn Operations,
+    id: AllocationId,
+) -> Result<Option<Allocation>, ServiceError> {
+    if let Some(live) = service.state().allocations.get(&id) {
+        return Ok(Some(live.clone()));
+    }
+    let ended = service.history(HISTORY_SEARCHED)?;
+    Ok(ended.into_iter().find(|allocation| allocation.id == id))
 }
 
 async fn grant(
@@ -503,7 +512,7 @@ async fn grant(
     .map(created)
 }
 
-async fn extend(
+pub(super) async fn extend(
     Shared(api): Shared<Api>,
     Named(id): Named<AllocationId>,
     caller: Caller,
@@ -516,7 +525,7 @@ async fn extend(
     .await
 }
 
-async fn revoke(
+pub(super) async fn revoke(
     Shared(api): Shared<Api>,
     Named(id): Named<AllocationId>,
     caller: Caller,
@@ -532,10 +541,7 @@ async fn decisions(
     Shared(api): Shared<Api>,
     Options(query): Options<RecordQuery>,
 ) -> Answer<Listing<Record>> {
-    if !(1..=RecordQuery::MOST).contains(&query.limit) {
-        let message = format!("limit: {} is out of range: 1 to {}", query.limit, RecordQuery::MOST);
-        return Err(ApiError::invalid("limit", query.limit.to_string(), message));
-    }
+    check_limit(&query)?;
     let items = api.handle.run(move |service| service.records(&query)).await??;
     Ok(axum::Json(Listing { items }))
 }
@@ -568,23 +574,31 @@ async fn report(
     Ok(axum::Json(Listing { items }))
 }
 
+pub(super) fn check_limit(query: &RecordQuery) -> Result<(), ApiError> {
+    if (1..=RecordQuery::MOST).contains(&query.limit) {
+        return Ok(());
+    }
+    let message = format!("limit: {} is out of range: 1 to {}", query.limit, RecordQuery::MOST);
+    Err(ApiError::invalid("limit", query.limit.to_string(), message))
+}
+
 fn answer<T>(result: Result<T, ServiceError>) -> Answer<T> {
     Ok(axum::Json(result?))
 }
 
 /// 201, or 200 where it was a dry run.
-fn created<T: Serialize>(axum::Json(outcome): axum::Json<Outcome<T>>) -> Response {
+pub(super) fn created<T: Serialize>(axum::Json(outcome): axum::Json<Outcome<T>>) -> Response {
     let status = if outcome.dry_run { StatusCode::OK } else { StatusCode::CREATED };
     (status, axum::Json(outcome)).into_response()
 }
 
-fn not_found(what: &str, name: &impl ToString) -> ApiError {
+pub(super) fn not_found(what: &str, name: &impl ToString) -> ApiError {
     let name = name.to_string();
     ApiError::new(StatusCode::NOT_FOUND, "not_found", format!("there is no {what} `{name}`"))
         .about(Some(what.to_owned()), Some(name))
 }
 
-async fn list<T: Send + 'static>(
+pub(super) async fn list<T: Send + 'static>(
     api: &Api,
     read: impl FnOnce(&dyn Operations) -> Vec<T> + Send + 'static,
 ) -> Answer<Listing<T>> {
@@ -606,7 +620,7 @@ async fn show<T: Send + 'static>(
 }
 
 /// Carries a command out; `written` finds the object that it is about among the changes.
-async fn change<T: Send + 'static>(
+pub(super) async fn change<T: Send + 'static>(
     api: &Api,
     command: Command,
     caller: Caller,
@@ -634,7 +648,7 @@ async fn remove<T: Send + 'static>(
     outcome(object, decision.warnings, &caller)
 }
 
-fn outcome<T>(object: Option<T>, warnings: Vec<String>, caller: &Caller) -> Answer<Outcome<T>> {
+pub(super) fn outcome<T>(object: Option<T>, warnings: Vec<String>, caller: &Caller) -> Answer<Outcome<T>> {
     let result = object.ok_or_else(|| {
         let message = "the decision does not contain what was asked for; this is an error in qosd";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)

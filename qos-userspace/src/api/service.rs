@@ -19,6 +19,7 @@ use crate::config::Config;
 use crate::domain::subscriber::{Event, Report};
 use crate::domain::{Allocation, Direction, Name, Subscriber};
 use crate::gateway::GatewayConfig;
+use crate::manager::confine::Own;
 use crate::manager::record::{Actor, Record, RecordQuery, Verdict, records};
 use crate::manager::report::{Explanation, Statistics};
 use crate::manager::subscriber::{self, Effect, Followed, SubscriberQuery, Taken, Told};
@@ -459,7 +460,17 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
             };
             self.keep([record.without_effect(verdict, code, error.to_string())]);
         }
-        result
+        let Some(own) = Own::of(&asked.actor) else { return result };
+        match result {
+            Ok(mut done) => {
+                for warning in &mut done.decision.warnings {
+                    *warning = own.told(&self.state, warning);
+                }
+                Ok(done)
+            }
+            Err(ServiceError::Refused(refusal)) => Err(own.told_refusal(&self.state, refusal).into()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Decides a command. A grant on a line that is known, and not in service, brings it there.
@@ -484,6 +495,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     }
 
     fn try_carry_out(&mut self, asked: &Asked, now: Timestamp) -> Result<CarriedOut, ServiceError> {
+        if let Some(own) = Own::of(&asked.actor) {
+            own.may_ask(&self.state, &asked.command)?;
+        }
         let decision = self.decide(&asked.command, now)?;
         let gateway = self.gateway.as_ref().ok_or(ServiceError::Detached)?;
         if asked.dry_run
@@ -818,6 +832,8 @@ fn log(change: &Change) {
         Change::DeleteSegment(name) => info!(segment = %name, "segment removed"),
         Change::PutProfile(profile) => info!(profile = %profile.name, "profile written"),
         Change::DeleteProfile(name) => info!(profile = %name, "profile removed"),
+        Change::PutKey(key) => info!(key = %key.id, provider = %key.provider, "API key added"),
+        Change::DeleteKey(id) => info!(key = %id, "API key removed"),
         Change::PutAllocation(allocation) => {
             let until = allocation.expires_at.map(tracing::field::display);
             info!(id = %allocation.id, provider = %allocation.provider, until, "granted");

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::{Notify, oneshot};
 
+use super::auth::Keys;
+use super::northbound::Northbound;
 use super::service::{Service, ServiceError};
 use super::worker::Worker;
 use super::{Api, serve, socket};
@@ -242,7 +245,13 @@ impl Gateway for Recorder {
 
 /// A configuration for `directory`, with more keys at its top.
 pub(crate) fn config(directory: &Path, more: &str) -> Config {
-    let text = format!(
+    Config::parse(&config_text(directory, more), Path::new("qos.toml")).expect("valid")
+}
+
+/// Its text. Tables in `more` come last.
+pub(crate) fn config_text(directory: &Path, more: &str) -> String {
+    let (more, tables) = more.split_at(more.find("[northbound]").unwrap_or(more.len()));
+    format!(
         r#"
 state_dir = "{0}/state"
 socket = "{0}/qosd.sock"
@@ -255,10 +264,10 @@ capacity = "100mbit"
 name = "wan0"
 role = "wan"
 capacity = "100mbit"
+{tables}
 "#,
         directory.display()
-    );
-    Config::parse(&text, Path::new("qos.toml")).expect("valid")
+    )
 }
 
 /// The store of a configuration.
@@ -273,6 +282,8 @@ pub(crate) struct TestDaemon {
     directory: Arc<TempDir>,
     more: String,
     pub(crate) recorder: Recorder,
+    /// Where providers are served.
+    pub(crate) providers: Vec<SocketAddr>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -298,15 +309,16 @@ impl TestDaemon {
 
     fn start_in(directory: Arc<TempDir>, more: &str) -> Self {
         let recorder = Recorder::default();
-        let config = config(directory.path(), more);
+        let mut config = config(directory.path(), more);
+        config.path = directory.path().join("qos.toml");
         let (stop, stopped) = oneshot::channel();
         let (ready, is_ready) = std::sync::mpsc::channel();
         let thread = {
             let recorder = recorder.clone();
             std::thread::spawn(move || run(config, recorder, stopped, &ready))
         };
-        is_ready.recv().expect("the daemon starts");
-        Self { directory, more: more.to_owned(), recorder, stop: Some(stop), thread: Some(thread) }
+        let providers = is_ready.recv().expect("the daemon starts");
+        Self { directory, more: more.to_owned(), recorder, providers, stop: Some(stop), thread: Some(thread) }
     }
 
     fn end(&mut self) {
@@ -316,6 +328,17 @@ impl TestDaemon {
         if let Some(thread) = self.thread.take() {
             thread.join().expect("the daemon ends without a panic");
         }
+    }
+
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Has it load another configuration.
+    pub(crate) fn reload(&self, more: &str) -> (u16, Value) {
+        std::fs::write(self.directory().join("qos.toml"), config_text(self.directory(), more))
+            .expect("written");
+        self.ask("POST", "/v1/reload", "{}")
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -385,7 +408,7 @@ fn run(
     config: Config,
     recorder: Recorder,
     stopped: oneshot::Receiver<()>,
-    ready: &std::sync::mpsc::Sender<()>,
+    ready: &std::sync::mpsc::Sender<Vec<SocketAddr>>,
 ) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -395,26 +418,37 @@ fn run(
     runtime.block_on(async {
         let (access, config_path, socket) =
             (config.access.clone(), config.path.clone(), config.socket.clone());
+        let keys = Arc::new(Keys::default());
+        let northbound = Northbound::open(&config, &keys).expect("what the configuration names");
         let worker = Worker::spawn(move || {
             let store = store(&config);
             Service::start(config, 1_500, store, |state| recorder.start(state))
         })
         .expect("the service starts");
         let (listener, _socket) = socket::bind(&socket, &access).expect("a socket");
-        let api = Api {
-            handle: worker.handle(),
-            access,
-            config_path,
-            sources: Monitor::default(),
-            stop: Arc::new(Notify::new()),
-        };
+        let known = Arc::clone(&keys);
+        worker.handle().run(move |service| known.replace(&service.state().keys)).await.expect("it runs");
+        let stop = Arc::new(Notify::new());
+        let handle = worker.handle();
+        let sources = Monitor::default();
+        let api = Api { handle, access, config_path, sources, keys, northbound: northbound.clone(), stop };
+        let (providers_closing, providers_closed) = oneshot::channel::<()>();
+        let mut addresses = Vec::new();
+        if let Some(northbound) = northbound {
+            let listeners = northbound.listen().expect("free ports");
+            addresses.extend(listeners.iter().map(|listener| listener.local_addr().expect("an address")));
+            tokio::spawn(northbound.serve(listeners, api.clone(), async {
+                let _ = providers_closed.await;
+            }));
+        }
         let (closing, closed) = oneshot::channel::<()>();
         let server = tokio::spawn(serve(listener, api, async {
             let _ = closed.await;
         }));
-        ready.send(()).expect("somebody waits");
+        ready.send(addresses).expect("somebody waits");
         let _ = stopped.await;
         let _ = closing.send(());
+        let _ = providers_closing.send(());
         tokio::task::spawn_blocking(|| worker.stop()).await.expect("joined").expect("no panic");
         let _ = tokio::time::timeout(std::time::Duration::from_secs(5), server).await;
     });

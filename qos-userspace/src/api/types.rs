@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::subscriber::Report;
 use crate::domain::{
-    Allocation, BitsPerSecond, Contract, Directed, DurationRange, Level, Name, ProfileStatus,
+    Allocation, BitsPerSecond, Contract, Directed, DurationRange, KeyId, Level, Name, ProfileStatus, Selector,
 };
 use crate::manager::report::{Explanation, GatewayStatus};
 use crate::manager::{LevelRequest, LineSide};
@@ -98,6 +98,78 @@ pub struct NewProfile {
     /// How long an allocation that names it may last, extensions counted.
     #[serde(default)]
     pub duration: DurationRange,
+}
+
+/// An API key to make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewApiKey {
+    /// Whose it is.
+    pub provider: Name,
+    /// The one application of the provider that it is for; left out: for all.
+    #[serde(default)]
+    pub application: Option<Name>,
+    /// With it nothing can be changed.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Until when it is taken; left out: until it is removed.
+    #[serde(default)]
+    pub expires_at: Option<Timestamp>,
+}
+
+/// An API key, without what it is recognised by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiKeyReport {
+    /// Its number.
+    pub id: KeyId,
+    /// Whose it is.
+    pub provider: Name,
+    /// The one application of the provider that it is for; none: for all.
+    pub application: Option<Name>,
+    /// With it nothing can be changed.
+    pub read_only: bool,
+    /// When it was made.
+    pub created_at: Timestamp,
+    /// Until when it is taken; none: until it is removed.
+    pub expires_at: Option<Timestamp>,
+    /// The key itself: only in the answer to the request that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+}
+
+/// A request of a provider for an allocation: that of the operator's API, but for what follows from who asks.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnRequest {
+    /// Left out: the provider that asks, which is the only one that may stand here.
+    #[serde(default)]
+    pub provider: Option<Name>,
+    /// For which of its applications; left out: for the one that the client is for, if it is for one.
+    #[serde(default)]
+    pub application: Option<Name>,
+    /// For which packets.
+    pub selectors: Vec<Selector>,
+    /// The profile that what `level` leaves open is taken from.
+    #[serde(default)]
+    pub profile: Option<Name>,
+    /// What is asked.
+    #[serde(default)]
+    pub level: LevelRequest,
+    /// Among allocations that match one packet the highest wins.
+    #[serde(default)]
+    pub precedence: u16,
+    /// For how long; left out: until revoked.
+    #[serde(default)]
+    pub duration: Option<SignedDuration>,
+}
+
+/// A line that carries something of a provider's, as that provider sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineReport {
+    /// Its name.
+    pub name: Name,
+    /// Since when it is down; none: it is up.
+    pub down_since: Option<Timestamp>,
 }
 
 /// By how much the end of an allocation is put off.

@@ -19,6 +19,7 @@ mod doctor;
 mod explain;
 mod extend;
 mod grant;
+mod key;
 mod level;
 mod list;
 mod man;
@@ -119,6 +120,9 @@ enum Verb {
     /// What lines share before the link
     #[command(subcommand)]
     Segment(segment::Verb),
+    /// API keys of providers' programs
+    #[command(subcommand)]
+    Key(key::Verb),
     /// Named levels
     #[command(subcommand)]
     Profile(profile::Verb),
@@ -267,6 +271,7 @@ fn dispatch(
         Verb::App(verb) => app::run(verb, client, output),
         Verb::Session(verb) => session::run(verb, client, output),
         Verb::Segment(verb) => segment::run(verb, client, output),
+        Verb::Key(verb) => key::run(verb, client, output),
         Verb::Profile(verb) => profile::run(verb, client, output),
         Verb::Grant(verb) => grant::run(*verb, client, output),
         Verb::Extend(verb) => extend::run(&verb, client, output),

@@ -676,3 +676,19 @@ fn the_starter_profiles_can_be_had_on_dsl_and_fibre() {
     assert_eq!(done.status, 1, "{done:?}");
     assert!(!must(&daemon, &["profile", "list"]).contains("one"));
 }
+
+#[test]
+fn a_key_is_printed_once() {
+    let daemon = TestDaemon::start();
+    daemon.furnish();
+    let added = must(&daemon, &["key", "add", "--provider", "acme", "--app", "video", "--expires", "1h"]);
+    let [first, secret, last] = added.lines().collect::<Vec<_>>()[..] else { panic!("{added}") };
+    let id = first.strip_prefix("key ").and_then(|text| text.strip_suffix(" of acme added")).expect(first);
+    assert!(secret.starts_with(&format!("qos_{id}_")) && last == "it is not shown again", "{added}");
+    let listed = must(&daemon, &["key", "list"]);
+    assert!(listed.contains(id) && listed.contains("video") && !listed.contains(secret), "{listed}");
+    let tried = must(&daemon, &["--dry-run", "key", "add", "--provider", "acme"]);
+    assert!(tried.starts_with("nothing was changed") && !tried.contains("qos_"), "{tried}");
+    assert_eq!(must(&daemon, &["key", "remove", id]), format!("key {id} of acme removed\n"));
+    assert_eq!(qos(&daemon.socket(), &["key", "remove", id]).status, 1);
+}

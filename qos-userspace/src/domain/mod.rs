@@ -7,6 +7,7 @@ pub mod allocation;
 pub mod contract;
 pub mod dscp;
 pub mod duration;
+pub mod key;
 pub mod level;
 pub mod name;
 pub mod profile;
@@ -19,6 +20,7 @@ pub mod units;
 
 pub use allocation::{Allocation, AllocationId, DelayBound, Status};
 pub use contract::Contract;
+pub use key::{ApiKey, KeyHash, KeyId};
 pub use level::{Directed, Enforcement, Level, SMALLEST_IPV6_MTU, SMALLEST_MTU};
 pub use name::Name;
 pub use profile::{DurationRange, Profile, ProfileStatus};

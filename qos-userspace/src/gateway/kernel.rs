@@ -955,6 +955,8 @@ impl Kernel {
                 self.reconcile_registered(state)?;
             }
             Change::PutSegment(_)
+            | Change::PutKey(_)
+            | Change::DeleteKey(_)
             | Change::DeleteSegment(_)
             | Change::PutProfile(_)
             | Change::DeleteProfile(_) => {}
@@ -1417,6 +1419,8 @@ fn tree_part(
             | Change::DeleteApplication(..)
             | Change::PutSegment(_)
             | Change::DeleteSegment(_)
+            | Change::PutKey(_)
+            | Change::DeleteKey(_)
             | Change::PutProfile(_)
             | Change::DeleteProfile(_) => {}
         }

@@ -11,7 +11,7 @@ use super::contract::{Party, check_contract, left_behind};
 use super::grant::{LONGEST, check_duration, check_profile, grant};
 use super::state::span;
 use super::{
-    Change, Command, Decision, NewProvider, Refusal, RefusalCode, SlotKind, State, segment, session,
+    Change, Command, Decision, NewProvider, Refusal, RefusalCode, SlotKind, State, key, segment, session,
 };
 use crate::domain::selector::check_prefix;
 use crate::domain::{
@@ -47,6 +47,8 @@ pub fn decide(state: &State, command: &Command, now: Timestamp) -> Result<Decisi
         Command::RemoveSegment { name } => segment::remove(state, name),
         Command::PutProfile(profile) => put_profile(profile),
         Command::RemoveProfile { name } => remove_profile(state, name),
+        Command::AddKey(new) => key::add(state, new, now),
+        Command::RemoveKey { id } => key::remove(state, id),
         Command::Grant(request) => grant(state, request, now),
         Command::Extend { id, by } => extend(state, *id, *by),
         Command::Revoke { id } => revoke(state, *id, now),
@@ -85,6 +87,7 @@ fn remove_provider(state: &State, name: &Name) -> Result<Decision, Refusal> {
     refuse_in_use("provider", name, "application", applications.map(|(_, name)| name))?;
     let allocations = state.allocations.values().filter(|allocation| allocation.provider == *name);
     refuse_in_use("provider", name, "allocation", allocations.map(|allocation| allocation.id))?;
+    key::refuse_while_there(state, name, None)?;
     Ok(only(Change::DeleteProvider(name.clone())))
 }
 
@@ -141,6 +144,7 @@ fn remove_application(state: &State, provider: &Name, name: &Name) -> Result<Dec
         allocation.provider == *provider && allocation.application.as_ref() == Some(name)
     });
     refuse_in_use("application", name, "allocation", allocations.map(|allocation| allocation.id))?;
+    key::refuse_while_there(state, provider, Some(name))?;
     Ok(only(Change::DeleteApplication(provider.clone(), name.clone())))
 }
 

@@ -75,7 +75,9 @@ pub(super) fn grant(state: &State, request: &GrantRequest, now: Timestamp) -> Re
             "network terminated: preempted by allocation {} of provider {}, of priority {}",
             allocation.id, allocation.provider, allocation.level.priority
         );
-        let (id, line) = (other.id, other.session.as_ref().map_or("the link", Name::as_str));
+        let line =
+            other.session.as_ref().map_or_else(|| "the link".to_owned(), |line| format!("line {line}"));
+        let id = other.id;
         warnings.push(format!("allocation {id} of provider {} on {line} ends: {reason}", other.provider));
         changes.push(Change::EndAllocation(other.ended(now, &reason)));
     }

@@ -10,15 +10,17 @@ use serde::{Deserialize, Serialize};
 
 use self::report::{Explanation, GatewayStatus, Statistics};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, Contract, Directed, Direction, Level, Name,
-    Profile, Provider, ProviderKind, Segment, Selector, Session,
+    Allocation, AllocationId, ApiKey, Application, BitsPerSecond, Contract, Directed, Direction, KeyId,
+    Level, Name, Profile, Provider, ProviderKind, Segment, Selector, Session,
 };
 
 pub mod capacity;
 mod choose;
+pub mod confine;
 mod contract;
 mod decide;
 mod grant;
+mod key;
 mod overlap;
 pub mod record;
 mod refusal;
@@ -32,6 +34,7 @@ pub mod subscriber;
 pub(crate) mod tests;
 
 pub use decide::decide;
+pub use key::NewKey;
 pub use refusal::{Refusal, RefusalCode};
 pub use slots::{CLASS_SLOTS, LINE_SLOTS, SlotKind};
 pub use state::State;
@@ -152,6 +155,13 @@ pub enum Command {
     RemoveProfile {
         /// Its name.
         name: Name,
+    },
+    /// Lets programs of a provider ask with an API key.
+    AddKey(NewKey),
+    /// Takes an API key no more.
+    RemoveKey {
+        /// Its number.
+        id: KeyId,
     },
     /// Asks for an allocation.
     Grant(Box<GrantRequest>),
@@ -318,6 +328,10 @@ pub enum Change {
     PutProfile(Profile),
     /// A profile was removed.
     DeleteProfile(Name),
+    /// An API key was added.
+    PutKey(ApiKey),
+    /// An API key was removed.
+    DeleteKey(KeyId),
     /// An allocation was granted.
     PutAllocation(Allocation),
     /// An allocation ended: its last state, for the history.

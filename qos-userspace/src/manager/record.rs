@@ -18,6 +18,24 @@ pub enum Actor {
     User(Option<u32>),
     /// What tells of lines.
     Source(Name),
+    /// A program of a provider, by the network.
+    Client {
+        /// Whose it is.
+        provider: Name,
+        /// The one application that it may ask for; none: for all.
+        application: Option<Name>,
+        /// Who it has shown to be: the client of a token, or `key:` and the number of an API key. No spaces.
+        client: String,
+    },
+}
+
+impl Actor {
+    /// Whether the actor of a record, as its text has it, was a program of this provider.
+    #[must_use]
+    pub fn is_client_of(text: &str, provider: &Name) -> bool {
+        let client = text.strip_prefix("client ").and_then(|client| client.rsplit_once(" of "));
+        client.is_some_and(|(_, of)| of == provider.as_str())
+    }
 }
 
 impl fmt::Display for Actor {
@@ -27,6 +45,7 @@ impl fmt::Display for Actor {
             Self::User(Some(uid)) => write!(f, "uid {uid}"),
             Self::User(None) => f.write_str("a user"),
             Self::Source(name) => write!(f, "source {name}"),
+            Self::Client { provider, client, .. } => write!(f, "client {client} of {provider}"),
         }
     }
 }
@@ -68,7 +87,7 @@ pub struct Record {
     pub sequence: u64,
     /// When it was decided.
     pub at: Timestamp,
-    /// Who asked: `uid 0`, or `qosd`.
+    /// Who asked: `uid 0`, `qosd`, or `client shop-1 of acme`.
     pub actor: String,
     /// What was asked for: the command's name, as `grant`; or what followed: `end`, `move`.
     pub action: String,
@@ -202,6 +221,17 @@ impl Record {
                     ..record
                 }
             }
+            Command::AddKey(new) => {
+                Self { provider: Some(new.provider.clone()), application: new.application.clone(), ..record }
+            }
+            Command::RemoveKey { id } => match state.keys.get(id) {
+                Some(key) => Self {
+                    provider: Some(key.provider.clone()),
+                    application: key.application.clone(),
+                    ..record
+                },
+                None => record,
+            },
             Command::Extend { id, .. } | Command::Revoke { id } => {
                 let record = Self { allocation: Some(*id), ..record };
                 match state.allocations.get(id) {

@@ -14,8 +14,8 @@ use super::segment::Promised;
 use super::slots::{FreeSlots, SlotKind};
 use super::{Change, Network};
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, DelayBound, Directed, Direction, Name, Profile,
-    Provider, Segment, Session, selector,
+    Allocation, AllocationId, ApiKey, Application, BitsPerSecond, DelayBound, Directed, Direction, KeyId,
+    Name, Profile, Provider, Segment, Session, selector,
 };
 
 /// Everything that decisions depend on.
@@ -36,6 +36,8 @@ pub struct State {
     pub segments: BTreeMap<Name, Segment>,
     /// Profiles by name.
     pub profiles: BTreeMap<Name, Profile>,
+    /// API keys by number.
+    pub keys: BTreeMap<KeyId, ApiKey>,
     /// Allocations that are available, by number. Ended ones are history, in the store only.
     pub allocations: BTreeMap<AllocationId, Allocation>,
     /// The number the next allocation gets. It only grows, undone grants included.
@@ -56,6 +58,7 @@ impl State {
             sessions: BTreeMap::new(),
             segments: BTreeMap::new(),
             profiles: BTreeMap::new(),
+            keys: BTreeMap::new(),
             allocations: BTreeMap::new(),
             next_allocation: AllocationId(1),
             slots: SlotKind::ALL.into_iter().map(|kind| (kind, FreeSlots::new(kind))).collect(),
@@ -118,6 +121,12 @@ impl State {
             Change::DeleteProfile(name) => {
                 self.profiles.remove(name);
             }
+            Change::PutKey(key) => {
+                self.keys.insert(key.id.clone(), key.clone());
+            }
+            Change::DeleteKey(id) => {
+                self.keys.remove(id);
+            }
             Change::PutAllocation(allocation) => {
                 let old = self.forget(allocation.id);
                 let old = old.map(|old| (old.slot, old.class));
@@ -177,6 +186,11 @@ impl State {
                 None => Change::DeleteProfile(name.clone()),
             },
             Change::DeleteProfile(name) => Change::PutProfile(self.profiles.get(name)?.clone()),
+            Change::PutKey(ApiKey { id, .. }) => match self.keys.get(id) {
+                Some(old) => Change::PutKey(old.clone()),
+                None => Change::DeleteKey(id.clone()),
+            },
+            Change::DeleteKey(id) => Change::PutKey(self.keys.get(id)?.clone()),
             Change::PutAllocation(allocation) => match self.allocations.get(&allocation.id) {
                 Some(old) => Change::PutAllocation(old.clone()),
                 None => Change::EndAllocation(allocation.ended(allocation.granted_at, "never in force")),

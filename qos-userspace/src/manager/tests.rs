@@ -1816,9 +1816,10 @@ fn everything(state: &State) -> Vec<Change> {
     let segments = state.segments.values().cloned().map(Change::PutSegment);
     let sessions = state.sessions.values().cloned().map(Change::PutSession);
     let profiles = state.profiles.values().cloned().map(Change::PutProfile);
+    let keys = state.keys.values().cloned().map(Change::PutKey);
     let allocations = state.allocations.values().cloned().map(Change::PutAllocation);
     let registered = providers.chain(applications).chain(segments).chain(sessions).chain(profiles);
-    registered.chain(allocations).collect()
+    registered.chain(keys).chain(allocations).collect()
 }
 
 // Histories.

@@ -93,3 +93,14 @@ CREATE TABLE subscriber_addresses (
     subscriber INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX subscriber_addresses_by_line ON subscriber_addresses (subscriber);
+-- API keys. A key's secret is known to who holds it only.
+CREATE TABLE keys (
+    id          TEXT PRIMARY KEY, -- 12 hexadecimal digits
+    provider    TEXT NOT NULL REFERENCES providers (name),
+    application TEXT,
+    hash        TEXT NOT NULL, -- SHA-256 of the secret, hexadecimal
+    read_only   INTEGER NOT NULL,
+    created_at  TEXT NOT NULL,
+    expires_at  TEXT,
+    FOREIGN KEY (provider, application) REFERENCES applications (provider, name)
+) STRICT, WITHOUT ROWID;

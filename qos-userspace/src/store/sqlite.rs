@@ -24,7 +24,7 @@ use super::{Store, StoreError};
 use crate::domain::level::LAST_PRIORITY;
 use crate::domain::session::link_layer;
 use crate::domain::{
-    Allocation, AllocationId, Application, BitsPerSecond, ByteCount, Contract, DelayBound, Directed,
+    Allocation, AllocationId, ApiKey, Application, BitsPerSecond, ByteCount, Contract, DelayBound, Directed,
     DurationRange, Enforcement, Level, Name, Profile, ProfileStatus, Provider, ProviderKind, Segment,
     Selector, Session, Status, Subscriber, dscp,
 };
@@ -280,6 +280,9 @@ impl Store for SqliteStore {
         })? {
             state.apply(&Change::PutProfile(profile));
         }
+        for key in self.rows("keys", "SELECT * FROM keys", &["id"], read_key)? {
+            state.apply(&Change::PutKey(key));
+        }
         let allocations =
             self.rows("allocations", "SELECT * FROM allocations ORDER BY id", &["id"], |row| {
                 let allocation = read_allocation(row, Status::Available)?;
@@ -506,6 +509,11 @@ fn write(transaction: &Connection, change: &Change, history_limit: u32) -> rusql
             transaction.prepare_cached("DELETE FROM profiles WHERE name = ?1")?.execute([name.as_str()])?;
             Ok(())
         }
+        Change::PutKey(key) => upsert(transaction, "keys", &["id"], key_columns(key)),
+        Change::DeleteKey(id) => {
+            transaction.prepare_cached("DELETE FROM keys WHERE id = ?1")?.execute([id.as_str()])?;
+            Ok(())
+        }
         Change::PutAllocation(allocation) => {
             let id = integer(allocation.id.0);
             take_slot(transaction, SlotKind::Allocation, "id = ?1", &[&id], allocation.slot)?;
@@ -718,6 +726,18 @@ fn segment_columns(segment: &Segment) -> Vec<Column> {
         ("capacity_down", integer(segment.capacity.down.0)),
         ("rest_up", option(segment.rest.up, |rate| integer(rate.0))),
         ("rest_down", option(segment.rest.down, |rate| integer(rate.0))),
+    ]
+}
+
+fn key_columns(key: &ApiKey) -> Vec<Column> {
+    vec![
+        ("id", text(&key.id)),
+        ("provider", text(&key.provider)),
+        ("application", option(key.application.as_ref(), text)),
+        ("hash", text(key.hash)),
+        ("read_only", integer(key.read_only.into())),
+        ("created_at", text(key.created_at)),
+        ("expires_at", option(key.expires_at, text)),
     ]
 }
 
@@ -943,6 +963,18 @@ fn read_session(row: &Reader<'_, '_>) -> Result<Session, String> {
         down_since: row.parse_option("down_since")?,
         on_demand: row.get("on_demand")?,
         slot: row.slot("slot", SlotKind::Session)?,
+    })
+}
+
+fn read_key(row: &Reader<'_, '_>) -> Result<ApiKey, String> {
+    Ok(ApiKey {
+        id: row.parse("id")?,
+        provider: row.parse("provider")?,
+        application: row.parse_option("application")?,
+        hash: row.parse("hash")?,
+        read_only: row.get("read_only")?,
+        created_at: row.parse("created_at")?,
+        expires_at: row.parse_option("expires_at")?,
     })
 }
 

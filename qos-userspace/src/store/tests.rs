@@ -128,7 +128,7 @@ fn of_version_3(path: &Path) {
          ALTER TABLE providers RENAME COLUMN maximum_down TO aggregate_down;
          ALTER TABLE applications DROP COLUMN maximum_up;
          ALTER TABLE applications DROP COLUMN maximum_down;
-         ALTER TABLE sessions DROP COLUMN segments; DROP TABLE segments; DROP TABLE decisions;
+         ALTER TABLE sessions DROP COLUMN segments; DROP TABLE segments; DROP TABLE decisions; DROP TABLE keys;
          ALTER TABLE sessions DROP COLUMN on_demand; DROP TABLE subscribers; DROP TABLE subscriber_addresses;
          ALTER TABLE sessions DROP COLUMN bras; ALTER TABLE sessions DROP COLUMN source;
          ALTER TABLE sessions DROP COLUMN seen_at; ALTER TABLE sessions DROP COLUMN down_since;

@@ -11,6 +11,7 @@ mod interfaces;
 mod lines;
 mod machine;
 mod mtu;
+mod northbound;
 mod offloads;
 mod queues;
 
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use machine::missing_capabilities;
 
 use self::lines::Lines;
+use self::northbound::Parties;
 use super::types::Status;
 use crate::config::Config;
 use crate::manager::State;
@@ -85,13 +87,14 @@ impl Check {
 pub struct Known {
     status: Status,
     lines: Lines,
+    parties: Parties,
 }
 
 impl Known {
     /// Takes what the checks need.
     #[must_use]
     pub fn new(status: Status, state: &State) -> Self {
-        Self { status, lines: Lines::of(state) }
+        Self { status, lines: Lines::of(state), parties: Parties::of(state) }
     }
 }
 
@@ -113,6 +116,9 @@ pub fn examine(config: Option<&Config>, known: Option<&Known>) -> Vec<Check> {
     checks.extend(interfaces::checks(&config.gateway, known));
     checks.push(machine::state_dir(&config.state_dir));
     checks.push(machine::socket(&config.socket));
+    if let Some(northbound) = &config.northbound {
+        checks.extend(northbound::checks(northbound, &config.state_dir, known.map(|known| &known.parties)));
+    }
     if let Some(known) = known {
         checks.extend(daemon::checks(&known.status));
         checks.extend(lines::checks(&known.lines));
