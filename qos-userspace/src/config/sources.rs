@@ -17,12 +17,7 @@ const DEFAULT_POLL: std::time::Duration = std::time::Duration::from_secs(10);
 /// Reads `[radius]`, if it is there.
 pub(super) fn radius(top: &mut Section<'_>) -> Result<Option<RadiusConfig>, ConfigError> {
     let Some(mut section) = top.table("radius", "[radius]")? else { return Ok(None) };
-    let listen =
-        section.required("listen", "addresses of this machine, such as [\"192.0.2.1\"]", |value| {
-            some(value, listen)
-        })?;
-    let line = section.optional("line", |value| some(value, line_attribute))?;
-    let source = section.optional("source", name)?;
+    // First, or its key would be taken for a mistyped other one.
     let mut clients = Vec::<RadiusClient>::new();
     for mut client in section.tables("client", "[[radius.client]]")? {
         let address = client.required("address", "an address or prefix of who may send", |value| {
@@ -36,6 +31,12 @@ pub(super) fn radius(top: &mut Section<'_>) -> Result<Option<RadiusConfig>, Conf
         client.finish()?;
         clients.push(RadiusClient { address, secret });
     }
+    let listen =
+        section.required("listen", "addresses of this machine, such as [\"192.0.2.1\"]", |value| {
+            some(value, listen)
+        })?;
+    let line = section.optional("line", |value| some(value, line_attribute))?;
+    let source = section.optional("source", name)?;
     if clients.is_empty() {
         return Err(section.missing("client", "a [[radius.client]] table for each that may send"));
     }
