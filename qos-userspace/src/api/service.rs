@@ -268,6 +268,9 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         for broken in state.broken_delays() {
             warn!("the configuration does not keep what was granted: {broken}");
         }
+        for smaller in state.overcommitted_segments() {
+            warn!("more is granted than there is: {smaller}");
+        }
         let begin = Instant::now();
         let gateway = start_gateway(&state).map_err(gateway_failed("bring the kernel to the state"))?;
         debug!(took_ms = begin.elapsed().as_millis() as u64, "kernel brought to the state");
