@@ -19,6 +19,8 @@ use tracing::{debug, info, warn};
 pub mod doctor;
 mod error;
 mod extract;
+#[cfg(test)]
+mod histories;
 mod native;
 pub mod reload;
 pub mod service;

@@ -221,6 +221,8 @@ struct CarriedOut {
 #[derive(Debug)]
 pub struct Service<S, G> {
     config: Config,
+    /// What time it is.
+    clock: fn() -> Timestamp,
     started_at: Timestamp,
     state: State,
     store: S,
@@ -247,13 +249,24 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     pub fn start(
         config: Config,
         mtu: u32,
+        store: S,
+        start_gateway: impl FnOnce(&State) -> Result<G, G::Error>,
+    ) -> Result<Self, ServiceError> {
+        Self::start_by(Timestamp::now, config, mtu, store, start_gateway)
+    }
+
+    /// The same by another clock.
+    pub(super) fn start_by(
+        clock: fn() -> Timestamp,
+        config: Config,
+        mtu: u32,
         mut store: S,
         start_gateway: impl FnOnce(&State) -> Result<G, G::Error>,
     ) -> Result<Self, ServiceError> {
         let begin = Instant::now();
         let mut state = store.load(config.network(mtu))?;
         debug!(took_ms = begin.elapsed().as_millis() as u64, "state read");
-        let now = Timestamp::now();
+        let now = clock();
         let expired = manager::decide(&state, &Command::Expire, now)?;
         store.commit(&expired.changes, &records(&state, &Command::Expire, &expired, &Actor::Daemon, now))?;
         for change in &expired.changes {
@@ -276,7 +289,8 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         debug!(took_ms = begin.elapsed().as_millis() as u64, "kernel brought to the state");
         let mut service = Self {
             config,
-            started_at: Timestamp::now(),
+            clock,
+            started_at: clock(),
             state,
             store,
             gateway: Some(gateway),
@@ -298,7 +312,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     pub(super) fn idle(&self) -> Duration {
         let mut idle = self.reconcile_at.saturating_duration_since(Instant::now());
         if let Some(end) = self.state.next_end() {
-            let until_end = Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default();
+            let until_end = Duration::try_from(end.duration_since((self.clock)())).unwrap_or_default();
             let blocked = self
                 .sweep_not_before
                 .map_or(Duration::ZERO, |instant| instant.saturating_duration_since(Instant::now()));
@@ -364,7 +378,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     }
 
     fn sweep(&mut self) {
-        let due = self.state.next_end().is_some_and(|end| end <= Timestamp::now());
+        let due = self.state.next_end().is_some_and(|end| end <= (self.clock)());
         let blocked = self.sweep_not_before.is_some_and(|instant| Instant::now() < instant);
         if !due || blocked {
             return;
@@ -468,7 +482,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
     }
 
     fn execute_all(&mut self, asked: &[Asked]) -> Vec<Result<Decision, ServiceError>> {
-        let now = Timestamp::now();
+        let now = (self.clock)();
         let carried_out: Vec<_> = asked.iter().map(|asked| self.carry_out(asked, now)).collect();
         let done = || carried_out.iter().flatten().filter_map(|done| Some((done, done.inverse.as_ref()?)));
         let changes: Vec<Change> = done().flat_map(|(done, _)| &done.decision.changes).cloned().collect();
@@ -557,7 +571,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         self.reconcile_at = Instant::now() + self.config.reconcile_interval;
         match &result {
             Ok(_) => {
-                self.reconciled_at = Some(Timestamp::now());
+                self.reconciled_at = Some((self.clock)());
                 self.reconcile_error = None;
             }
             Err(failed) => {

@@ -2021,7 +2021,7 @@ fn check(state: &State) {
 }
 
 /// What an undone decision must give back: all but the order of free slots and the next number.
-fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
+pub(crate) fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
     let taken: BTreeMap<_, _> = state.slots.iter().map(|(kind, free)| (*kind, free.taken())).collect();
     (
         (state.providers.clone(), state.applications.clone(), state.sessions.clone()),
