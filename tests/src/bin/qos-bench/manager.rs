@@ -28,6 +28,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::gateway::{self, CAPACITY};
+use crate::programs::cpu_time;
 
 /// Sizes that the core is measured at beside the largest.
 const SIZES: [u32; 2] = [1_000, 10_000];
@@ -240,7 +241,7 @@ fn core(rounds: usize, most: u32) -> Result<Vec<Core>> {
     Ok(figures.collect())
 }
 
-/// Times of decisions of each kind, in ns, in the order of [`Core`].
+/// CPU time of decisions of each kind, in ns, in the order of [`Core`].
 fn time_decisions(state: &mut State, lines: u32, round: u32) -> Result<[f64; 6]> {
     // Spread over lines in an order that no cache guesses.
     let line = |number: u32| (number.wrapping_add(round).wrapping_mul(2_654_435_761)) % lines;
@@ -254,12 +255,12 @@ fn time_decisions(state: &mut State, lines: u32, round: u32) -> Result<[f64; 6]>
         (0..DECISIONS).map(|number| Command::Revoke { id: ids[line(number) as usize % ids.len()] }).collect();
     let now = Timestamp::now();
     let decided = |commands: &[Command], is_granted: bool| -> Result<f64> {
-        let begin = Instant::now();
+        let begin = cpu_time()?;
         for command in commands {
             let decision = std::hint::black_box(manager::decide(state, command, now));
             ensure!(decision.is_ok() == is_granted, "{command:?}: {decision:?}");
         }
-        Ok(nanoseconds(begin.elapsed(), commands.len()))
+        Ok((cpu_time()? - begin) / commands.len() as f64)
     };
     let empty = decided(&vec![Command::Expire; DECISIONS as usize], true)?;
     let times = [
@@ -269,7 +270,7 @@ fn time_decisions(state: &mut State, lines: u32, round: u32) -> Result<[f64; 6]>
         decided(&refused, false)?,
         decided(&revoked, true)?,
     ];
-    let begin = Instant::now();
+    let begin = cpu_time()?;
     for command in &policed {
         let granted = manager::decide(state, command, now)?;
         granted.changes.iter().for_each(|change| state.apply(change));
@@ -278,12 +279,8 @@ fn time_decisions(state: &mut State, lines: u32, round: u32) -> Result<[f64; 6]>
         revoked.changes.iter().for_each(|change| state.apply(change));
     }
     let [empty, policed, guaranteed, refused, revoked] = times;
-    let carried_out = nanoseconds(begin.elapsed(), DECISIONS as usize);
+    let carried_out = (cpu_time()? - begin) / f64::from(DECISIONS);
     Ok([empty, policed, guaranteed, refused, revoked, carried_out])
-}
-
-fn nanoseconds(time: Duration, times: usize) -> f64 {
-    time.as_nanos() as f64 / times as f64
 }
 
 fn daemon_config() -> Config {
