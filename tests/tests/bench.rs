@@ -148,6 +148,25 @@ fn growth_is_measured_and_drawn() {
 }
 
 #[test]
+fn decisions_grants_and_starts_are_measured() {
+    let (text, report) = one_round("manager", &["--most", "1500"]);
+    let core = report["core"].as_array().unwrap();
+    let sizes: Vec<_> = core.iter().map(|core| core["allocations"].as_u64().unwrap()).collect();
+    assert_eq!(sizes, [1_000, 1_500], "{report}");
+    for (of, keys) in [
+        (&core[0], &["empty", "policed", "guaranteed", "refused", "revoked", "carried_out"][..]),
+        (&report["policed"], &["per_second", "p50_ms", "p99_ms"]),
+        (&report["guaranteed"], &["per_second", "p50_ms", "p99_ms"]),
+        (&report["answered_policed"], &["median_ms", "p99_ms"]),
+        (&report["start"], &["from_nothing", "taking_over"]),
+        (&report, &["sqlite_per_second"]),
+    ] {
+        assert!(keys.iter().all(|key| of[key].as_f64().unwrap() > 0.0), "{keys:?}: {report}");
+    }
+    assert!(text.contains("grants a second, durable, policed") && text.contains("| ≥ 300000"), "{text}");
+}
+
+#[test]
 fn nothing_to_measure_is_refused() {
     for arguments in
         [["classify", "--rounds"], ["classify", "--count"], ["datapath", "--rounds"], ["growth", "--counts"]]

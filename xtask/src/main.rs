@@ -80,7 +80,7 @@ enum Verb {
     Bench {
         #[command(flatten)]
         runner: Runner,
-        /// Passed on to the benchmark: datapath, classify, boxes or scale, each with [--json FILE]
+        /// Passed on to the benchmark: datapath, classify, growth, boxes, scale or manager, each with [--json FILE]
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
         args: Vec<OsString>,
     },

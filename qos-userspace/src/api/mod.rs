@@ -22,6 +22,8 @@ pub mod auth;
 pub mod doctor;
 mod error;
 mod extract;
+#[cfg(test)]
+mod histories;
 mod native;
 pub mod northbound;
 pub mod reload;

@@ -245,6 +245,8 @@ struct CarriedOut {
 #[derive(Debug)]
 pub struct Service<S, G> {
     config: Config,
+    /// What time it is.
+    clock: fn() -> Timestamp,
     started_at: Timestamp,
     state: State,
     store: S,
@@ -272,13 +274,24 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     pub fn start(
         config: Config,
         mtu: u32,
+        store: S,
+        start_gateway: impl FnOnce(&State) -> Result<G, G::Error>,
+    ) -> Result<Self, ServiceError> {
+        Self::start_by(Timestamp::now, config, mtu, store, start_gateway)
+    }
+
+    /// The same by another clock.
+    pub(super) fn start_by(
+        clock: fn() -> Timestamp,
+        config: Config,
+        mtu: u32,
         mut store: S,
         start_gateway: impl FnOnce(&State) -> Result<G, G::Error>,
     ) -> Result<Self, ServiceError> {
         let begin = Instant::now();
         let mut state = store.load(config.network(mtu))?;
         debug!(took_ms = begin.elapsed().as_millis() as u64, "state read");
-        let now = Timestamp::now();
+        let now = clock();
         let expired = manager::decide(&state, &Command::Expire, now)?;
         store.commit(&expired.changes, &records(&state, &Command::Expire, &expired, &Actor::Daemon, now))?;
         for change in &expired.changes {
@@ -293,12 +306,16 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
         for broken in state.broken_delays() {
             warn!("the configuration does not keep what was granted: {broken}");
         }
+        for smaller in state.overcommitted_segments() {
+            warn!("more is granted than there is: {smaller}");
+        }
         let begin = Instant::now();
         let gateway = start_gateway(&state).map_err(gateway_failed("bring the kernel to the state"))?;
         debug!(took_ms = begin.elapsed().as_millis() as u64, "kernel brought to the state");
         let mut service = Self {
             config,
-            started_at: Timestamp::now(),
+            clock,
+            started_at: clock(),
             state,
             store,
             gateway: Some(gateway),
@@ -321,7 +338,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     pub(super) fn idle(&self) -> Duration {
         let mut idle = self.reconcile_at.min(self.forget_at).saturating_duration_since(Instant::now());
         if let Some(end) = self.state.next_end() {
-            let until_end = Duration::try_from(end.duration_since(Timestamp::now())).unwrap_or_default();
+            let until_end = Duration::try_from(end.duration_since((self.clock)())).unwrap_or_default();
             let blocked = self
                 .sweep_not_before
                 .map_or(Duration::ZERO, |instant| instant.saturating_duration_since(Instant::now()));
@@ -356,7 +373,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     }
 
     fn forget(&mut self) {
-        let before = Timestamp::now().checked_sub(REMEMBERED).unwrap_or(Timestamp::MIN);
+        let before = (self.clock)().checked_sub(REMEMBERED).unwrap_or(Timestamp::MIN);
         let wait = match self.store.forget_subscribers(before, MOST_FORGOTTEN) {
             Ok(forgotten) if forgotten == MOST_FORGOTTEN as usize => RECORDS_INTERVAL,
             Ok(_) => FORGET_INTERVAL,
@@ -403,7 +420,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Service<S, G> {
     }
 
     fn sweep(&mut self) {
-        let due = self.state.next_end().is_some_and(|end| end <= Timestamp::now());
+        let due = self.state.next_end().is_some_and(|end| end <= (self.clock)());
         let blocked = self.sweep_not_before.is_some_and(|instant| Instant::now() < instant);
         if !due || blocked {
             return;
@@ -601,7 +618,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
     }
 
     fn execute_all(&mut self, asked: &[Asked]) -> Vec<Result<Decision, ServiceError>> {
-        let now = Timestamp::now();
+        let now = (self.clock)();
         let (mut carried_out, mut is_asked) = (Vec::new(), Vec::new());
         for asked in asked {
             if let Some(idle) = self.to_make_room_for(asked) {
@@ -642,7 +659,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
     }
 
     fn take_reports(&mut self, reports: &[Report], actor: &Actor) -> Result<Vec<Taken>, ServiceError> {
-        let now = Timestamp::now();
+        let now = (self.clock)();
         let taken = reports.iter().map(|report| self.take_report(report, actor, now)).collect();
         let taken: Result<Vec<Followed>, StoreError> = taken;
         let taken = taken.inspect_err(|_| self.store.roll_back())?;
@@ -737,7 +754,7 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         self.reconcile_at = Instant::now() + self.config.reconcile_interval;
         match &result {
             Ok(_) => {
-                self.reconciled_at = Some(Timestamp::now());
+                self.reconciled_at = Some((self.clock)());
                 self.reconcile_error = None;
             }
             Err(failed) => {

@@ -48,6 +48,9 @@ pub(crate) struct Record {
     pub(crate) refuse: usize,
     /// So many changes are applied before all others are refused; none: as `refuse` says.
     pub(crate) refuse_after: Option<usize>,
+    /// The process ends, as by `kill -9`, at the change that comes after so many; with that one carried out or
+    /// not.
+    pub(crate) crash: Option<(usize, bool)>,
     /// What it has repaired.
     pub(crate) repaired: Vec<RepairReport>,
     /// Reconciliations are refused.
@@ -60,6 +63,19 @@ pub(crate) struct Record {
     pub(crate) detached: bool,
     /// The state when it was started.
     pub(crate) started_with: Option<State>,
+    /// The state when it was reconciled last.
+    pub(crate) reconciled_with: Option<State>,
+}
+
+/// What a test unwinds with where the process would end.
+#[derive(Debug)]
+pub(crate) struct Crash;
+
+impl Crash {
+    /// Ends what the process does, without a word.
+    pub(crate) fn now() -> ! {
+        std::panic::resume_unwind(Box::new(Self))
+    }
 }
 
 /// A gateway that only remembers.
@@ -95,6 +111,18 @@ impl Gateway for Recorder {
 
     fn apply(&mut self, _state: &State, changes: &[Change], _inverse: &[Change]) -> Result<(), Refused> {
         let mut record = self.record();
+        match &mut record.crash {
+            Some((0, carried_out)) => {
+                if *carried_out {
+                    record.applied.extend_from_slice(changes);
+                }
+                record.crash = None;
+                drop(record);
+                Crash::now();
+            }
+            Some((left, _)) => *left -= 1,
+            None => {}
+        }
         if record.refuse > 0 {
             record.refuse -= 1;
             return Err(Refused::new());
@@ -121,12 +149,13 @@ impl Gateway for Recorder {
         Ok(false)
     }
 
-    fn reconcile(&mut self, _state: &State) -> Result<Vec<String>, Refused> {
+    fn reconcile(&mut self, state: &State) -> Result<Vec<String>, Refused> {
         let mut record = self.record();
         record.reconciled += 1;
         if record.refuse_reconcile {
             return Err(Refused::new());
         }
+        record.reconciled_with = Some(state.clone());
         let drift = std::mem::take(&mut record.drift);
         let reports = drift.iter().map(|what| RepairReport { at: Timestamp::now(), what: what.clone() });
         record.repaired.extend(reports);

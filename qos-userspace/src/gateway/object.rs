@@ -2,7 +2,9 @@
 //!
 //! Maps are pinned in a folder per ABI version, links in one beside it. A daemon that starts finds
 //! them, loads its own programs over the same maps, and replaces the program of each link in one
-//! step; dropping an [`Object`] leaves everything enforcing. Only [`remove_pins`] ends that. Whoever
+//! step; dropping an [`Object`] leaves everything enforcing. Programs are pinned too, in a folder of the very
+//! object that they come from: to have them verified again takes seconds, which the same object over the
+//! same maps need not take. Only [`remove_pins`] ends that. Whoever
 //! changes anything here holds [`lock_pins`].
 //!
 //! Where the maps there are another version's, it makes its own beside them. Programs of both run
@@ -12,6 +14,7 @@
 //!
 //! ```text
 //! BPFFS_DIR/maps_2/settings …    BPFFS_DIR/links/4_xdp_native  4_ingress  4_egress …
+//! BPFFS_DIR/programs_5f0c…/qos_xdp_lan …
 //! ```
 //!
 //! Where tc programs are filters on `clsact`, a symbolic link `4_clsact` tells whether the queueing
@@ -19,6 +22,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -31,9 +35,11 @@ use aya::programs::links::{FdLink, LinkError, LinkOrder, PinnedLink};
 use aya::programs::tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle};
 use aya::programs::xdp::XdpLink;
 use aya::programs::{
-    ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp, XdpMode,
+    Program, ProgramError, ProgramFd, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, Xdp,
+    XdpMode,
 };
 use aya::{Ebpf, EbpfLoader, Pod};
+use aya_obj::programs::XdpAttachType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{FsType, statfs};
@@ -55,6 +61,8 @@ const TAKEN_OFF: Duration = Duration::from_secs(1);
 const PREFIX: &str = "qos_";
 /// Start of the names of programs that are loaded when somebody traces.
 const TRACING: &str = "qos_trace_";
+/// Start of the names of folders of pinned programs.
+const PROGRAMS: &str = "programs_";
 
 /// The object, built by this crate's build script.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/qos-kernel"));
@@ -399,11 +407,13 @@ impl Object {
         }
         let shapes = shapes(max_rules)?;
         remove_rules_of_another_length(maps_dir, &shapes)?;
-        let mut maps_taken_over = false;
+        let (mut maps_taken_over, mut all_maps_there) = (false, true);
         let mut loader = EbpfLoader::new();
         for (name, shape) in &shapes {
             let path = maps_dir.join(name);
-            if has_shape(&path, *shape)? {
+            let is_there = has_shape(&path, *shape)?;
+            all_maps_there &= is_there;
+            if is_there {
                 maps_taken_over = true;
             } else if let Some(shared) = carry::shared(&others, name, |info| Shape::of(info) == *shape) {
                 let map = MapData::from_pin(&shared)
@@ -414,8 +424,12 @@ impl Object {
             loader.map_pin_path(name, path);
         }
         let mut ebpf = loader.load(OBJECT).map_err(|reason| ObjectError::Load(Box::new(reason)))?;
+        // Programs over maps that are not these any more, or of another object, are of no use.
+        let programs_dir = programs_dir(bpffs_dir);
+        remove_programs(bpffs_dir, |folder| all_maps_there && *folder == programs_dir)?;
+        fs::create_dir_all(&programs_dir).map_err(|reason| pin_error("creating", &programs_dir, reason))?;
         for (name, program) in ebpf.programs_mut().filter(|(name, _)| !name.starts_with(TRACING)) {
-            load(name, program)?;
+            take_or_load(&programs_dir.join(name), name, program)?;
         }
         let pinned = shapes.keys().map(|name| {
             let path = maps_dir.join(name);
@@ -462,7 +476,12 @@ impl Object {
     /// # Errors
     /// Where a pin can't be removed.
     pub fn abandon(self) -> Result<(), ObjectError> {
-        if self.maps_taken_over { Ok(()) } else { remove_folder(&self.maps_dir) }
+        if self.maps_taken_over {
+            return Ok(());
+        }
+        // They hold the maps.
+        self.maps_dir.parent().map_or(Ok(()), |bpffs_dir| remove_programs(bpffs_dir, |_| false))?;
+        remove_folder(&self.maps_dir)
     }
 
     /// Carries over from each other version to this one's maps.
@@ -732,9 +751,7 @@ impl Object {
     /// Id of a program for a tc hook.
     fn tc_program_id(&self, program: &str) -> Option<u32> {
         match self.ebpf.program(program) {
-            Some(aya::programs::Program::SchedClassifier(program)) => {
-                program.info().ok().map(|info| info.id())
-            }
+            Some(Program::SchedClassifier(program)) => program.info().ok().map(|info| info.id()),
             _ => None,
         }
     }
@@ -745,8 +762,8 @@ impl Object {
     /// Where there is no such program.
     pub fn program_fd(&self, program: &'static str) -> Result<&ProgramFd, ObjectError> {
         let fd = match self.ebpf.program(program) {
-            Some(aya::programs::Program::Xdp(program)) => program.fd().ok(),
-            Some(aya::programs::Program::SchedClassifier(program)) => program.fd().ok(),
+            Some(Program::Xdp(program)) => program.fd().ok(),
+            Some(Program::SchedClassifier(program)) => program.fd().ok(),
             _ => None,
         };
         fd.ok_or_else(|| ObjectError::Missing { kind: "program", name: program.to_owned() })
@@ -766,8 +783,8 @@ impl Object {
         let run_error = |reason| ObjectError::Run { program, reason: Box::new(reason) };
         let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
         let result = match self.ebpf.program_mut(program) {
-            Some(aya::programs::Program::Xdp(program)) => program.test_run(options),
-            Some(aya::programs::Program::SchedClassifier(program)) => program.test_run(options),
+            Some(Program::Xdp(program)) => program.test_run(options),
+            Some(Program::SchedClassifier(program)) => program.test_run(options),
             _ => return Err(ObjectError::Missing { kind: "program", name: program.to_owned() }),
         }
         .map_err(run_error)?;
@@ -919,7 +936,7 @@ impl Object {
 
     fn program<'a, P>(&'a mut self, name: &'static str) -> Result<P, ObjectError>
     where
-        P: TryFrom<&'a mut aya::programs::Program>,
+        P: TryFrom<&'a mut Program>,
     {
         self.ebpf
             .program_mut(name)
@@ -941,14 +958,29 @@ const fn xdp_program(role: Role) -> &'static str {
 }
 
 /// Loads a program, unless it is loaded.
-fn load(name: &str, program: &mut aya::programs::Program) -> Result<(), ObjectError> {
+fn load(name: &str, program: &mut Program) -> Result<(), ObjectError> {
     let loaded = match program {
-        aya::programs::Program::Xdp(program) if program.fd().is_err() => program.load(),
-        aya::programs::Program::SchedClassifier(program) if program.fd().is_err() => program.load(),
-        aya::programs::Program::Xdp(_) | aya::programs::Program::SchedClassifier(_) => Ok(()),
+        Program::Xdp(program) if program.fd().is_err() => program.load(),
+        Program::SchedClassifier(program) if program.fd().is_err() => program.load(),
+        Program::Xdp(_) | Program::SchedClassifier(_) => Ok(()),
         other => panic!("program {name} of the embedded object has type {:?}", other.prog_type()),
     };
     loaded.map_err(|reason| ObjectError::Program { program: name.to_owned(), reason: Box::new(reason) })
+}
+
+/// Takes a program that is pinned; loads it where it is not, and pins it.
+fn take_or_load(pin: &Path, name: &str, program: &mut Program) -> Result<(), ObjectError> {
+    let program_error = |reason| ObjectError::Program { program: name.to_owned(), reason: Box::new(reason) };
+    if !pin.exists() {
+        load(name, program)?;
+        return program.pin(pin).map_err(|reason| pin_error("pinning", pin, io::Error::other(reason)));
+    }
+    *program = match program {
+        Program::Xdp(_) => Xdp::from_pin(pin, XdpAttachType::Interface).map(Program::Xdp),
+        _ => SchedClassifier::from_pin(pin).map(Program::SchedClassifier),
+    }
+    .map_err(program_error)?;
+    Ok(())
 }
 
 /// Removes the pins of XDP links of an interface, and waits until the kernel has taken their program off:
@@ -1084,6 +1116,7 @@ pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
     if !bpffs_dir.exists() {
         return Ok(());
     }
+    remove_programs(bpffs_dir, |_| false)?;
     let other_folders = [links_dir(bpffs_dir), carry::retired(bpffs_dir)];
     for folder in other_folders.into_iter().chain(versions(bpffs_dir)?) {
         remove_folder(&folder)?;
@@ -1093,6 +1126,7 @@ pub fn remove_pins(bpffs_dir: &Path) -> Result<(), ObjectError> {
 
 /// Removes the pins of this version's maps, and the folders that are empty then.
 fn remove_maps(bpffs_dir: &Path) -> Result<(), ObjectError> {
+    remove_programs(bpffs_dir, |_| false)?;
     remove_folder(&maps_dir(bpffs_dir))?;
     let _ = fs::remove_dir(links_dir(bpffs_dir));
     // The directory itself may be shared, or the mount point.
@@ -1112,6 +1146,21 @@ fn remove_folder(folder: &Path) -> Result<(), ObjectError> {
         fs::remove_file(&path).map_err(|reason| pin_error("removing", &path, reason))?;
     }
     fs::remove_dir(folder).map_err(|reason| pin_error("removing", folder, reason))
+}
+
+/// Folder of the programs of this object.
+fn programs_dir(bpffs_dir: &Path) -> PathBuf {
+    let mut hasher = DefaultHasher::new();
+    OBJECT.hash(&mut hasher);
+    bpffs_dir.join(format!("{PROGRAMS}{:016x}", hasher.finish()))
+}
+
+/// Unpins programs, but in the folders that are to be kept. Those that are attached stay.
+fn remove_programs(bpffs_dir: &Path, keeps: impl Fn(&PathBuf) -> bool) -> Result<(), ObjectError> {
+    let Ok(entries) = fs::read_dir(bpffs_dir) else { return Ok(()) };
+    let folders = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(PROGRAMS));
+    let mut gone = folders.map(|entry| entry.path()).filter(|folder| !keeps(folder));
+    gone.try_for_each(|folder| remove_folder(&folder))
 }
 
 /// Folder of this version's maps.
@@ -1381,8 +1430,8 @@ mod tests {
         for name in ["qos_trace_lan", "qos_trace_wan", "qos_trace_j_lan", "qos_trace_j_wan"] {
             let program = object.ebpf.program_mut(name).expect("is in the object");
             let is_loaded = match program {
-                aya::programs::Program::Xdp(program) => program.fd().is_ok(),
-                aya::programs::Program::SchedClassifier(program) => program.fd().is_ok(),
+                Program::Xdp(program) => program.fd().is_ok(),
+                Program::SchedClassifier(program) => program.fd().is_ok(),
                 other => panic!("{name} has type {:?}", other.prog_type()),
             };
             assert!(!is_loaded, "{name} is loaded when somebody traces");
@@ -1403,8 +1452,8 @@ mod tests {
         }
         for (name, program) in object.ebpf.programs() {
             let info = match program {
-                aya::programs::Program::Xdp(program) => program.info(),
-                aya::programs::Program::SchedClassifier(program) => program.info(),
+                Program::Xdp(program) => program.info(),
+                Program::SchedClassifier(program) => program.info(),
                 other => panic!("{name} has type {:?}", other.prog_type()),
             }
             .expect("info");

@@ -352,10 +352,21 @@ impl State {
                 let speed = self.network.line_speed(session, direction);
                 broken.extend(over(&format!("line {name}"), line.load.get(direction), speed));
             }
-            for (name, segment) in &self.segments {
+        }
+        broken
+    }
+
+    /// Segments that carry less than is promised on them, one text each: after one was made smaller, which its
+    /// asker was told of. What is promised stays.
+    #[must_use]
+    pub fn overcommitted_segments(&self) -> Vec<String> {
+        let mut broken = Vec::new();
+        for (name, segment) in &self.segments {
+            for direction in Direction::BOTH {
                 let promised = *self.promised_on_segment(name).get(direction);
                 let there = segment.promisable(direction);
                 if promised > there {
+                    let word = super::direction_word(direction);
                     broken.push(format!("segment {name} {word}: {promised} promised, {there} there"));
                 }
             }

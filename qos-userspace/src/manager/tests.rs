@@ -303,7 +303,12 @@ fn lines_behind_a_segment_share_it() {
     let smaller = Segment { capacity: Directed { up: rate("3mbit"), down: rate("1mbit") }, ..smaller };
     let told = carry_out(&mut state, Command::PutSegment(smaller)).warnings;
     assert_eq!(told, ["downstream: 4 Mbit/s are promised already, 1 Mbit/s are there for it"]);
-    assert_eq!(state.overcommitted(), ["segment dslam downstream: 4 Mbit/s promised, 1 Mbit/s there"]);
+    assert_eq!(
+        state.overcommitted_segments(),
+        ["segment dslam downstream: 4 Mbit/s promised, 1 Mbit/s there"]
+    );
+    // The next start takes it as it is.
+    assert_eq!(state.overcommitted(), [""; 0]);
     let refusal = refused_grant(&state, to(3, "1mbit"));
     assert_eq!(refusal.message, "segment dslam downstream: asked 1 Mbit/s, left 0 bit/s");
 }
@@ -2026,7 +2031,7 @@ fn check(state: &State) {
 }
 
 /// What an undone decision must give back: all but the order of free slots and the next number.
-fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
+pub(crate) fn content(state: &State) -> impl PartialEq + std::fmt::Debug {
     let taken: BTreeMap<_, _> = state.slots.iter().map(|(kind, free)| (*kind, free.taken())).collect();
     (
         (state.providers.clone(), state.applications.clone(), state.sessions.clone()),

@@ -117,7 +117,7 @@ impl SqliteStore {
     }
 
     #[cfg(test)]
-    pub(super) fn set_synchronous(&self, mode: &str) {
+    pub(crate) fn set_synchronous(&self, mode: &str) {
         self.connection.pragma_update(None, "synchronous", mode).expect("a mode of SQLite");
     }
 

@@ -3,6 +3,7 @@
 //! `cargo xtask bench classify`: what the classifier costs a packet, beside one look-up in the kernel's maps.
 //! `cargo xtask bench growth`: the same over the number of rules, and nftables; a table and a plot.
 //! `cargo xtask bench scale`: how long lines and grants take when there are many.
+//! `cargo xtask bench manager`: decisions and grants a second, and a start with everything.
 //!
 //! Every figure stands beside its baseline of the same run: machines are noisy, ratios less so. Those
 //! of the data path and of boxes are medians over rounds that take turns.
@@ -14,6 +15,7 @@ mod forwarding;
 mod gateway;
 mod growth;
 mod live;
+mod manager;
 mod nftables;
 mod plot;
 mod programs;
@@ -119,6 +121,18 @@ enum What {
         #[arg(long, default_value_t = 8_000)]
         allocations: u32,
     },
+    /// The service manager: decisions a second of its core, durable grants a second, a start with everything.
+    Manager {
+        /// Also writes the figures as JSON.
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+        /// Rounds that the medians are taken over.
+        #[arg(long, default_value_t = 5, value_parser = at_least_one())]
+        rounds: usize,
+        /// Allocations of the largest state and of the start; those of the kernel's slots are the most.
+        #[arg(long, default_value_t = manager::LARGEST, value_parser = clap::value_parser!(u32).range(10..=i64::from(manager::LARGEST)))]
+        most: u32,
+    },
 }
 
 fn at_least_one() -> RangedU64ValueParser<usize> {
@@ -160,6 +174,11 @@ fn main() -> Result<()> {
         What::Scale { json, lines, allocations } => {
             let report = scale::measure(lines, allocations)?;
             scale::print(&report);
+            json.map_or(Ok(()), |path| write_json(&report, &path))
+        }
+        What::Manager { json, rounds, most } => {
+            let report = manager::measure(rounds, most)?;
+            manager::print(&report);
             json.map_or(Ok(()), |path| write_json(&report, &path))
         }
     }
