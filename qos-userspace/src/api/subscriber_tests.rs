@@ -225,21 +225,22 @@ fn a_bras_that_starts_again_has_no_lines() {
 #[test]
 fn what_can_not_be_is_refused_and_the_rest_is_taken() {
     let daemon = TestDaemon::start();
-    let cases: [(&dyn Fn(&mut Facts), &str); 8] = [
-        (&|facts| facts.addresses.clear(), "addresses: nothing is too little"),
-        (&|facts| facts.addresses = vec!["192.0.2.1/24".parse().unwrap()], "addresses"),
-        (&|facts| facts.addresses.push("192.0.2.0/24".parse().unwrap()), "overlaps"),
+    type Spoil = fn(&mut Facts);
+    let cases: [(Spoil, &str); 8] = [
+        (|facts| facts.addresses.clear(), "addresses: nothing is too little"),
+        (|facts| facts.addresses = vec!["192.0.2.1/24".parse().unwrap()], "addresses"),
+        (|facts| facts.addresses.push("192.0.2.0/24".parse().unwrap()), "overlaps"),
         (
-            &|facts| {
+            |facts| {
                 facts.addresses =
-                    (0..17).map(|host| IpNet::from(std::net::IpAddr::from([10, 0, 0, host]))).collect()
+                    (0..17).map(|host| IpNet::from(std::net::IpAddr::from([10, 0, 0, host]))).collect();
             },
             "17 are too many",
         ),
-        (&|facts| facts.rate.down = Some(BitsPerSecond(0)), "rate.down"),
-        (&|facts| facts.overhead = Some(300), "overhead"),
-        (&|facts| facts.loss_ppm = 1_000_001, "loss_ppm"),
-        (&|facts| facts.bras = Some(String::new()), "bras"),
+        (|facts| facts.rate.down = Some(BitsPerSecond(0)), "rate.down"),
+        (|facts| facts.overhead = Some(300), "overhead"),
+        (|facts| facts.loss_ppm = 1_000_001, "loss_ppm"),
+        (|facts| facts.bras = Some(String::new()), "bras"),
     ];
     for (spoil, told) in cases {
         let mut bad = up_at(0, "bad", "1", &["192.0.2.7/32"]);

@@ -334,7 +334,7 @@ impl<S: Sink> Follower<S> {
             for (report, taken) in part.iter().zip(taken) {
                 match taken {
                     Taken::Changed(warnings) => {
-                        warnings.iter().for_each(|warning| warn!("radacct: {warning}"))
+                        warnings.iter().for_each(|warning| warn!("radacct: {warning}"));
                     }
                     Taken::Unchanged => {}
                     Taken::Refused(reason) => {
