@@ -224,7 +224,7 @@ pub fn line(network: &Network, known: &Subscriber) -> Result<NewSession, Refusal
                 "line {line}: its {} rate is not known: have its source tell it, or set `line_rate_{field}`",
                 direction_word(direction)
             );
-            Refusal::new(RefusalCode::NotFound, format!("rate.{field}"), line, message)
+            Refusal::new(RefusalCode::NotFound, format!("rate.{field}"), "nothing", message)
         })
     };
     let rate = Directed { up: rate(Direction::Upstream)?, down: rate(Direction::Downstream)? };
