@@ -23,6 +23,11 @@ pub const MAX_CHARGE: u64 = 65_536;
 /// Longest time a clock may run ahead, in ticks: a quarter of its range, some 73 minutes.
 const MAX_WINDOW: u64 = 1 << 62;
 
+/// Longest time between the reading of the time and that of a clock for which a packet is judged as if there were
+/// none, in ticks: a minute. A CPU may stand still there, as one of a virtual machine does now and then, while others
+/// move the clock on; it then seems to be further ahead than it can be.
+const LONGEST_STALL: u64 = ticks(60_000_000_000);
+
 /// A clock that is not in use: it was never used, or not for long. It is idle at any time.
 pub const UNUSED: u64 = 0;
 
@@ -31,7 +36,7 @@ pub const UNUSED: u64 = 0;
 const LONG_IDLE: u64 = ticks(3_600_000_000_000);
 
 // A clock is found before it comes to look as if it were ahead.
-const _: () = assert!(LONG_IDLE + ticks(2 * 3_600_000_000_000) < MAX_WINDOW.wrapping_neg());
+const _: () = assert!(LONG_IDLE + ticks(2 * 3_600_000_000_000) < (MAX_WINDOW + LONGEST_STALL).wrapping_neg());
 
 /// Nanoseconds since boot, in ticks.
 #[inline(always)]
@@ -119,8 +124,9 @@ impl Meter {
         self.ticks_per_byte != 0
     }
 
-    /// How far a clock can be ahead of now by conforming packets, in ticks. One that seems further ahead has
-    /// been idle for so long that it wrapped.
+    /// How far a clock can be ahead of now by conforming packets, in ticks. One that seems further ahead was moved
+    /// by another CPU since the time was read; or, by more than [`LONGEST_STALL`], has been idle for so long that it
+    /// wrapped.
     #[inline(always)]
     const fn window(&self) -> u64 {
         self.tolerance.wrapping_add(self.ticks_per_byte.wrapping_mul(MAX_CHARGE))
@@ -141,7 +147,7 @@ impl Meter {
     #[must_use]
     pub const fn arrive(&self, clock: u64, now: u64, bytes: u64) -> Arrival {
         let ahead = clock.wrapping_sub(now);
-        if clock == UNUSED || ahead > self.window() {
+        if clock == UNUSED || ahead > self.window().wrapping_add(LONGEST_STALL) {
             Arrival::Conforms { clock: now.wrapping_add(self.cost(bytes)) }
         } else if ahead > self.tolerance {
             Arrival::Over
@@ -157,10 +163,11 @@ impl Meter {
     pub const fn charge(&self, clock: u64, now: u64, bytes: u64) -> u64 {
         let ahead = clock.wrapping_sub(now);
         let window = self.window();
-        let ahead = if clock == UNUSED || ahead > window { 0 } else { ahead };
-        // Both terms are below 2^63.
+        let ahead = if clock == UNUSED || ahead > window.wrapping_add(LONGEST_STALL) { 0 } else { ahead };
+        // Both terms are below 2^63. It never goes back, whatever was read as now.
         let next = ahead + self.cost(bytes);
-        now.wrapping_add(if next > window { window } else { next })
+        let most = if ahead > window { ahead } else { window };
+        now.wrapping_add(if next > most { most } else { next })
     }
 }
 
@@ -208,6 +215,24 @@ mod tests {
                 (passed - exact).abs() <= exact * 1e-4 + slack,
                 "{rate} bit/s: {passed} bytes passed, {exact} were due"
             );
+        }
+    }
+
+    /// Else a CPU that stood still for a moment would give all a burst anew.
+    #[test]
+    fn a_clock_that_others_moved_on_since_the_time_was_read_is_not_idle() {
+        for (rate, burst) in
+            [(MIN_RATE, 100), (1_000_000, 1_500), (10_000_000_000, 125_000_000), (MAX_RATE, 0)]
+        {
+            let meter = Meter::new(rate, burst);
+            for now in [ticks(5_000_000_000), u64::MAX - 10, 1 << 62, 3 << 62] {
+                let clock = now.wrapping_add(meter.window());
+                for stall in [0, 1, 51_000, 53_000, 1_000_000, 1_000_000_000, 60_000_000_000] {
+                    let read = now.wrapping_sub(ticks(stall));
+                    assert_eq!(meter.arrive(clock, read, 64), Arrival::Over, "{rate} bit/s, {stall} ns");
+                    assert_eq!(meter.charge(clock, read, 64), clock, "{rate} bit/s, {stall} ns");
+                }
+            }
         }
     }
 

@@ -126,7 +126,7 @@ fn levels_are_held_and_taken_over_with_one_filter_a_hook() {
             filters.iter().map(|filter| (filter.index, filter.parent, filter.info, filter.handle)).collect()
         };
         assert_eq!(places(&after), places(&before));
-        assert!(after.iter().zip(&before).all(|(now, was)| now.program != was.program), "{after:?}");
+        assert!(after.iter().zip(&before).all(|(now, was)| now.program == was.program), "{after:?}");
         is_held(&net, &flow, "taken over");
     }
 }

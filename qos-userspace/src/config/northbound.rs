@@ -385,7 +385,7 @@ capacity = '1G'
     fn what_is_wrong_is_said() {
         let with = |line: &str| format!("[northbound]\nlisten = ['127.0.0.1:8443']\n{line}");
         for (text, expected) in [
-            ("northbound = 3".to_owned(), "northbound = 3: expected a [northbound] table"),
+            ("northbound = 3".to_owned(), "northbound = 3: expected a table [northbound]"),
             ("[northbound]".to_owned(), "`listen` is missing in [northbound]"),
             ("[northbound]\nlisten = []".to_owned(), "expected a list of addresses with ports"),
             ("[northbound]\nlisten = ['here']".to_owned(), "expected addresses with ports"),
