@@ -91,6 +91,9 @@ fn a_line_comes_into_service_with_the_first_grant_on_it() {
         }
         other => panic!("{other:?}"),
     }
+    let decisions = daemon.must("GET", "/v1/decisions?session=dsl-1&verdict=done", "");
+    let actions: Vec<_> = decisions["items"].as_array().unwrap().iter().map(|item| &item["action"]).collect();
+    assert_eq!(actions, ["start_session", "grant"]);
     let before = sessions(&daemon);
     let daemon = daemon.restart();
     assert_eq!(sessions(&daemon), before);

@@ -301,7 +301,10 @@ pub fn records(
                 records.push(consequence("end", reason).about(allocation));
             }
             Change::PutSession(Session { name, .. }) if own.session.as_ref() != Some(name) => {
-                let record = consequence("stop_session", "no sign of life");
+                let record = match state.sessions.contains_key(name) {
+                    true => consequence("stop_session", "no sign of life"),
+                    false => consequence("start_session", "it comes into service with the first grant on it"),
+                };
                 records.push(Record { session: Some(name.clone()), ..record });
             }
             Change::DeleteSession(name) if own.session.as_ref() != Some(name) => {
