@@ -677,11 +677,14 @@ impl<S: Store, G: Gateway<Config = GatewayConfig>> Operations for Service<S, G> 
         let mut answers = answers.into_iter();
         let told = taken.into_iter().map(|followed| {
             let Followed { mut taken, commands } = followed;
+            let own = answers.by_ref().take(commands.len()).flat_map(|answer| match answer {
+                Ok(decision) => decision.warnings,
+                Err(error) => vec![format!("in service it stays as it was: {error}")],
+            });
+            // Those of a sign of life are taken too, for they are no other report's.
+            let own: Vec<String> = own.collect();
             if let Taken::Changed(warnings) = &mut taken {
-                warnings.extend(answers.by_ref().take(commands.len()).flat_map(|answer| match answer {
-                    Ok(decision) => decision.warnings,
-                    Err(error) => vec![format!("in service it stays as it was: {error}")],
-                }));
+                warnings.extend(own);
             }
             taken
         });

@@ -162,6 +162,25 @@ fn a_line_in_service_follows_what_is_told() {
 }
 
 #[test]
+fn each_report_gets_the_warnings_of_its_own_line() {
+    let daemon = furnished("");
+    let lines = [up_at(0, "dsl-0", "1", &["192.0.2.9/32"]), up_at(0, "dsl-1", "1", &["192.0.2.10/32"])];
+    tell(&daemon, &lines);
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", ""));
+    daemon.must("POST", "/v1/allocations", &grant(5_000, "1mbit", "").replace("192.0.2.10", "192.0.2.9"));
+    daemon.must(
+        "POST",
+        "/v1/sessions",
+        r#"{"name":"named","addresses":["192.0.2.50/32"],"rate":{"down":"20mbit","up":"2mbit"}}"#,
+    );
+    // The first only lives; the second takes an address that an operator gave to another.
+    let taken = tell(&daemon, &[lines[0].clone(), up_at(1, "dsl-1", "1", &["192.0.2.50/32"])]);
+    assert_eq!(taken[0], Taken::Unchanged);
+    let Taken::Changed(warnings) = &taken[1] else { panic!("{taken:?}") };
+    assert!(warnings[0].starts_with("in service it stays as it was: "), "{warnings:?}");
+}
+
+#[test]
 fn what_an_operator_named_is_not_changed_by_a_source() {
     let daemon = TestDaemon::start();
     daemon.furnish();
