@@ -504,7 +504,12 @@ async fn grant(
     caller: Caller,
     Body(request): Body<GrantRequest>,
 ) -> Result<Response, ApiError> {
-    change(&api, Command::Grant(Box::new(request)), caller, |change| match change {
+    ask(&api, request, caller).await
+}
+
+/// Asks for an allocation.
+pub(super) async fn ask(api: &Api, request: GrantRequest, caller: Caller) -> Result<Response, ApiError> {
+    change(api, Command::Grant(Box::new(request)), caller, |change| match change {
         Change::PutAllocation(allocation) => Some(allocation.clone()),
         _ => None,
     })
@@ -620,7 +625,7 @@ async fn show<T: Send + 'static>(
 }
 
 /// Carries a command out; `written` finds the object that it is about among the changes.
-pub(super) async fn change<T: Send + 'static>(
+async fn change<T: Send + 'static>(
     api: &Api,
     command: Command,
     caller: Caller,

@@ -186,7 +186,11 @@ fn check(network: &Network, told: Told<'_>, facts: &Facts) -> Result<(), Refusal
     check_distinct(&facts.addresses)?;
     // What is not told is looked at when the line comes into service.
     let rate = |direction| {
-        facts.rate.get(direction).or(*network.line_rate.get(direction)).unwrap_or(network.link_of(direction))
+        facts
+            .rate
+            .get(direction)
+            .or(*network.line_rate.get(direction))
+            .unwrap_or(*network.link.get(direction))
     };
     let rate = Directed { up: rate(Direction::Upstream), down: rate(Direction::Downstream) };
     check_values(&new_session(told.line, told.source, facts, rate))
@@ -237,13 +241,6 @@ impl Network {
     pub fn subscriber_down_since(&self, known: &Subscriber, now: Timestamp) -> Option<Timestamp> {
         let stale = known.seen_at.checked_add(self.session_ttl).unwrap_or(Timestamp::MAX);
         known.down_since.or((known.source.is_some() && stale <= now).then_some(stale))
-    }
-
-    const fn link_of(&self, direction: Direction) -> BitsPerSecond {
-        match direction {
-            Direction::Upstream => self.link.up,
-            Direction::Downstream => self.link.down,
-        }
     }
 }
 
@@ -298,7 +295,7 @@ pub fn grant_on(
         opened.warnings.extend(granted.warnings);
         Ok(opened)
     });
-    for change in undo.iter().rev() {
+    for change in &undo {
         state.apply(change);
     }
     if let Some(slots) = slots {
@@ -307,9 +304,9 @@ pub fn grant_on(
     result
 }
 
-/// Applies changes, and keeps what takes them back, the last of it first to apply.
+/// Applies changes, and puts what takes them back before what is in `undo` already.
 fn try_out(state: &mut State, changes: &[Change], undo: &mut Vec<Change>) {
-    undo.extend(state.inverse(changes).into_iter().rev());
+    undo.splice(..0, state.inverse(changes));
     for change in changes {
         state.apply(change);
     }

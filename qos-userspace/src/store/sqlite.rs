@@ -642,7 +642,12 @@ fn free_slot(
     Ok(())
 }
 
-fn upsert(transaction: &Connection, table: &str, key: &[&str], columns: Vec<Column>) -> rusqlite::Result<()> {
+pub(super) fn upsert(
+    transaction: &Connection,
+    table: &str,
+    key: &[&str],
+    columns: Vec<Column>,
+) -> rusqlite::Result<()> {
     let (names, values): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
     let marks = vec!["?"; names.len()].join(", ");
     let updates: Vec<_> = names

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::sqlite::{Column, Reader, integer, json, option, text};
+use super::sqlite::{Column, Reader, integer, json, option, text, upsert};
 use crate::domain::session::link_layer;
 use crate::domain::subscriber::Facts;
 use crate::domain::{BitsPerSecond, Directed, Name, Subscriber};
@@ -104,25 +104,8 @@ pub(super) fn put(connection: &Connection, subscriber: &Subscriber, sequence: u6
         .prepare_cached("SELECT id, addresses FROM subscribers WHERE line = ?1")?
         .query_row([subscriber.line.as_str()], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))
         .optional()?;
-    let columns = columns(subscriber, sequence);
-    let values = rusqlite::params_from_iter(columns.iter().map(|(_, value)| value));
-    let names = columns.iter().map(|(name, _)| *name);
-    let id = match &known {
-        Some((id, _)) => {
-            let set: Vec<_> = names.zip(1..).map(|(name, at)| format!("{name} = ?{at}")).collect();
-            let update = format!("UPDATE subscribers SET {} WHERE line = ?1", set.join(", "));
-            connection.prepare_cached(&update)?.execute(values)?;
-            *id
-        }
-        None => {
-            let (names, marks): (Vec<_>, Vec<_>) =
-                names.zip(1..).map(|(name, at)| (name, format!("?{at}"))).unzip();
-            let insert =
-                format!("INSERT INTO subscribers ({}) VALUES ({})", names.join(", "), marks.join(", "));
-            connection.prepare_cached(&insert)?.execute(values)?;
-            connection.last_insert_rowid()
-        }
-    };
+    upsert(connection, "subscribers", &["line"], columns(subscriber, sequence))?;
+    let id = known.as_ref().map_or_else(|| connection.last_insert_rowid(), |(id, _)| *id);
     if let Some((_, before)) = known {
         if Value::Text(before) == json(&subscriber.facts.addresses) {
             return Ok(());

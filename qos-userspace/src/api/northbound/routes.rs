@@ -22,7 +22,7 @@ use super::super::Api;
 use super::super::auth::Client;
 use super::super::error::ApiError;
 use super::super::extract::{Body, Caller, Named, Options};
-use super::super::native::{self, Answer, change, created, not_found};
+use super::super::native::{self, Answer, not_found};
 use super::super::service::{Operations, ServiceError};
 use super::super::types::{ErrorAnswer, ErrorBody, LineReport, Listing, OwnRequest};
 use super::Northbound;
@@ -31,7 +31,7 @@ use crate::domain::{Allocation, AllocationId, Application, Name, Profile, Provid
 use crate::manager::confine::Own;
 use crate::manager::record::{Record, RecordQuery};
 use crate::manager::report::DirectedCounts;
-use crate::manager::{Change, Command, GrantRequest, State};
+use crate::manager::{GrantRequest, State};
 
 /// The routes, to be put behind the guard.
 pub(super) fn router(api: Api, northbound: &Arc<Northbound>) -> Router {
@@ -291,12 +291,7 @@ async fn grant(
         precedence,
         duration,
     };
-    change(&api, Command::Grant(Box::new(request)), caller, |change| match change {
-        Change::PutAllocation(allocation) => Some(allocation.clone()),
-        _ => None,
-    })
-    .await
-    .map(created)
+    native::ask(&api, request, caller).await
 }
 
 async fn decisions(
